@@ -1,0 +1,40 @@
+# Everything sets itself up: only Python 3.11+, make and gcc are needed.
+PY := .venv/bin/python
+SHOP ?= shop
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: run test test-all check bench clean
+run: .venv/ready
+	test -f $(SHOP)/coterie.toml || .venv/bin/coterie init --example $(SHOP)
+	.venv/bin/coterie fit $(SHOP)
+	.venv/bin/coterie serve $(SHOP)
+
+test: .venv/ready-test
+	$(PY) -m pytest -m "not slow" -q
+
+test-all: .venv/ready-test
+	$(PY) -m pytest -q
+
+check: .venv/ready-test
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: .venv/ready-test
+	@for b in benchmarks/*.py; do $(PY) $$b || exit 1; done
+
+# Torch goes first and alone: plain PyPI torch on Linux brings gigabytes of CUDA, so set
+# TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.
+.venv/ready: pyproject.toml requirements.lock
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install -q $(TORCH_ARGS) torch==2.13.0
+	$(PY) -m pip install -q --no-deps --require-hashes -r requirements.lock
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/ready-test: .venv/ready requirements-test.lock
+	$(PY) -m pip install -q --no-deps --require-hashes -r requirements-test.lock
+	touch $@
+
+clean:
+	rm -rf .venv

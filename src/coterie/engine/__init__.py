@@ -1,0 +1,1 @@
+"""Continuous batching over a mixed batch of experts. Knows nothing of customers."""

@@ -1,0 +1,53 @@
+"""Every error a user can cause: one sentence that says what is wrong, where, and the mend.
+
+The CLI prints the sentence and leaves with `exit_code`; the API answers with `status`.
+"""
+
+
+class CoterieError(Exception):
+    """Root of the errors that are the input's fault, not ours."""
+
+    exit_code = 2
+    status = 400
+    code = "invalid_request"
+
+
+class DataError(CoterieError):
+    """A data file that cannot be used: names file and line."""
+
+    code = "invalid_data"
+
+
+class ModelError(CoterieError):
+    """A base model or weight file that is missing, truncated or of an unknown kind."""
+
+    code = "invalid_model"
+
+
+class UnknownExpert(CoterieError):
+    """An expert that is not on the shelf."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class ContextTooLong(CoterieError):
+    """A prompt that does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class Busy(CoterieError):
+    """The queue is full; try again in `retry_after_s` seconds."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    retry_after_s = 2
+
+
+class StorageError(CoterieError):
+    """The disk is full or cannot be written."""
+
+    exit_code = 3
+    status = 507
+    code = "storage"

@@ -1,0 +1,1 @@
+"""Measuring models on examples, with confidence intervals. Changes no expert."""

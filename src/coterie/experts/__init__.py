@@ -1,0 +1,1 @@
+"""Kinds of expert and the library that keeps them. Trains nothing."""

@@ -1,0 +1,1 @@
+"""The base model: decoder, loading, chat template, pulling. Knows nothing of requests."""

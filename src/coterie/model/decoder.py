@@ -1,0 +1,193 @@
+"""The decoder of the Llama family: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5/3.
+
+Notable: one forward for training, prefill and decoding. Sequences are packed end to end, (tokens, width),
+with no padding; what differs between the three uses is only `attend`, a function that owns masks and cache,
+and `delta`, what an expert adds to a projection. Both are passed in, so the model knows of neither.
+Sources: Touvron et al. 2023 (Llama 2); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
+Delta = Callable[[int, str, Tensor], Tensor | None]  # layer, site, x (N,in) -> (N,out) to add, or None
+SITES = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of a decoder, named as in Hugging Face's config.json where they agree."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    context: int
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    tied: bool = True
+    qk_norm: bool = False
+    family: str = "llama"
+
+    def site_outputs(self, site: str) -> list[tuple[str, int]]:
+        """The projections fused at a site, with their output sizes."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": [("q_proj", q), ("k_proj", kv), ("v_proj", kv)],
+            "o": [("o_proj", self.width)],
+            "gate_up": [("gate_proj", self.ffn), ("up_proj", self.ffn)],
+            "down": [("down_proj", self.width)],
+        }[site]
+
+    def site_input(self, site: str) -> int:
+        return {"o": self.heads * self.head_dim, "down": self.ffn}.get(site, self.width)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies, (head_dim / 2), after the `linear` or `llama3` scaling the config asks for."""
+    freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        return freq / float(scaling["factor"])
+    if kind == "llama3":
+        # Long wavelengths are stretched, short ones kept, those between interpolated (Llama 3.1).
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        turns = float(scaling["original_max_position_embeddings"]) * freq / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth) * freq / float(scaling["factor"]) + smooth * freq
+    return freq
+
+
+class Decoder:
+    """A frozen decoder: `weights` by name, fused by site, and one `forward`."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], packed: bool = False) -> None:
+        self.config, self.weights = config, weights
+        self.device, self.dtype = weights["embed"].device, weights["embed"].dtype
+        angles = torch.outer(torch.arange(config.context, dtype=torch.float32), rope_frequencies(config))
+        self.cos = angles.cos().to(self.device)  # (context, D/2)
+        self.sin = angles.sin().to(self.device)
+        # oneDNN keeps a blocked copy of each matrix: twice as fast for the few rows of a decoding step.
+        self.packed: dict[str, Tensor] = {}
+        if packed and self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            for name, w in weights.items():
+                if w.dim() == 2 and (name != "embed" or config.tied):
+                    self.packed[name] = torch.ops.mkldnn._reorder_linear_weight(w, 16)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        bias = self.weights.get(name + ".bias")
+        if name in self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed[name], bias, "none", [], "")
+            return out
+        return F.linear(x, self.weights[name], bias)
+
+    def project(self, layer: int, site: str, x: Tensor, delta: Delta | None) -> Tensor:
+        out = self.linear(x, f"{layer}.{site}")
+        extra = delta(layer, site, x) if delta else None
+        return out if extra is None else out + extra
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary embedding of x (N, H, D) by cos and sin (N, 1, D/2)."""
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weights[name], self.config.eps)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, delta: Delta | None = None) -> Tensor:
+        """Hidden states (N, width) of packed tokens `ids` (N) at `positions` (N), normed for `logits`."""
+        c = self.config
+        hidden = self.weights["embed"][ids]  # (N, width)
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        n, q_size, kv_size = len(ids), c.heads * c.head_dim, c.kv_heads * c.head_dim
+        for layer in range(c.layers):
+            x = self.norm(hidden, f"{layer}.attn_norm")
+            q, k, v = self.project(layer, "qkv", x, delta).split([q_size, kv_size, kv_size], dim=-1)
+            q, k = q.view(n, c.heads, c.head_dim), k.view(n, c.kv_heads, c.head_dim)
+            if c.qk_norm:
+                q, k = self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")
+            q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+            mixed = attend(layer, q, k, v.view(n, c.kv_heads, c.head_dim)).reshape(n, q_size)
+            hidden = hidden + self.project(layer, "o", mixed, delta)
+            x = self.norm(hidden, f"{layer}.ffn_norm")
+            gate, up = self.project(layer, "gate_up", x, delta).chunk(2, dim=-1)
+            hidden = hidden + self.project(layer, "down", F.silu(gate) * up, delta)
+        return self.norm(hidden, "final_norm")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary, (N, vocab) in float32."""
+        return self.linear(hidden, "embed" if self.config.tied else "head").float()
+
+
+def packed_positions(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """Positions 0..n-1 of each packed sequence, (sum of lengths)."""
+    return torch.cat([torch.arange(n, device=device) for n in lengths])
+
+
+def attend_packed(lengths: list[int]) -> Attend:
+    """Causal attention within each packed sequence.
+
+    Only here are sequences padded, on the right, where a causal mask already hides the padding.
+    """
+    longest, count = max(lengths), len(lengths)
+    rows = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    place = rows * longest + packed_positions(lengths)  # (N) where a token lies in the padded batch
+
+    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def pad(x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
+            out = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, place.to(x.device), x)
+            return out.view(count, longest, *x.shape[1:]).transpose(1, 2)
+
+        group = q.shape[1] // k.shape[1]
+        keys, values = (pad(t).repeat_interleave(group, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(pad(q), keys, values, is_causal=True)
+        return out.transpose(1, 2).reshape(count * longest, *q.shape[1:])[place.to(q.device)]
+
+    return attend
+
+
+class KVCache:
+    """Keys and values of `slots` sequences of up to `length` tokens: (layers, slots, Hkv, length, D)."""
+
+    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.layers, slots, config.kv_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def attend_prefill(self, slots: Tensor, positions: Tensor, lengths: list[int]) -> Attend:
+        """Packed attention over whole prompts that also fills the cache; `slots`, `positions` are (N)."""
+        inner = attend_packed(lengths)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer][slots, :, positions] = k
+            self.values[layer][slots, :, positions] = v
+            return inner(layer, q, k, v)
+
+        return attend
+
+    def attend_decode(self, slots: Tensor, positions: Tensor) -> Attend:
+        """One new token for each sequence; the heads of a group stand as queries, so nothing is repeated."""
+        span = int(positions.max()) + 1
+        mask = (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]  # (B,1,1,S)
+        whole = slots.tolist() == list(range(len(slots)))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer][slots, :, positions] = k
+            self.values[layer][slots, :, positions] = v
+            keys, values = self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+            keys, values = (t[: len(slots)] if whole else t[slots] for t in (keys, values))
+            grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D)
+            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
+
+        return attend

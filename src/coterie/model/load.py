@@ -1,0 +1,233 @@
+"""Load a base model: a Hugging Face directory (safetensors) or a GGUF file, with its tokenizer and template."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, dequantize
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from coterie.errors import DataError, ModelError
+from coterie.model.decoder import Decoder, ModelConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class BaseModel:
+    """A decoder with what turns text into tokens and back."""
+
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+    template: str
+    eos: frozenset[int]
+    bos_token: str = ""
+    eos_token: str = ""
+
+    def chat(self, messages: list[dict[str, str]], prompt: bool = True) -> str:
+        """The conversation as text, by the model's chat template, in a sandbox."""
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            return env.from_string(self.template).render(
+                messages=messages, add_generation_prompt=prompt, bos_token=self.bos_token, eos_token=self.eos_token
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template of {self.name} refuses these messages: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on CUDA and on CPUs with the instructions, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    flags = Path("/proc/cpuinfo")
+    has = flags.exists() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if has else torch.float32
+
+
+def load(path: Path, dtype: torch.dtype | None = None, packed: bool = False) -> BaseModel:
+    """Read the model at `path` (a directory with config.json, or a .gguf file).
+
+    Raises ModelError, naming the file, when it is missing, truncated or of an unknown family.
+    """
+    dtype = dtype or default_dtype()
+    if path.is_dir() and not (path / "config.json").exists():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not ggufs:
+            raise ModelError(f"{path}: no config.json and no .gguf in this directory")
+        path = ggufs[0]
+    if not path.exists():
+        raise ModelError(f"{path}: no such model; `coterie pull` fetches one")
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype, packed)
+    return _load_hf(path, dtype, packed)
+
+
+def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packed: bool) -> Decoder:
+    """Hugging Face names to ours, with the projections of a site stacked."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def take(name: str) -> Tensor:
+        if name not in raw:
+            raise ModelError(f"the weights lack {name}: is the download complete?")
+        return raw[name].to(device, dtype)
+
+    weights = {"embed": take("model.embed_tokens.weight"), "final_norm": take("model.norm.weight")}
+    if not config.tied:
+        weights["head"] = take("lm_head.weight")
+    for n in range(config.layers):
+        prefix = f"model.layers.{n}."
+        weights[f"{n}.attn_norm"] = take(prefix + "input_layernorm.weight")
+        weights[f"{n}.ffn_norm"] = take(prefix + "post_attention_layernorm.weight")
+        if config.qk_norm:
+            weights[f"{n}.q_norm"] = take(prefix + "self_attn.q_norm.weight")
+            weights[f"{n}.k_norm"] = take(prefix + "self_attn.k_norm.weight")
+        for site, block in (("qkv", "self_attn"), ("o", "self_attn"), ("gate_up", "mlp"), ("down", "mlp")):
+            names = [f"{prefix}{block}.{p}" for p, _ in config.site_outputs(site)]
+            weights[f"{n}.{site}"] = torch.cat([take(x + ".weight") for x in names])
+            if names[0] + ".bias" in raw:
+                weights[f"{n}.{site}.bias"] = torch.cat([take(x + ".bias") for x in names])
+    return Decoder(config, weights, packed)
+
+
+def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
+    try:
+        hf = json.loads((path / "config.json").read_text())
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ModelError(f"{path}: config.json or tokenizer.json cannot be read: {error}") from error
+    if hf.get("model_type") not in FAMILIES:
+        raise ModelError(f"{path}/config.json: model_type {hf.get('model_type')!r}; known: {', '.join(FAMILIES)}")
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    heads = hf["num_attention_heads"]
+    config = ModelConfig(
+        vocab=hf["vocab_size"], width=hf["hidden_size"], layers=hf["num_hidden_layers"], heads=heads,
+        kv_heads=hf.get("num_key_value_heads", heads), head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        ffn=hf["intermediate_size"], context=hf["max_position_embeddings"], eps=hf["rms_norm_eps"],
+        rope_theta=hf.get("rope_theta") or rope.get("rope_theta", 10000.0), rope_scaling=rope,
+        tied=hf.get("tie_word_embeddings", False), qk_norm=hf["model_type"] == "qwen3", family=hf["model_type"],
+    )  # fmt: skip
+    raw: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as f:
+                raw.update({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{file}: truncated or not safetensors ({error}); pull it again") from error
+    extra = path / "tokenizer_config.json"
+    settings = json.loads(extra.read_text()) if extra.exists() else {}
+    jinja = path / "chat_template.jinja"
+    template = jinja.read_text() if jinja.exists() else settings.get("chat_template", CHATML)
+    eos_ids = hf.get("eos_token_id", 2)
+    ends = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
+    end = tokenizer.token_to_id("<|im_end|>")
+    return BaseModel(
+        path.name, _fuse(config, raw, dtype, packed), tokenizer, template, frozenset(ends | ({end} if end else set())),
+        bos_token=_text(settings.get("bos_token")), eos_token=_text(settings.get("eos_token")),
+    )  # fmt: skip
+
+
+def _text(token: Any) -> str:
+    return token.get("content", "") if isinstance(token, dict) else token or ""
+
+
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+}  # fmt: skip
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
+    try:
+        reader = GGUFReader(path)
+        meta = {name: f.contents() for name, f in reader.fields.items()}
+        tensors = {t.name: t for t in reader.tensors}
+    except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
+        raise ModelError(f"{path}: truncated or not GGUF ({error}); pull it again") from error
+    family = meta["general.architecture"]
+    if family not in FAMILIES:
+        raise ModelError(f"{path}: architecture {family!r}; known: {', '.join(FAMILIES)}")
+
+    def fact(key: str, default: Any = None) -> Any:
+        return meta.get(f"{family}.{key}", default)
+
+    heads, width = fact("attention.head_count"), fact("embedding_length")
+    scaling = {"rope_type": "linear", "factor": fact("rope.scaling.factor")} if (
+        fact("rope.scaling.type") == "linear") else {}
+    config = ModelConfig(
+        vocab=len(meta["tokenizer.ggml.tokens"]), width=width, layers=fact("block_count"), heads=heads,
+        kv_heads=fact("attention.head_count_kv", heads), head_dim=fact("attention.key_length", width // heads),
+        ffn=fact("feed_forward_length"), context=fact("context_length"),
+        eps=fact("attention.layer_norm_rms_epsilon", 1e-5), rope_theta=fact("rope.freq_base", 10000.0),
+        rope_scaling=scaling, tied="output.weight" not in tensors, qk_norm=family == "qwen3", family=family,
+    )  # fmt: skip
+    raw: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        parts = stem.split(".")
+        known = GGUF_NAMES.get(parts[-1])
+        if known is None:
+            continue
+        layer = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
+        layer, known = (layer + known, "") if layer else (known, "")
+        value = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
+        if family == "llama" and parts[-1] in ("attn_q", "attn_k"):
+            # llama.cpp interleaves the rotary halves of q and k; put them back.
+            n = heads if parts[-1] == "attn_q" else config.kv_heads
+            value = value.view(n, value.shape[0] // n // 2, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+        raw[f"{layer}.{suffix}"] = value
+    tokens = meta["tokenizer.ggml.tokens"]
+    eos = meta.get("tokenizer.ggml.eos_token_id", 2)
+    bos = meta.get("tokenizer.ggml.bos_token_id", 1)
+    return BaseModel(
+        path.stem, _fuse(config, raw, dtype, packed), _gguf_tokenizer(meta, path),
+        meta.get("tokenizer.chat_template", CHATML), frozenset({eos}), tokens[bos], tokens[eos],
+    )  # fmt: skip
+
+
+def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
+    """The byte-level BPE tokenizer a GGUF file describes; `gpt2` is the kind of SmolLM2, Llama 3 and Qwen."""
+    if meta.get("tokenizer.ggml.model") != "gpt2":
+        raise ModelError(f"{path}: tokenizer {meta.get('tokenizer.ggml.model')!r} in GGUF is not byte-level BPE; "
+                         "use the Hugging Face directory of this model")  # fmt: skip
+    tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if meta.get("tokenizer.ggml.pre") == "smollm":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif meta.get("tokenizer.ggml.pre") in ("llama-bpe", "qwen2"):
+        digits = "{1,3}" if meta["tokenizer.ggml.pre"] == "llama-bpe" else ""
+        from tokenizers import Regex
+
+        pattern = Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        ])
+    else:
+        tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds, strict=True) if k == 3])
+    return tokenizer
