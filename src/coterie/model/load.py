@@ -3,16 +3,17 @@
 import json
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from coterie.errors import DataError, ModelError
@@ -23,6 +24,11 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@cache
+def _compile(template: str) -> Template:
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
 
 @dataclass
@@ -39,9 +45,8 @@ class BaseModel:
 
     def chat(self, messages: list[dict[str, str]], prompt: bool = True) -> str:
         """The conversation as text, by the model's chat template, in a sandbox."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
-            return env.from_string(self.template).render(
+            return _compile(self.template).render(
                 messages=messages, add_generation_prompt=prompt, bos_token=self.bos_token, eos_token=self.eos_token
             )
         except TemplateError as error:
@@ -217,8 +222,6 @@ def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     elif meta.get("tokenizer.ggml.pre") in ("llama-bpe", "qwen2"):
         digits = "{1,3}" if meta["tokenizer.ggml.pre"] == "llama-bpe" else ""
-        from tokenizers import Regex
-
         pattern = Regex(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
             + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,0 +1,177 @@
+"""The expert library: a versioned shelf of experts, one folder for each version.
+
+    experts/<name>/<version>/   adapter_model.safetensors, adapter_config.json (PEFT reads them as they are),
+                                expert.json (what it is and how it was made), evaluation.json, README.md (its card)
+    experts/<name>/current      the number of the version that answers
+
+Notable: a version is written aside and put in place by one rename, and `current` by another; a process killed at
+any point leaves either the old state or the new one. Versions are never changed, only added and removed.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+RESERVED = ("base", "auto")
+
+
+@dataclass(frozen=True)
+class ExpertFacts:
+    """What is known of one version of an expert; kept in its expert.json."""
+
+    name: str
+    kind: str = "lora"
+    version: int = 0
+    description: str = ""
+    system: str = ""  # the instruction it was trained with, given to requests that bring none
+    choices: tuple[str, ...] = ()  # the answers it may give; empty for free text
+    base: str = ""
+    fingerprint: str = ""  # of base, data and settings: `fit` trains again only when it changes
+    created: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Replace `file` by `text` in one step. Raises StorageError where the disk is full."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".tmp-", delete=False) as scratch:
+            scratch.write(text)
+            scratch.flush()
+            os.fsync(scratch.fileno())
+        os.replace(scratch.name, file)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def check_name(name: str) -> str:
+    """The name, if an expert may have it. Raises CoterieError."""
+    if not NAME.fullmatch(name) or name in RESERVED:
+        raise CoterieError(
+            f"{name!r} cannot name an expert: use small letters, digits, '-', '_', '.'; not {' or '.join(RESERVED)}"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Library:
+    """The shelf at `root`."""
+
+    root: Path
+
+    def names(self) -> list[str]:
+        """Names of the experts that have a current version."""
+        return sorted(p.parent.name for p in self.root.glob("*/current"))
+
+    def versions(self, name: str) -> list[int]:
+        """Version numbers of an expert, oldest first."""
+        return sorted(int(p.name) for p in (self.root / name).glob("*") if p.name.isdigit())
+
+    def current(self, name: str) -> int | None:
+        """The version of `name` that answers, or None."""
+        file = self.root / name / "current"
+        return int(file.read_text()) if NAME.fullmatch(name) and file.exists() else None
+
+    def folder(self, name: str, version: int | None = None) -> Path:
+        """The folder of a version, by default the current one. Raises UnknownExpert."""
+        version = version or self.current(name)
+        folder = self.root / name / str(version)
+        if version is None or not NAME.fullmatch(name) or not folder.is_dir():
+            known = ", ".join(self.names()) or "none yet; `coterie fit` trains them"
+            what = f"{name!r}" if version is None else f"version {version} of {name!r}"
+            raise UnknownExpert(f"there is no expert {what}; in the library: {known}")
+        return folder
+
+    def facts(self, name: str, version: int | None = None) -> ExpertFacts:
+        """What is known of a version. Raises UnknownExpert, or ModelError where its expert.json is damaged."""
+        file = self.folder(name, version) / "expert.json"
+        try:
+            raw = json.loads(file.read_text())
+            known = {f.name for f in fields(ExpertFacts)}
+            return ExpertFacts(**{k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{file}: damaged ({error}); remove this version or import it again") from error
+
+    def evaluation(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """The measurements published with a version; empty where there are none."""
+        file = self.folder(name, version) / "evaluation.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def publish(
+        self, facts: ExpertFacts, fill: Callable[[Path], None], evaluation: dict[str, Any] | None = None
+    ) -> ExpertFacts:
+        """Add a version, whose weights `fill` writes into the folder it is given, and make it current."""
+        shelf = self.root / check_name(facts.name)
+        shelf.mkdir(parents=True, exist_ok=True)
+        version = max(self.versions(facts.name), default=0) + 1
+        facts = ExpertFacts(**{**asdict(facts), "version": version})
+        scratch = Path(tempfile.mkdtemp(dir=shelf, prefix=".publish-"))
+        try:
+            fill(scratch)
+            write_atomic(scratch / "expert.json", json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
+            if evaluation is not None:
+                write_atomic(scratch / "evaluation.json", json.dumps(evaluation, indent=2) + "\n")
+            write_atomic(scratch / "README.md", card(facts, evaluation or {}))
+            for file in scratch.iterdir():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+            scratch.chmod(0o755)
+            os.rename(scratch, shelf / str(version))
+        except CoterieError:
+            raise
+        except Exception as error:  # safetensors raises its own kind for a full disk
+            raise StorageError(f"{shelf}: version {version} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.promote(facts.name, version)
+        self.sweep(facts.name)
+        return facts
+
+    def promote(self, name: str, version: int) -> None:
+        """Let `version` answer from now on; also how one rolls back. Raises UnknownExpert."""
+        self.folder(name, version)
+        write_atomic(self.root / name / "current", f"{version}\n")
+
+    def record(self, name: str, version: int, evaluation: dict[str, Any]) -> None:
+        """Add measurements to a version, and bring its card up to date."""
+        folder = self.folder(name, version)
+        merged = {**self.evaluation(name, version), **evaluation}
+        write_atomic(folder / "evaluation.json", json.dumps(merged, indent=2) + "\n")
+        write_atomic(folder / "README.md", card(self.facts(name, version), merged))
+
+    def remove(self, name: str) -> None:
+        """Take an expert with all its versions off the shelf. Raises UnknownExpert."""
+        self.folder(name)
+        gone = Path(tempfile.mkdtemp(dir=self.root, prefix=".removed-"))
+        os.rename(self.root / name, gone / name)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self, name: str) -> None:
+        """Delete what killed runs left of versions that were never published."""
+        for folder in (self.root / name).glob(".publish-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def card(facts: ExpertFacts, evaluation: dict[str, Any]) -> str:
+    """The model card of a version, in Markdown: what it is for, how it was made, how good it is."""
+    lines = [
+        "---", f"base_model: {facts.base}", "library_name: peft", "tags: [coterie, " + facts.kind + "]", "---", "",
+        f"# {facts.name}, version {facts.version}", "", facts.description or "No description was given.", "",
+        f"- Kind: {facts.kind}, on {facts.base}", f"- Made: {facts.created}",
+        f"- Instruction: {facts.system or 'none'}",
+    ]  # fmt: skip
+    if facts.choices:
+        lines.append(f"- Answers with one of {len(facts.choices)} choices")
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.training.items()]
+    lines += ["", "## Evaluation", ""]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in evaluation.items()] or ["Not evaluated."]
+    lines += ["", "Text is generated by a language model and may be wrong; tell people that they read one.", ""]
+    return "\n".join(lines)
