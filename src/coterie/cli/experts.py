@@ -1,0 +1,101 @@
+"""`coterie experts`: the expert library from the command line."""
+
+import shutil
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coterie.cli.show import result, table
+from coterie.errors import CoterieError
+
+app = typer.Typer(help="List, show, remove, import, export and roll back experts.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
+Name = Annotated[str, typer.Argument(help="Name of the expert.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command("list")
+def list_experts(folder: Folder = Path(), as_json: Json = False) -> None:
+    """The experts of the library and the version that answers."""
+    from coterie.business import Business, describe
+
+    found = describe(Business.open(folder))
+    rows = [[e["name"], str(e["version"]), e["kind"], e["description"]] for e in found]
+    result(found, as_json, table(["expert", "version", "kind", "description"], rows) if found else "no experts yet")
+
+
+@app.command()
+def show(
+    name: Name, folder: Folder = Path(),
+    version: Annotated[int | None, typer.Option(help="An older version.")] = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """An expert's card: what it is for, how it was made, how good it is."""
+    from coterie.business import Business
+
+    library = Business.open(folder).library
+    facts = library.facts(name, version)
+    value = {**asdict(facts), "evaluation": library.evaluation(name, version), "versions": library.versions(name)}
+    result(value, as_json, (library.folder(name, version) / "README.md").read_text())
+
+
+@app.command()
+def remove(name: Name, folder: Folder = Path(), as_json: Json = False) -> None:
+    """Take an expert with all its versions off the shelf."""
+    from coterie.business import Business
+
+    Business.open(folder).library.remove(name)
+    result({"removed": name}, as_json, f"{name} is removed")
+
+
+@app.command()
+def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = False) -> None:
+    """Let another version answer: how one rolls back."""
+    from coterie.business import Business
+
+    Business.open(folder).library.promote(name, version)
+    result({"expert": name, "version": version}, as_json, f"{name}: version {version} answers from now on")
+
+
+@app.command("import")
+def import_expert(
+    name: Name,
+    source: Annotated[Path, typer.Argument(help="Folder in PEFT's format (adapter_config.json and .safetensors).")],
+    folder: Folder = Path(),
+    description: Annotated[str, typer.Option(help="What it is for.")] = "",
+    system: Annotated[str, typer.Option(help="Instruction for requests that bring none.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Put a LoRA adapter made elsewhere on the shelf."""
+    from coterie.business import Business
+    from coterie.experts import lora
+    from coterie.experts.library import ExpertFacts
+
+    business = Business.open(folder)
+    expert = lora.load(source, business.base().decoder.config)
+    base = business.config.business.base
+    facts = ExpertFacts(name, description=description, system=system, base=base,
+                        created=datetime.now(UTC).isoformat(timespec="seconds"),
+                        training={"imported_from": str(source), "rank": expert.config.rank})  # fmt: skip
+    facts = business.library.publish(facts, lambda to: lora.save(expert, to, base))
+    result(asdict(facts), as_json, f"{name}: version {facts.version} imported")
+
+
+@app.command()
+def export(
+    name: Name,
+    target: Annotated[Path, typer.Argument(help="A new folder, which PEFT can load.")],
+    folder: Folder = Path(),
+    version: Annotated[int | None, typer.Option(help="An older version.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a version out in PEFT's format."""
+    from coterie.business import Business
+
+    source = Business.open(folder).library.folder(name, version)
+    if target.exists():
+        raise CoterieError(f"{target}: already there; name a new folder")
+    shutil.copytree(source, target)
+    result({"path": str(target)}, as_json, str(target))

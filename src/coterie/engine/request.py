@@ -1,0 +1,103 @@
+"""What a caller asks of the engine, and the handle on which the answer arrives."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from coterie.engine.constrain import Constraint
+from coterie.errors import CoterieError
+
+Adapter = tuple[str, int]  # name and version of an expert
+Callback = Callable[["Piece"], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave all tokens in."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # how many alternatives to report beside each token; None: no log-probabilities
+    constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        """Raises CoterieError, naming the field and what it may be."""
+        for name, good, want in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 2, "between 0 and 2"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("stop", len(self.stop) <= 16 and all(self.stop), "at most 16 texts, none empty"),
+        ):
+            if not good:
+                raise CoterieError(f"{name} must be {want}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """One generated token, its log-probability in nats, and the likeliest alternatives."""
+
+    id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of a generation: text that is now certain; `finish` says why it ended (stop, length, cancelled, error)."""
+
+    text: str
+    tokens: tuple[TokenChoice, ...] = ()
+    finish: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request under way. Iterate over it for its pieces, or call `text()` to wait for all of it."""
+
+    prompt: list[int]
+    sampling: Sampling
+    adapter: Adapter | None = None
+    on_piece: Callback | None = None
+    generated: list[int] = field(default_factory=list)
+    finish: str | None = None
+    asked_at: float = field(default_factory=time.monotonic)
+    first_at: float | None = None
+    _pieces: queue.SimpleQueue[Piece] = field(default_factory=queue.SimpleQueue)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Ask the engine to stop; the last piece will say `cancelled`."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def emit(self, piece: Piece) -> None:
+        """Called by the engine's thread."""
+        if piece.finish:
+            self.finish = piece.finish
+        (self.on_piece or self._pieces.put)(piece)
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            piece = self._pieces.get()
+            if piece.error:
+                raise piece.error
+            yield piece
+            if piece.finish:
+                return
+
+    def text(self) -> str:
+        """All of the answer, once it is complete."""
+        return "".join(piece.text for piece in self)

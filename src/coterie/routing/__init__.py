@@ -1,0 +1,1 @@
+"""Which expert a request wakes. Never generates."""
