@@ -35,9 +35,7 @@ class Answerer:
         """Load the base model and start the engine."""
         return cls(business, business.engine(tell))
 
-    def chat(
-        self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None
-    ) -> Answer:
+    def chat(self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None) -> Answer:
         """Answer a conversation. `who` is an expert's name, "base", or "auto".
 
         An expert brings its own instruction where the conversation has none, and answers with one of its choices
@@ -72,8 +70,8 @@ class Answerer:
             profile = self._profiles[key]
             if profile:
                 profiles[name] = profile
-        name, similarity = route(self.engine.base, profiles, question)
-        return (library.facts(name) if name else None), similarity
+        nearest, similarity = route(self.engine.base, profiles, question)
+        return (library.facts(nearest) if nearest else None), similarity
 
     def _submit(
         self, prompt: list[int], sampling: Sampling, facts: ExpertFacts | None, who: str,
@@ -81,4 +79,6 @@ class Answerer:
     ) -> Answer:  # fmt: skip
         adapter = (facts.name, facts.version) if facts else None
         generation = self.engine.submit(prompt, sampling, adapter, on_piece)
-        return Answer(generation, facts.name if facts else None, facts.version if facts else None, who == "auto", similarity)
+        return Answer(
+            generation, facts.name if facts else None, facts.version if facts else None, who == "auto", similarity
+        )

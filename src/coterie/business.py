@@ -121,9 +121,7 @@ def fit(
             yield _fit_one(business, name, mark, tell, lambda p, name=name: progress(name, p))  # type: ignore[misc]
 
 
-def _fit_one(
-    business: Business, name: str, mark: str, tell: Tell, progress: Callable[[Progress], None]
-) -> Fitted:
+def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Callable[[Progress], None]) -> Fitted:
     spec, how = business.spec(name), business.spec(name).training
     work = business.folder / ".coterie" / "runs" / f"{name}-{mark}"
     base = business.base(tell)
@@ -186,7 +184,11 @@ def _fit_one(
 
 
 def compare(
-    business: Business, name: str, examples: list[Example], what: str, tell: Callable[[str, int], None] = lambda _n, _i: None
+    business: Business,
+    name: str,
+    examples: list[Example],
+    what: str,
+    tell: Callable[[str, int], None] = lambda _n, _i: None,
 ) -> dict[str, Any]:
     """Answers of the base model and of the current version to the same examples, measured alike."""
     facts = business.library.facts(name)
@@ -196,7 +198,12 @@ def compare(
     try:
         for who, adapter in (("base", None), (name, (name, facts.version))):
             figures, _ = evaluate(
-                engine, examples, adapter, facts.choices, longest + 8, lambda i, who=who: tell(who, i)  # type: ignore[misc]
+                engine,
+                examples,
+                adapter,
+                facts.choices,
+                longest + 8,
+                lambda i, who=who: tell(who, i),  # type: ignore[misc]
             )
             out["base" if adapter is None else "expert"] = figures
     finally:

@@ -2,17 +2,17 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel as Record
 from pydantic import ConfigDict, Field, ValidationError
 
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
-from coterie.experts.lora import BLOCKS
 from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class _Strict(Record):
@@ -24,8 +24,8 @@ class LoraSpec(_Strict):
 
     rank: int = Field(16, ge=1, le=256, description="rank of the low-rank change")
     alpha: float = Field(32, gt=0, description="strength: the change is scaled by alpha / rank")
-    targets: list[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]] = Field(
-        list(BLOCKS), min_length=1, description="projections that the expert changes"
+    targets: list[Projection] = Field(
+        list(get_args(Projection)), min_length=1, description="projections that the expert changes"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
 
@@ -51,9 +51,7 @@ class ExpertSpec(_Strict):
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
     train: list[str] | str = Field(description="data files (.jsonl, .csv, .parquet), relative to the folder")
     test: list[str] | str = Field([], description="data only to measure; its near-duplicates leave the training data")
-    columns: dict[Literal["prompt", "completion", "messages", "system"], str] = Field(
-        {}, description="which column of the file holds prompt and completion, or messages"
-    )
+    columns: dict[str, str] = Field({}, description="which column of the file holds prompt and completion, or messages")
     choices: bool = Field(False, description="answer only with completions seen in training (classification)")
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()

@@ -51,7 +51,9 @@ def pull(
 @app.command()
 def fit(
     folder: Folder = Path(),
-    expert: Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train and publish the declared experts that changed. Goes on where a stopped run left off."""
@@ -84,7 +86,9 @@ def _figure(name: str, v: dict[str, float]) -> str:
 @app.command("eval")
 def evaluate(
     folder: Folder = Path(),
-    expert: Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Measure on this file; default: the declared test data.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all.")] = 0,
     as_json: Json = False,
@@ -104,7 +108,7 @@ def evaluate(
             examples = list(islice(business.examples(name, listed), limit or None))
             if not examples:
                 if data or expert:
-                    raise DataError(f"{name}: no test rows; declare test = \"...\" in coterie.toml, or give --data")
+                    raise DataError(f'{name}: no test rows; declare test = "..." in coterie.toml, or give --data')
                 tell(f"{name}: declares no test data; skipped")
                 continue
             figures = compare(
@@ -117,9 +121,11 @@ def evaluate(
     rows = []
     for d in done:
         for who in ("base", "expert"):
-            figures = d[who]
-            shown_figures = [_figure(k, v) if isinstance(v, dict) else f"{k} {v:.1%}" for k, v in figures.items() if k != "rows"]
-            rows.append([d["expert"] if who == "expert" else "base model", str(figures["rows"]), ", ".join(shown_figures)])
+            parts = {k: v for k, v in d[who].items() if k != "rows"}
+            said = [
+                _figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in parts.items()
+            ]
+            rows.append([d["expert"] if who == "expert" else "base model", str(d[who]["rows"]), ", ".join(said)])
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 

@@ -114,8 +114,10 @@ def _example(row: dict[str, Any], columns: Mapping[str, str], where: str, system
     if "messages" in columns or ("messages" in row and "prompt" not in columns):
         messages = _messages(cell("messages"), where)
     else:
-        messages = [{"role": "user", "content": _text(cell("prompt"), columns.get("prompt", "prompt"), where)},
-                    {"role": "assistant", "content": _text(cell("completion"), columns.get("completion", "completion"), where)}]  # fmt: skip
+        messages = [
+            {"role": role, "content": _text(cell(field), columns.get(field, field), where)}
+            for role, field in (("user", "prompt"), ("assistant", "completion"))
+        ]
     instruction = cell("system", required=False) or system
     if instruction and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(instruction, "system", where)})
@@ -135,7 +137,8 @@ def _messages(value: Any, where: str) -> list[Message]:
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise DataError(f"{where}: message {n} needs a role, one of {', '.join(ROLES)}")
-        out.append({"role": message["role"], "content": _text(message.get("content"), f"content of message {n}", where)})
+        content = _text(message.get("content"), f"content of message {n}", where)
+        out.append({"role": message["role"], "content": content})
     if out[-1]["role"] != "assistant":
         raise DataError(f"{where}: the last message must be the assistant's, the answer to learn")
     return out

@@ -112,6 +112,11 @@ class Engine:
             self._wake.notify()
         return request
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def load_numbers(self) -> tuple[int, int]:
         """How many requests run, and how many wait."""
         return len(self._running), len(self._waiting)

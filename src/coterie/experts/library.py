@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Library:
         shelf = self.root / check_name(facts.name)
         shelf.mkdir(parents=True, exist_ok=True)
         version = max(self.versions(facts.name), default=0) + 1
-        facts = ExpertFacts(**{**asdict(facts), "version": version})
+        facts = replace(facts, version=version)
         scratch = Path(tempfile.mkdtemp(dir=shelf, prefix=".publish-"))
         try:
             fill(scratch)

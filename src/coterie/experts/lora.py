@@ -24,6 +24,7 @@ BLOCKS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
+UNSERVED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -181,7 +182,7 @@ def load(folder: Path, model: ModelConfig) -> Lora:
 def _config(facts: dict[str, Any], file: Path) -> LoraConfig:
     if facts.get("peft_type") != "LORA":
         raise ModelError(f"{file}: peft_type {facts.get('peft_type')!r}; only LORA can be imported")
-    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform"):
+    for field in UNSERVED:
         if facts.get(field):
             raise ModelError(f"{file}: {field} is set, which this version cannot serve")
     if facts.get("bias", "none") != "none":

@@ -233,6 +233,7 @@ class KVCache:
             keys, values = self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
             keys, values = (t[: len(slots)] if whole else t[slots] for t in (keys, values))
             grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D)
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
+            mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
+            return mixed
 
         return attend

@@ -176,8 +176,11 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         return meta.get(f"{family}.{key}", default)
 
     heads, width = fact("attention.head_count"), fact("embedding_length")
-    scaling = {"rope_type": "linear", "factor": fact("rope.scaling.factor")} if (
-        fact("rope.scaling.type") == "linear") else {}
+    scaling = (
+        {"rope_type": "linear", "factor": fact("rope.scaling.factor")}
+        if (fact("rope.scaling.type") == "linear")
+        else {}
+    )
     config = ModelConfig(
         vocab=len(meta["tokenizer.ggml.tokens"]), width=width, layers=fact("block_count"), heads=heads,
         kv_heads=fact("attention.head_count_kv", heads), head_dim=fact("attention.key_length", width // heads),
@@ -223,12 +226,16 @@ def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
     elif meta.get("tokenizer.ggml.pre") in ("llama-bpe", "qwen2"):
         digits = "{1,3}" if meta["tokenizer.ggml.pre"] == "llama-bpe" else ""
         pattern = Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            + digits
             + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        ])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(pattern, "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     else:
         tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()

@@ -92,13 +92,15 @@ def route(base: BaseModel, profiles: dict[str, Profile], text: str) -> tuple[str
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
-    return (x / np.maximum(norm, 1e-9)).astype(np.float32)
+    unit: NDArray[np.float32] = (x / np.maximum(norm, 1e-9)).astype(np.float32)
+    return unit
 
 
 def _nearest(similarities: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean of the NEAREST highest in each row."""
     k = min(NEAREST, similarities.shape[-1])
-    return np.partition(similarities, -k, axis=-1)[..., -k:].mean(axis=-1)
+    nearest: NDArray[np.float32] = np.partition(similarities, -k, axis=-1)[..., -k:].mean(axis=-1)
+    return nearest
 
 
 # Everyday sentences on many subjects: their mean is what all embeddings share, and is taken away.

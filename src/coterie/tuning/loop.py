@@ -141,7 +141,8 @@ def train(
             for n, batch in enumerate(batches(lengths, settings.batch, settings.seed * 1_000_003 + epoch)):
                 if epoch * per_epoch + n < step:
                     continue
-                loss, tokens = _step(decoder, lora, data, np.array(rows)[batch], optimizer, settings, step / steps, steps)
+                chosen = np.array(rows)[batch]
+                loss, tokens = _step(decoder, lora, data, chosen, optimizer, settings, step / steps, steps)
                 step += 1
                 outcome.losses.append(loss)
                 outcome.tokens, outcome.examples = outcome.tokens + tokens, outcome.examples + len(batch)
@@ -201,9 +202,7 @@ def _micro_batches(
     return groups
 
 
-def _save(
-    file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int, outcome: Outcome
-) -> None:
+def _save(file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int, outcome: Outcome) -> None:
     """Weights, moments and counters in one file, put in place by a rename."""
     state = {f"weight:{k}": p.detach().cpu() for k, p in params.items()}
     for k, p in params.items():
@@ -223,9 +222,7 @@ def _save(
         raise StorageError(f"{file}: the checkpoint cannot be written: {error}") from error
 
 
-def _restore(
-    file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, outcome: Outcome
-) -> int:
+def _restore(file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, outcome: Outcome) -> int:
     """Bring everything back as `_save` left it; the step to go on from, 0 without a checkpoint."""
     if not file.exists():
         return 0
