@@ -3,7 +3,7 @@ PY := .venv/bin/python
 SHOP ?= shop
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test test-all check bench clean
+.PHONY: run test test-all check bench lock clean
 run: .venv/ready
 	test -f $(SHOP)/coterie.toml || .venv/bin/coterie init --example $(SHOP)
 	.venv/bin/coterie fit $(SHOP)
@@ -35,6 +35,11 @@ bench: .venv/ready-test
 .venv/ready-test: .venv/ready requirements-test.lock
 	$(PY) -m pip install -q --no-deps --require-hashes -r requirements-test.lock
 	touch $@
+
+# Needs uv (pip install uv). Run after changing the dependencies in pyproject.toml.
+lock:
+	uv pip compile -q pyproject.toml -o requirements.lock
+	uv pip compile -q pyproject.toml --extra test -c requirements.lock -o requirements-test.lock
 
 clean:
 	rm -rf .venv

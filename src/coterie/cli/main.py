@@ -94,6 +94,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure base model and experts on test data, with 95% confidence intervals, and keep the figures."""
+    from functools import partial
     from itertools import islice
 
     from coterie.business import Business, compare
@@ -111,10 +112,8 @@ def evaluate(
                     raise DataError(f'{name}: no test rows; declare test = "..." in coterie.toml, or give --data')
                 tell(f"{name}: declares no test data; skipped")
                 continue
-            figures = compare(
-                business, name, examples, "test",
-                lambda who, i, n=len(examples): shown.count(f"{who} answers", i, n),  # type: ignore[misc]
-            )  # fmt: skip
+            count = partial(shown.count, total=len(examples))
+            figures = compare(business, name, examples, "test", lambda who, i, c=count: c(f"{who} answers", i))  # type: ignore[misc]
             if not data and not limit:
                 business.library.record(name, facts.version, figures)
             done.append({"expert": name, "version": facts.version, **figures["test"]})

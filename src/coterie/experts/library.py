@@ -82,7 +82,7 @@ class Library:
 
     def folder(self, name: str, version: int | None = None) -> Path:
         """The folder of a version, by default the current one. Raises UnknownExpert."""
-        version = version or self.current(name)
+        version = self.current(name) if version is None else version
         folder = self.root / name / str(version)
         if version is None or not NAME.fullmatch(name) or not folder.is_dir():
             known = ", ".join(self.names()) or "none yet; `coterie fit` trains them"
@@ -96,7 +96,8 @@ class Library:
         try:
             raw = json.loads(file.read_text())
             known = {f.name for f in fields(ExpertFacts)}
-            return ExpertFacts(**{k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known})
+            facts: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known}
+            return ExpertFacts(**facts)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{file}: damaged ({error}); remove this version or import it again") from error
 
@@ -110,10 +111,13 @@ class Library:
     ) -> ExpertFacts:
         """Add a version, whose weights `fill` writes into the folder it is given, and make it current."""
         shelf = self.root / check_name(facts.name)
-        shelf.mkdir(parents=True, exist_ok=True)
         version = max(self.versions(facts.name), default=0) + 1
         facts = replace(facts, version=version)
-        scratch = Path(tempfile.mkdtemp(dir=shelf, prefix=".publish-"))
+        try:
+            shelf.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=shelf, prefix=".publish-"))
+        except OSError as error:
+            raise StorageError(f"{shelf}: cannot be written ({error.strerror})") from error
         try:
             fill(scratch)
             write_atomic(scratch / "expert.json", json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")

@@ -24,7 +24,10 @@ BLOCKS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
-UNSERVED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform")
+UNSERVED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform",
+    "alora_invocation_tokens", "use_qalora",
+)  # fmt: skip
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -159,10 +162,11 @@ def save(lora: Lora, folder: Path, base: str) -> None:
 def load(folder: Path, model: ModelConfig) -> Lora:
     """Read an expert in PEFT's format. Raises ModelError where it is damaged, of another kind or another base."""
     try:
-        facts = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / CONFIG}: cannot be read as a PEFT adapter's configuration: {error}") from error
-    config = _config(facts, folder / CONFIG)
+        config = _config(json.loads((folder / CONFIG).read_text()), folder / CONFIG)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / CONFIG}: not a PEFT adapter's configuration ({type(error).__name__}: {error})"
+        ) from error
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -187,8 +191,13 @@ def _config(facts: dict[str, Any], file: Path) -> LoraConfig:
             raise ModelError(f"{file}: {field} is set, which this version cannot serve")
     if facts.get("bias", "none") != "none":
         raise ModelError(f"{file}: bias={facts['bias']!r}; only 'none' can be served")
+    for field in ("r", "lora_alpha"):
+        if not isinstance(facts.get(field), int | float):
+            raise ModelError(f"{file}: {field!r} is {facts.get(field)!r}, not a number")
     targets = facts.get("target_modules") or []
     targets = list(BLOCKS) if targets == "all-linear" else targets
+    if isinstance(targets, list):  # PEFT also writes whole paths; `load` sees to it that every layer is there
+        targets = [t.rpartition(".")[2] for t in targets]
     if isinstance(targets, str) or not targets or not set(targets) <= BLOCKS.keys():
         raise ModelError(f"{file}: target_modules {targets!r}; known: {', '.join(BLOCKS)}")
     return LoraConfig(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +20,7 @@ from coterie.errors import DataError, ModelError
 from coterie.model.decoder import Decoder, ModelConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPES = ("default", "linear", "llama3", "dynamic")  # dynamic changes nothing within the context, and we stay there
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,7 +29,17 @@ CHATML = (
 
 @cache
 def _compile(template: str) -> Template:
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    """With what Hugging Face's templates may use: loop controls, raise_exception, a `tojson` that escapes nothing."""
+
+    def refuse(message: str) -> None:
+        raise TemplateRuntimeError(message)
+
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    sandbox.globals["raise_exception"] = refuse
+    sandbox.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    return sandbox.from_string(template)
 
 
 @dataclass
@@ -49,7 +60,7 @@ class BaseModel:
             return _compile(self.template).render(
                 messages=messages, add_generation_prompt=prompt, bos_token=self.bos_token, eos_token=self.eos_token
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program that came with the model: it may fail in any way
             raise DataError(f"the chat template of {self.name} refuses these messages: {error}") from error
 
     def encode(self, text: str) -> list[int]:
@@ -84,18 +95,34 @@ def load(path: Path, dtype: torch.dtype | None = None, packed: bool = False) -> 
     return _load_hf(path, dtype, packed)
 
 
-def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packed: bool) -> Decoder:
+class _Facts(dict[str, Any]):
+    """What a file says of its model. Asking for a fact that it lacks raises ModelError."""
+
+    def __init__(self, facts: dict[str, Any], where: Path) -> None:
+        super().__init__(facts)
+        self.where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise ModelError(f"{self.where}: lacks {key!r}: is the download complete?")
+
+
+def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packed: bool, where: Path) -> Decoder:
     """Hugging Face names to ours, with the projections of a site stacked."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def take(name: str) -> Tensor:
+    def take(name: str, *shape: int) -> Tensor:
         if name not in raw:
-            raise ModelError(f"the weights lack {name}: is the download complete?")
+            raise ModelError(f"{where}: the weights lack {name}: is the download complete?")
+        if shape and tuple(raw[name].shape) != shape:
+            raise ModelError(f"{where}: {name} is {tuple(raw[name].shape)}, its configuration says {shape}")
         return raw[name].to(device, dtype)
 
-    weights = {"embed": take("model.embed_tokens.weight"), "final_norm": take("model.norm.weight")}
+    weights = {
+        "embed": take("model.embed_tokens.weight", config.vocab, config.width),
+        "final_norm": take("model.norm.weight", config.width),
+    }
     if not config.tied:
-        weights["head"] = take("lm_head.weight")
+        weights["head"] = take("lm_head.weight", config.vocab, config.width)
     for n in range(config.layers):
         prefix = f"model.layers.{n}."
         weights[f"{n}.attn_norm"] = take(prefix + "input_layernorm.weight")
@@ -104,27 +131,35 @@ def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packe
             weights[f"{n}.q_norm"] = take(prefix + "self_attn.q_norm.weight")
             weights[f"{n}.k_norm"] = take(prefix + "self_attn.k_norm.weight")
         for site, block in (("qkv", "self_attn"), ("o", "self_attn"), ("gate_up", "mlp"), ("down", "mlp")):
-            names = [f"{prefix}{block}.{p}" for p, _ in config.site_outputs(site)]
-            weights[f"{n}.{site}"] = torch.cat([take(x + ".weight") for x in names])
-            if names[0] + ".bias" in raw:
-                weights[f"{n}.{site}.bias"] = torch.cat([take(x + ".bias") for x in names])
+            sizes = {f"{prefix}{block}.{p}": size for p, size in config.site_outputs(site)}
+            wide = config.site_input(site)
+            weights[f"{n}.{site}"] = torch.cat([take(x + ".weight", size, wide) for x, size in sizes.items()])
+            if next(iter(sizes)) + ".bias" in raw:
+                weights[f"{n}.{site}.bias"] = torch.cat([take(x + ".bias", size) for x, size in sizes.items()])
     return Decoder(config, weights, packed)
 
 
 def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     try:
-        hf = json.loads((path / "config.json").read_text())
+        hf = _Facts(json.loads((path / "config.json").read_text()), path / "config.json")
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        extra = path / "tokenizer_config.json"
+        settings = json.loads(extra.read_text()) if extra.exists() else {}
     except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"{path}: config.json or tokenizer.json cannot be read: {error}") from error
+        raise ModelError(
+            f"{path}: config.json, tokenizer.json or tokenizer_config.json cannot be read: {error}"
+        ) from error
     if hf.get("model_type") not in FAMILIES:
         raise ModelError(f"{path}/config.json: model_type {hf.get('model_type')!r}; known: {', '.join(FAMILIES)}")
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    _check_known(hf, rope)
+    windowed = hf["model_type"] == "mistral" or hf.get("use_sliding_window")
+    window = (hf.get("sliding_window") if windowed else None) or hf["max_position_embeddings"]
     heads = hf["num_attention_heads"]
     config = ModelConfig(
         vocab=hf["vocab_size"], width=hf["hidden_size"], layers=hf["num_hidden_layers"], heads=heads,
         kv_heads=hf.get("num_key_value_heads", heads), head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        ffn=hf["intermediate_size"], context=hf["max_position_embeddings"], eps=hf["rms_norm_eps"],
+        ffn=hf["intermediate_size"], context=min(window, hf["max_position_embeddings"]), eps=hf["rms_norm_eps"],
         rope_theta=hf.get("rope_theta") or rope.get("rope_theta", 10000.0), rope_scaling=rope,
         tied=hf.get("tie_word_embeddings", False), qk_norm=hf["model_type"] == "qwen3", family=hf["model_type"],
     )  # fmt: skip
@@ -135,17 +170,32 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
                 raw.update({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise ModelError(f"{file}: truncated or not safetensors ({error}); pull it again") from error
-    extra = path / "tokenizer_config.json"
-    settings = json.loads(extra.read_text()) if extra.exists() else {}
+    if not raw:
+        raise ModelError(f"{path}: no .safetensors here; weights in pickle files (.bin, .pt) are not opened, because "
+                         "they can run programs: convert them")  # fmt: skip
     jinja = path / "chat_template.jinja"
     template = jinja.read_text() if jinja.exists() else settings.get("chat_template", CHATML)
-    eos_ids = hf.get("eos_token_id", 2)
+    eos_ids = hf.get("eos_token_id")
     ends = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
-    end = tokenizer.token_to_id("<|im_end|>")
+    eos_token = _text(settings.get("eos_token"))
+    ends |= {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id(eos_token)}
     return BaseModel(
-        path.name, _fuse(config, raw, dtype, packed), tokenizer, template, frozenset(ends | ({end} if end else set())),
-        bos_token=_text(settings.get("bos_token")), eos_token=_text(settings.get("eos_token")),
+        path.name, _fuse(config, raw, dtype, packed, path), tokenizer, template, frozenset(ends - {None}),
+        bos_token=_text(settings.get("bos_token")), eos_token=eos_token,
     )  # fmt: skip
+
+
+def _check_known(hf: _Facts, rope: dict[str, Any]) -> None:
+    """Raise ModelError where the config asks for arithmetic that the decoder does not do."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    activation = hf.get("hidden_act", "silu")
+    for good, what in (
+        (kind in ROPES, f"rope type {kind!r}; known: {', '.join(ROPES)}"),
+        (activation == "silu", f"hidden_act {activation!r}; known: silu"),
+        (not hf.get("quantization_config"), "quantised weights; use the model's plain safetensors, or a GGUF file"),
+    ):
+        if not good:
+            raise ModelError(f"{hf.where}: {what}")
 
 
 def _text(token: Any) -> str:
@@ -164,7 +214,7 @@ GGUF_NAMES = {
 def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     try:
         reader = GGUFReader(path)
-        meta = {name: f.contents() for name, f in reader.fields.items()}
+        meta = _Facts({name: f.contents() for name, f in reader.fields.items()}, path)
         tensors = {t.name: t for t in reader.tensors}
     except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path}: truncated or not GGUF ({error}); pull it again") from error
@@ -172,19 +222,21 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     if family not in FAMILIES:
         raise ModelError(f"{path}: architecture {family!r}; known: {', '.join(FAMILIES)}")
 
-    def fact(key: str, default: Any = None) -> Any:
-        return meta.get(f"{family}.{key}", default)
+    def fact(key: str, *default: Any) -> Any:
+        return meta.get(f"{family}.{key}", *default) if default else meta[f"{family}.{key}"]
 
-    heads, width = fact("attention.head_count"), fact("embedding_length")
-    scaling = (
-        {"rope_type": "linear", "factor": fact("rope.scaling.factor")}
-        if (fact("rope.scaling.type") == "linear")
-        else {}
-    )
+    heads, width, context = fact("attention.head_count"), fact("embedding_length"), fact("context_length")
+    scaling: dict[str, Any] = {}
+    if fact("rope.scaling.type", "none") not in ("none", "linear"):
+        raise ModelError(f"{path}: rope scaling {fact('rope.scaling.type')!r}; known: linear")
+    if fact("rope.scaling.type", "none") == "linear":
+        scaling = {"rope_type": "linear", "factor": fact("rope.scaling.factor")}
+    elif "rope_freqs.weight" in tensors:  # how a converter writes Llama 3's stretched positions
+        scaling = {"rope_type": "divided", "by": tensors["rope_freqs.weight"].data.tolist()}
     config = ModelConfig(
         vocab=len(meta["tokenizer.ggml.tokens"]), width=width, layers=fact("block_count"), heads=heads,
         kv_heads=fact("attention.head_count_kv", heads), head_dim=fact("attention.key_length", width // heads),
-        ffn=fact("feed_forward_length"), context=fact("context_length"),
+        ffn=fact("feed_forward_length"), context=min(context, fact("attention.sliding_window", context)),
         eps=fact("attention.layer_norm_rms_epsilon", 1e-5), rope_theta=fact("rope.freq_base", 10000.0),
         rope_scaling=scaling, tied="output.weight" not in tensors, qk_norm=family == "qwen3", family=family,
     )  # fmt: skip
@@ -197,7 +249,10 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
             continue
         layer = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
         layer, known = (layer + known, "") if layer else (known, "")
-        value = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
+        try:
+            value = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
+        except NotImplementedError as error:
+            raise ModelError(f"{path}: {name} is of type {t.tensor_type.name}, which cannot be read") from error
         if family == "llama" and parts[-1] in ("attn_q", "attn_k"):
             # llama.cpp interleaves the rotary halves of q and k; put them back.
             n = heads if parts[-1] == "attn_q" else config.kv_heads
@@ -207,12 +262,12 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     eos = meta.get("tokenizer.ggml.eos_token_id", 2)
     bos = meta.get("tokenizer.ggml.bos_token_id", 1)
     return BaseModel(
-        path.stem, _fuse(config, raw, dtype, packed), _gguf_tokenizer(meta, path),
+        path.stem, _fuse(config, raw, dtype, packed, path), _gguf_tokenizer(meta, path),
         meta.get("tokenizer.chat_template", CHATML), frozenset({eos}), tokens[bos], tokens[eos],
     )  # fmt: skip
 
 
-def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
+def _gguf_tokenizer(meta: _Facts, path: Path) -> Tokenizer:
     """The byte-level BPE tokenizer a GGUF file describes; `gpt2` is the kind of SmolLM2, Llama 3 and Qwen."""
     if meta.get("tokenizer.ggml.model") != "gpt2":
         raise ModelError(f"{path}: tokenizer {meta.get('tokenizer.ggml.model')!r} in GGUF is not byte-level BPE; "
@@ -240,4 +295,5 @@ def _gguf_tokenizer(meta: dict[str, Any], path: Path) -> Tokenizer:
         tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t, k in zip(tokens, kinds, strict=True) if k == 3])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == 4])
     return tokenizer

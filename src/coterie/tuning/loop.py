@@ -173,7 +173,7 @@ def _step(
     total = 0.0
     for part in parts:
         loss, _ = completion_loss(decoder, lora, part)
-        (loss / count).backward()  # type: ignore[no-untyped-call]
+        (loss / count).backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(lora.weights.values(), settings.clip)
     warmup = max(settings.warmup, 1 / steps)

@@ -260,7 +260,8 @@ class _EngineMetrics:
         yield GaugeMetricFamily("coterie_requests_waiting", "Requests in the queue", waiting)
         for name, about, value in (
             ("requests", "Requests accepted", s.requests), ("rejected", "Requests refused with 429", s.rejected),
-            ("prompt_tokens", "Tokens read", s.prompt_tokens), ("generated_tokens", "Tokens written", s.generated_tokens),
+            ("prompt_tokens", "Tokens read", s.prompt_tokens),
+            ("generated_tokens", "Tokens written", s.generated_tokens),
             ("decode_steps", "Steps of the engine", s.steps), ("busy_seconds", "Seconds computing", s.busy_seconds),
         ):  # fmt: skip
             yield CounterMetricFamily(f"coterie_{name}", about, value)

@@ -1,0 +1,102 @@
+"""What several tests need: a tokenizer trained on the spot, a GGUF writer, and plain forward passes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from coterie.model.decoder import Delta, attend_packed, packed_positions
+from coterie.model.load import BaseModel
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.", "Which color has the sky? The sky is blue.",
+    "Name the color of a ripe tomato: red.", "Hello, I am Ada. Welcome, Ada!", "Good day, where is my order?",
+    "system user assistant", "The grass is green and the lemon is yellow.", "What color has the sea in the morning?",
+)  # fmt: skip
+
+
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer of a few hundred tokens, able to spell anything."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def logits_of(base: BaseModel, rows: list[list[int]], delta: Delta | None = None) -> list[Tensor]:
+    """Scores (tokens, vocab) of each row, all rows packed into one forward."""
+    lengths, device = [len(row) for row in rows], base.decoder.device
+    ids = torch.tensor([t for row in rows for t in row], device=device)
+    with torch.no_grad():
+        hidden = base.decoder.forward(ids, packed_positions(lengths, device), attend_packed(lengths), delta)
+        return list(base.decoder.logits(hidden).cpu().split(lengths))
+
+
+def random_rows(base: BaseModel, lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Rows of random tokens."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, base.decoder.config.vocab, n).tolist() for n in lengths]
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k as llama.cpp's converter stores them (`LlamaModel.permute` in convert_hf_to_gguf.py)."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def write_gguf(
+    path: Path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]], tokenizer: Tokenizer,
+    facts: dict[str, Any], family: str = "llama", pre: str = "default", kinds: dict[str, int] | None = None,
+) -> Path:  # fmt: skip
+    """A GGUF file of `tensors`, each the bytes of a quantised matrix and its type, with a byte-level BPE."""
+    writer = gguf.GGUFWriter(path, family)
+    for key, value in facts.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        (writer.add_string if isinstance(value, str) else add)(f"{family}.{key}", value)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([t for t, _ in vocab])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    special = {"<|im_start|>": 3, "<|im_end|>": 3} | (kinds or {})
+    writer.add_token_types([special.get(t, 1) for t, _ in vocab])
+    writer.add_bos_token_id(tokenizer.token_to_id("<|im_start|>"))
+    writer.add_eos_token_id(tokenizer.token_to_id("<|im_end|>"))
+    writer.add_chat_template(CHAT_TEMPLATE)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def reference_model(path: Path) -> transformers.PreTrainedModel:
+    """The same model in transformers, in float32: a folder of safetensors, or one with a GGUF file."""
+    ggufs = list(path.glob("*.gguf"))
+    options = {"gguf_file": ggufs[0].name} if ggufs else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+def reference_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
+    """The same model's tokenizer in transformers."""
+    ggufs = list(path.glob("*.gguf"))
+    return transformers.AutoTokenizer.from_pretrained(path, **({"gguf_file": ggufs[0].name} if ggufs else {}))
