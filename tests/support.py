@@ -11,7 +11,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from coterie.model.decoder import Delta, attend_packed, packed_positions
+from coterie.model.decoder import Change, attend_packed, packed_positions
 from coterie.model.load import BaseModel
 
 CHAT_TEMPLATE = (
@@ -38,12 +38,12 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def logits_of(base: BaseModel, rows: list[list[int]], delta: Delta | None = None) -> list[Tensor]:
+def logits_of(base: BaseModel, rows: list[list[int]], change: Change | None = None) -> list[Tensor]:
     """Scores (tokens, vocab) of each row, all rows packed into one forward."""
     lengths, device = [len(row) for row in rows], base.decoder.device
     ids = torch.tensor([t for row in rows for t in row], device=device)
     with torch.no_grad():
-        hidden = base.decoder.forward(ids, packed_positions(lengths, device), attend_packed(lengths), delta)
+        hidden = base.decoder.forward(ids, packed_positions(lengths, device), attend_packed(lengths), change)
         return list(base.decoder.logits(hidden).cpu().split(lengths))
 
 

@@ -188,7 +188,7 @@ class Engine:
         repeats = torch.tensor(lengths)
         attend = self.cache.attend_prefill(slots.repeat_interleave(repeats).to(device), positions, lengths)
         owners = self._owners(new).repeat_interleave(repeats)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._stack[1].delta(owners))
+        hidden = self.base.decoder.forward(ids, positions, attend, self._stack[1].change(owners))
         last = hidden[repeats.cumsum(0).to(device) - 1]
         self.stats.prompt_tokens += sum(lengths)
         self._choose(new, self.base.decoder.logits(last))
@@ -201,8 +201,8 @@ class Engine:
         for row in rows:
             row.length += 1
         attend = self.cache.attend_decode(torch.arange(len(rows), device=device), positions)
-        delta = self._stack[1].delta(self._owners(rows))
-        hidden = self.base.decoder.forward(ids, positions, attend, delta)
+        change = self._stack[1].change(self._owners(rows))
+        hidden = self.base.decoder.forward(ids, positions, attend, change)
         self.stats.steps += 1
         self._choose(rows, self.base.decoder.logits(hidden))
 
