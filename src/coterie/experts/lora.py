@@ -8,6 +8,7 @@ Sources: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA); Chen et al. 2023 (P
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ BLOCKS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
+Gates = Callable[[int, str, Tensor, Tensor], Tensor]  # layer, site, x (N,in), shares (N,R) -> shares (N,R)
 UNSERVED = (
     "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "layers_to_transform",
     "alora_invocation_tokens", "use_qalora",
@@ -112,37 +114,57 @@ def training_change(lora: Lora, decoder: Decoder) -> Change:
     return change
 
 
+def columns(lora: Lora, model: ModelConfig, site: str) -> list[int]:
+    """For each row of a fused site's A, (R), which of the site's projections it belongs to."""
+    parts = enumerate(model.site_outputs(site))
+    return [i for i, (projection, _) in parts if projection in lora.config.targets for _ in range(lora.config.rank)]
+
+
 class LoraStack:
-    """Several experts laid side by side, to serve a batch whose rows belong to any of them or to none."""
+    """Several experts laid side by side, to serve a batch whose rows belong to any of them or to none.
+
+    A row may also belong to several in shares: the hidden columns of each expert are multiplied by its share, which
+    is the weighted sum of their updates, exactly, without building it.
+    """
 
     def __init__(self, loras: list[Lora], decoder: Decoder) -> None:
-        self.decoder = decoder
+        self.loras, self.decoder = loras, decoder
         self.sites: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self.owners: dict[str, Tensor] = {}  # of each column of a site, (R of all experts)
+        self.parts: dict[str, Tensor] = {}  # which projection of the site each column belongs to, (R of all experts)
         like = decoder.weights["final_norm"]
         for site in SITES:
+            owned = [columns(lora, decoder.config, site) for lora in loras]
+            self.owners[site] = torch.tensor([i for i, own in enumerate(owned) for _ in own]).to(like.device)
+            self.parts[site] = torch.tensor([part for own in owned for part in own]).to(like.device)
             for layer in range(decoder.config.layers):
                 found = [site_matrices(lora, decoder.config, layer, site, like) for lora in loras]
-                pairs = [(i, pair) for i, pair in enumerate(found) if pair is not None]
-                if not pairs:
-                    continue
-                columns = [torch.full((pair[0].shape[0],), i) for i, pair in pairs]
-                self.owners[site] = torch.cat(columns).to(like.device)
-                down, up = torch.cat([p[0] for _, p in pairs]), torch.cat([p[1] for _, p in pairs], dim=1)
-                self.sites[layer, site] = (decoder.pack(down), decoder.pack(up))
+                pairs = [pair for pair in found if pair is not None]
+                if pairs:
+                    down, up = torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs], dim=1)
+                    self.sites[layer, site] = (decoder.pack(down), decoder.pack(up))
 
     def change(self, owners: Tensor) -> Change | None:
         """The change for rows `owners` (N), each an index into the stack, or -1 for the base model."""
-        if not self.sites or bool((owners < 0).all()):
+        experts = torch.arange(len(self.loras), device=owners.device)
+        return self.change_shared((owners[:, None] == experts).float())
+
+    def change_shared(self, shares: Tensor, gates: Gates | None = None) -> Change | None:
+        """The change for rows with `shares` (N, experts) of each expert; all zeros is the base model.
+
+        `gates`, where given, may put other shares in their place, read from a projection's input.
+        """
+        if not self.sites or (gates is None and not bool(shares.any())):
             return None
-        dtype, device = self.decoder.dtype, self.decoder.device
-        masks = {site: (own == owners.to(device)[:, None]).to(dtype) for site, own in self.owners.items()}
+        shares = shares.to(self.decoder.device, self.decoder.dtype)
+        masks = {site: shares[:, own] for site, own in self.owners.items() if len(own)}
 
         def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
             found = self.sites.get((layer, site))
             if found is None:
                 return out
-            return out + self.decoder.apply(self.decoder.apply(x, found[0]).mul_(masks[site]), found[1])
+            mask = masks[site] if gates is None else gates(layer, site, x, masks[site])
+            return out + self.decoder.apply(self.decoder.apply(x, found[0]).mul_(mask), found[1])
 
         return change
 
