@@ -1,84 +1,117 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from coterie.business import Business, Tell
+from coterie.choose import Chooser, question
 from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
-from coterie.engine.request import Adapter, Callback, Generation, Sampling
+from coterie.engine.request import Blend, Callback, Combine, Generation, Sampling
+from coterie.errors import CoterieError
 from coterie.experts.library import ExpertFacts
-from coterie.routing.nearest import Profile, load_profile, route
+
+ARROW_MOST = 64  # experts that Arrow may choose among
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generation under way, and who gives it. `expert` is None for the base model."""
+    """A generation under way, and who gives it. `expert` is None for the base model, "arrow" for all at once.
+
+    `experts`: name, version and share of all that answer together, the one named first.
+    """
 
     generation: Generation
     expert: str | None
     version: int | None
     routed: bool
     similarity: float | None
+    experts: tuple[tuple[str, int, float], ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Chosen:
+    """Who is to answer; the first speaks for them: it brings instruction and choices. Under "arrow" nobody does."""
+
+    facts: tuple[ExpertFacts, ...] = ()
+    shares: tuple[float, ...] = ()
+    combine: Combine = "merge"
+    leads: bool = True
+    routed: bool = False
+    similarity: float | None = None
+
+    def adapter(self) -> tuple[str, int] | Blend | None:
+        """As the engine wants it."""
+        parts = tuple(((f.name, f.version), share) for f, share in zip(self.facts, self.shares, strict=True))
+        if len(parts) > 1:
+            return Blend(parts, self.combine)
+        return parts[0][0] if parts else None
+
+
 class Answerer:
-    """Answers for one business: its engine, its library, and the router's profiles."""
+    """Answers for one business: its engine, its library, and its router."""
 
-    business: Business
-    engine: Engine
-    _profiles: dict[Adapter, Profile | None] = field(default_factory=dict)
+    def __init__(self, business: Business, engine: Engine) -> None:
+        self.business, self.engine = business, engine
+        self.chooser = Chooser(business, engine.base)
 
     @classmethod
     def open(cls, business: Business, tell: Tell = lambda _: None) -> "Answerer":
         """Load the base model and start the engine."""
         return cls(business, business.engine(tell))
 
-    def chat(self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None) -> Answer:
-        """Answer a conversation. `who` is an expert's name, "base", or "auto".
+    def chat(
+        self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
+        channel: str = "",
+    ) -> Answer:  # fmt: skip
+        """Answer a conversation. `who` is an expert's name, "base", "auto", or "arrow".
 
         An expert brings its own instruction where the conversation has none, and answers with one of its choices
         where it has been trained to. Raises UnknownExpert, ContextTooLong, Busy, DataError (messages).
         """
-        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        facts, similarity = self._choose(who, question)
-        if facts:
-            if facts.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": facts.system}, *messages]
-            if facts.choices and sampling.constraint is None:
-                sampling = replace(sampling, constraint=choices(facts.choices))
+        chosen = self._choose(who, question(messages), channel)
+        if chosen.facts and chosen.leads:
+            first = chosen.facts[0]
+            if first.system and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": first.system}, *messages]
+            if first.choices and sampling.constraint is None:
+                sampling = replace(sampling, constraint=choices(first.choices))
         prompt = self.engine.base.encode(self.engine.base.chat(messages))
-        return self._submit(prompt, sampling, facts, who, similarity, on_piece)
+        return self._submit(prompt, sampling, chosen, on_piece)
 
-    def complete(self, who: str, text: str, sampling: Sampling, on_piece: Callback | None = None) -> Answer:
+    def complete(
+        self, who: str, text: str, sampling: Sampling, on_piece: Callback | None = None, channel: str = ""
+    ) -> Answer:
         """Go on from `text` as it stands, without a chat template."""
-        facts, similarity = self._choose(who, text)
-        return self._submit(self.engine.base.encode(text), sampling, facts, who, similarity, on_piece)
+        return self._submit(self.engine.base.encode(text), sampling, self._choose(who, text, channel), on_piece)
 
-    def _choose(self, who: str, question: str) -> tuple[ExpertFacts | None, float | None]:
-        library = self.business.library
-        if who == "base" or who == self.business.config.business.base:
-            return None, None
+    def _choose(self, who: str, text: str, channel: str) -> _Chosen:
+        library, config = self.business.library, self.business.config
+        if who in ("base", config.business.base):
+            return _Chosen()
+        if who == "arrow":
+            names = library.names()
+            if not 1 <= len(names) <= ARROW_MOST:
+                raise CoterieError(
+                    f"arrow chooses among 1 to {ARROW_MOST} experts for each token; the library has {len(names)}: "
+                    'ask "auto", with combine = "arrow" under [routing]'
+                )
+            return _Chosen(tuple(map(library.facts, names)), (1 / len(names),) * len(names), "arrow", leads=False)
         if who != "auto":
-            return library.facts(who), None
-        profiles: dict[str, Profile] = {}
-        for name in library.names():
-            key = (name, library.current(name) or 0)
-            if key not in self._profiles:
-                self._profiles[key] = load_profile(library.folder(*key))
-            profile = self._profiles[key]
-            if profile:
-                profiles[name] = profile
-        nearest, similarity = route(self.engine.base, profiles, question)
-        return (library.facts(nearest) if nearest else None), similarity
+            return _Chosen((library.facts(who),), (1.0,))
+        choice = self.chooser.choose(text, channel)
+        chosen = choice.decision.chosen
+        return _Chosen(
+            tuple(library.facts(name) for name, _ in chosen), tuple(share for _, share in chosen),
+            config.routing.combine, routed=True, similarity=choice.decision.similarity,
+        )  # fmt: skip
 
     def _submit(
-        self, prompt: list[int], sampling: Sampling, facts: ExpertFacts | None, who: str,
-        similarity: float | None, on_piece: Callback | None,
+        self, prompt: list[int], sampling: Sampling, chosen: _Chosen, on_piece: Callback | None
     ) -> Answer:  # fmt: skip
-        adapter = (facts.name, facts.version) if facts else None
-        generation = self.engine.submit(prompt, sampling, adapter, on_piece)
-        return Answer(
-            generation, facts.name if facts else None, facts.version if facts else None, who == "auto", similarity
-        )
+        generation = self.engine.submit(prompt, sampling, chosen.adapter(), on_piece)
+        who = tuple((f.name, f.version, share) for f, share in zip(chosen.facts, chosen.shares, strict=True))
+        name, version = (who[0][0], who[0][1]) if who else (None, None)
+        if not chosen.leads:
+            name, version = "arrow", None
+        return Answer(generation, name, version, chosen.routed, chosen.similarity, who)

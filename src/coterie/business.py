@@ -23,7 +23,7 @@ from coterie.experts import lora as loras
 from coterie.experts.library import ExpertFacts, Library
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
-from coterie.routing.nearest import make_profile
+from coterie.routing.statistics import Statistics, learn
 from coterie.tuning.loop import Progress, Training, train
 
 HELD_OUT_MOST = 500  # rows held out for the loss while training
@@ -74,6 +74,10 @@ class Business:
     def files(self, listed: list[str] | str) -> list[Path]:
         """Data files named in the declaration, relative to the folder."""
         return [self.folder / f for f in ([listed] if isinstance(listed, str) else listed)]
+
+    def place(self, where: str) -> str:
+        """File and row of an example, with the file relative to the folder where it lies in it."""
+        return where.removeprefix(f"{self.folder}/")
 
     def examples(self, name: str, listed: list[str] | str) -> Iterator[Example]:
         """The examples of an expert's data files, with its instruction."""
@@ -169,11 +173,11 @@ def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Cal
             **how.model_dump(), **spec.lora.model_dump(exclude={"targets"}),
         },
     )  # fmt: skip
-    profile = make_profile(base, [examples[i].prompt[-1]["content"] for i in rows], how.seed)
+    statistics = route_statistics(business, [examples[i] for i in rows])
 
     def fill(folder: Path) -> None:
         loras.save(expert, folder, facts.base)
-        profile.save(folder)
+        statistics.save(folder)
 
     facts = business.library.publish(facts, fill, evaluation)
     tell(f"{name}: version {facts.version} published; answering held-out rows")
@@ -181,6 +185,13 @@ def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Cal
     business.library.record(name, facts.version, evaluation)
     shutil.rmtree(work, ignore_errors=True)
     return Fitted(facts, True, evaluation)
+
+
+def route_statistics(business: Business, examples: list[Example]) -> Statistics:
+    """What the router learns of an expert from its training inputs; each is told apart by file and row."""
+    inputs = [e.prompt[-1]["content"] for e in examples]
+    where = [business.place(e.where) for e in examples]
+    return learn(business.base(), inputs, where)
 
 
 def compare(

@@ -69,11 +69,34 @@ class BusinessSpec(_Strict):
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
 
 
+class RuleSpec(_Strict):
+    """[[routing.rules]]: experts forced or forbidden for a channel, or for words in the question."""
+
+    channel: str = Field("", description="only requests on this channel (header X-Coterie-Channel); empty: any")
+    words: list[str] = Field([], description="only questions with one of these words; none: any")
+    use: list[str] = Field([], description="the nearest of these answers, however far the question is")
+    forbid: list[str] = Field([], description="none of these answers")
+
+
+class RoutingSpec(_Strict):
+    """[routing]: how "auto" chooses."""
+
+    top_k: int = Field(1, ge=1, le=64, description="most experts that answer one request together")
+    combine: Literal["merge", "logits", "arrow"] = Field(
+        "merge", description="how they do: weighted sum of updates, mean of scores, or token by token (Arrow)"
+    )
+    abstain: float = Field(
+        0.05, ge=0, lt=1, description="an expert turns away what is farther off than this share of its own inputs"
+    )
+    rules: list[RuleSpec] = Field([], description="experts forced or forbidden for a channel or for words")
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
     business: BusinessSpec = BusinessSpec()
     experts: dict[str, ExpertSpec] = {}
+    routing: RoutingSpec = RoutingSpec()
 
 
 def read_config(folder: Path) -> Config:

@@ -99,3 +99,26 @@ def export(
         raise CoterieError(f"{target}: already there; name a new folder")
     shutil.copytree(source, target)
     result({"path": str(target)}, as_json, str(target))
+
+
+@app.command("learn-route")
+def learn_route(
+    name: Name,
+    inputs: Annotated[Path, typer.Option(help="What people will ask it: .txt (one a line), .jsonl, .csv, .parquet.")],
+    folder: Folder = Path(),
+    column: Annotated[str, typer.Option(help="The column of the inputs, in .jsonl, .csv and .parquet.")] = "prompt",
+    as_json: Json = False,
+) -> None:
+    """Let the router know an expert by examples of its inputs: an imported one, or one whose statistics are damaged."""
+    from coterie.business import Business
+    from coterie.data.read import inputs_of
+    from coterie.routing.statistics import learn
+
+    business = Business.open(folder)
+    version, target = business.library.current(name), business.library.folder(name)
+    found = list(inputs_of(inputs, column))
+    statistics = learn(business.base(), [t for _, t in found], [business.place(str(w)) for w, _ in found])
+    statistics.save(target)
+    business.library.touch()
+    result({"expert": name, "version": version, "inputs": len(found)}, as_json,
+           f"{name}: the router knows it by {len(found)} inputs")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coterie.cli import experts as expert_commands
+from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
 
@@ -17,10 +18,12 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
+app.command()(route)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', or 'auto'.")]
+Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', 'auto', or 'arrow'.")]
+Channel = Annotated[str, typer.Option(help="Where the question comes from, for the rules of coterie.toml.")]
 
 
 @app.command()
@@ -133,6 +136,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads stdin.")],
     folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
     expert: Who = "auto",
+    channel: Channel = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
@@ -164,7 +168,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     answerer = Answerer.open(Business.open(folder), tell)
     try:
-        answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling)
+        answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling, channel=channel)
         said = ""
         for piece in answer.generation:
             said += piece.text
@@ -173,6 +177,7 @@ def generate(
         if as_json:
             g = answer.generation
             result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
+                    "experts": [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts],
                     "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated)}, True, "")  # fmt: skip
         else:
             print()
@@ -181,7 +186,7 @@ def generate(
 
 
 @app.command()
-def chat(folder: Folder = Path(), expert: Who = "auto", as_json: Json = False) -> None:
+def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", as_json: Json = False) -> None:
     """Talk in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer."""
     from coterie.answer import Answerer
     from coterie.business import Business
@@ -198,7 +203,7 @@ def chat(folder: Folder = Path(), expert: Who = "auto", as_json: Json = False) -
             if not text.strip():
                 break
             messages.append({"role": "user", "content": text})
-            answer = answerer.chat(expert, messages, Sampling(max_tokens=300))
+            answer = answerer.chat(expert, messages, Sampling(max_tokens=300), channel=channel)
             said = ""
             if not as_json:
                 print(f"{answer.expert or 'base'}> ", end="")

@@ -50,6 +50,27 @@ def read(path: Path, columns: Mapping[str, str] | None = None, system: str = "")
         yield _example(row, columns, where, system)
 
 
+def inputs_of(path: Path, column: str = "prompt") -> Iterator[tuple[str, str]]:
+    """Place and text of each input in a file: a .txt with one a line, or a column of the other kinds.
+
+    Raises DataError, naming file and line, at the first row that cannot be used.
+    """
+    if path.suffix != ".txt":
+        for where, row in _rows(path):
+            if column not in row:
+                raise DataError(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row))}")
+            yield where, _text(row[column], column, where)
+        return
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", line.strip()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-RESERVED = ("base", "auto")
+RESERVED = ("base", "auto", "arrow")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ class ExpertFacts:
 
 def write_atomic(file: Path, text: str) -> None:
     """Replace `file` by `text` in one step. Raises StorageError where the disk is full."""
+    write_atomic_bytes(file, text.encode())
+
+
+def write_atomic_bytes(file: Path, content: bytes) -> None:
+    """Replace `file` by `content` in one step. Raises StorageError where the disk is full."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".tmp-", delete=False) as scratch:
-            scratch.write(text)
+        with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=".tmp-", delete=False) as scratch:
+            scratch.write(content)
             scratch.flush()
             os.fsync(scratch.fileno())
         os.replace(scratch.name, file)
@@ -143,6 +149,16 @@ class Library:
         """Let `version` answer from now on; also how one rolls back. Raises UnknownExpert."""
         self.folder(name, version)
         write_atomic(self.root / name / "current", f"{version}\n")
+        self.touch()
+
+    def stamp(self) -> int:
+        """Changes whenever an expert is added, removed or promoted; 0 while there is no shelf."""
+        return self.root.stat().st_mtime_ns if self.root.exists() else 0
+
+    def touch(self) -> None:
+        """Change the stamp: whoever watches the shelf looks again."""
+        now = max(time.time_ns(), self.stamp() + 1)
+        os.utime(self.root, ns=(now, now))
 
     def record(self, name: str, version: int, evaluation: dict[str, Any]) -> None:
         """Add measurements to a version, and bring its card up to date."""

@@ -22,6 +22,7 @@ from coterie.answer import Answer, Answerer
 from coterie.engine.engine import Engine
 from coterie.engine.request import Piece, TokenChoice
 from coterie.errors import Busy, CoterieError
+from coterie.experts.library import RESERVED
 from coterie.web.schema import ChatRequest, CompletionRequest
 
 HERE = Path(__file__).parent
@@ -74,13 +75,13 @@ def create_app(answerer: Answerer) -> FastAPI:
 
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict[str, Any]:
-        if name not in ("base", "auto"):
+        if name not in RESERVED:
             business.library.folder(name)
         return _model(name)
 
     def _model(name: str) -> dict[str, Any]:
         about = {"id": name, "object": "model", "created": started, "owned_by": "coterie"}
-        if name in ("base", "auto"):
+        if name in RESERVED:
             return {**about, "root": business.config.business.base}
         facts = business.library.facts(name)
         return {**about, "parent": "base", "version": facts.version, "kind": facts.kind,
@@ -91,15 +92,16 @@ def create_app(answerer: Answerer) -> FastAPI:
         messages = [m.plain() for m in body.messages]
         sampling = body.settings(ANSWER_TOKENS)
         return await _reply(
-            request, body, lambda on_piece: answerer.chat(body.model, messages, sampling, on_piece), _ChatShape()
+            request, body, lambda to: answerer.chat(body.model, messages, sampling, to, _channel(request)), _ChatShape()
         )
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         sampling = body.settings(ANSWER_TOKENS)
         return await _reply(
-            request, body, lambda on_piece: answerer.complete(body.model, body.prompt, sampling, on_piece), _TextShape()
-        )
+            request, body, lambda to: answerer.complete(body.model, body.prompt, sampling, to, _channel(request)),
+            _TextShape(),
+        )  # fmt: skip
 
     return app
 
@@ -157,8 +159,12 @@ async def _reply(
     head = {
         "id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": answer.expert or "base",
         "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
-                    "similarity": answer.similarity},
+                    "similarity": answer.similarity,
+                    "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts]},
     }  # fmt: skip
+    # A structured field list (RFC 8941), in which an expert's name is a token or a string.
+    shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts) or '"base"'
+    said = {"X-Coterie-Experts": shares}
 
     def usage() -> dict[str, int]:
         asked, said = len(answer.generation.prompt), len(answer.generation.generated)
@@ -188,7 +194,7 @@ async def _reply(
             answer.generation.cancel()  # does nothing once it is finished
 
     if body.stream:
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"} | said)
     text, tokens = "", list[TokenChoice]()
     try:
         while True:
@@ -206,7 +212,12 @@ async def _reply(
     finally:
         answer.generation.cancel()
     choice = {"index": 0, "finish_reason": piece.finish, **shape.all(text, tokens)}
-    return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()})
+    return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()}, headers=said)
+
+
+def _channel(request: Request) -> str:
+    """Where a request came from, for the rules of coterie.toml."""
+    return request.headers.get("x-coterie-channel", "")
 
 
 def _error_body(
