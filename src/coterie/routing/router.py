@@ -1,11 +1,12 @@
 """Which experts a request wakes, if any: the nearest to its text, as near as that expert's own inputs usually are.
 
-Products of the text's vector with the means of all experts give a shortlist, which is then compared closely. There an
+Products of the text's vector with the means of all experts give a shortlist, which is compared closely. There an
 expert's score is the sum of two: the mean cosine of the text to its three nearest training inputs, in a space whitened
 by the covariance within experts, so that what varies inside every subject (length, politeness, names) counts little;
-and a ridge regression of "is it this expert's?", in closed form from the experts' means and covariances. An expert is left out where fewer than a share `abstain` of its own inputs, each left out in turn, score as
-low as the text (a conformal p-value, Vovk et al. 2005); when all are left out the base model answers. Shares come from
-a softmax whose temperature is fitted to the experts' own inputs (Guo et al. 2017).
+and a ridge regression of "is it this expert's?", in closed form from the experts' means and covariances. An expert is
+left out where fewer than a share `abstain` of its own inputs, each left out in turn, score as low as the text (a
+conformal p-value, Vovk et al. 2005); when all are left out the base model answers. Shares come from a softmax whose
+temperature is fitted to the experts' own inputs (Guo et al. 2017).
 
 Notable: an expert's statistics never depend on another's. What is pooled is a mean over the covariances of at most
 POOLED experts, those whose names have the lowest hashes, so it depends on which experts there are and not on the
