@@ -23,10 +23,11 @@ from coterie.engine.request import Callback, Piece, Sampling
 from coterie.errors import Busy
 from coterie.web.app import create_app
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+expect.set_options(timeout=20_000)  # ms, for busy machines; what is expected comes much sooner
 ALL = 1 << 30
 QUESTION = "Which color has the grass?"
 SUGGESTIONS = ["Which color has a lemon?", "Hello, I am Ada."]
@@ -311,7 +312,7 @@ def test_an_answer_cut_by_a_reload_keeps_what_had_arrived(page: Page, answerer: 
     expect(words(turn)).not_to_be_empty()
     arrived = words(turn).inner_text()
     page.reload()
-    expect(words(page.locator(".turn"))).to_have_text(arrived)
+    assert words(page.locator(".turn")).inner_text().startswith(arrived)
     expect(page.locator(".turn")).to_contain_text("Stopped before the end.")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
@@ -330,15 +331,15 @@ def test_a_full_queue_asks_to_wait_and_then_answers(page: Page, answerer: HeldAn
         stands.set()
         answerer.released.wait(60)
 
-    def fill() -> None:
-        Answerer.chat(answerer, "base", [{"role": "user", "content": "Hi"}], Sampling(max_tokens=2), block)
+    def ask(times: int) -> None:
+        for _ in range(times):
+            Answerer.chat(answerer, "base", [{"role": "user", "content": "Hi"}], Sampling(max_tokens=2), block)
 
     answerer.hold(after=0)
-    fill()
+    ask(1)
     assert stands.wait(20), "the engine stands still from here on"
     with pytest.raises(Busy):
-        while True:
-            fill()
+        ask(answerer.engine.queue + 1)
     turn = send(page)
     expect(turn.get_by_role("button", name="Try again in")).to_be_disabled()
     expect(turn).to_contain_text("Please wait a moment")
@@ -434,13 +435,18 @@ def test_marks_of_markdown_become_elements(text: str, html: str, page: Page) -> 
     assert page.evaluate(script, text) == html
 
 
-def test_an_answer_is_copied_as_it_was_written(page: Page, address: str) -> None:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
-    answer_with(page, "It is **green**.\n\n- really")
+@pytest.mark.parametrize("secure", [True, False], ids=["https", "http"])
+def test_an_answer_is_copied_as_it_was_written(secure: bool, page: Page) -> None:
+    if not secure:  # browsers then have no clipboard API
+        page.add_init_script("delete Navigator.prototype.clipboard")
+        page.reload()
+    answer_with(page, "It is **green**.\n\n- really", f"\n- {secure}")
     turn = finished(send(page))
     turn.get_by_role("button", name="Copy").click()
     expect(turn.get_by_role("button", name="Copied")).to_be_visible()
-    assert page.evaluate("navigator.clipboard.readText()") == "It is **green**.\n\n- really"
+    page.get_by_label("Your message").focus()
+    page.keyboard.press("Control+V")
+    expect(page.get_by_label("Your message")).to_have_value(f"It is **green**.\n\n- really\n- {secure}")
 
 
 def test_screen_readers_hear_an_answer_once_and_whole(page: Page, answerer: HeldAnswerer) -> None:
@@ -575,11 +581,15 @@ def test_text_has_the_contrast_that_wcag_aa_asks_for(
 # Every visible text, and its contrast with the ground under it (WCAG 2.2, relative luminance), where below 4.5.
 LOW_CONTRAST = """() => {
     const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
+    const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
     const luminance = (color) => {
-        const [r, g, b] = rgb(color).map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        const [r, g, b] = rgb(color).map((c) => linear(c / 255));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
-    const ground = (e) => (rgb(getComputedStyle(e).backgroundColor)[3] ?? 1) ? getComputedStyle(e).backgroundColor : ground(e.parentElement);
+    const ground = (e) => {
+        const color = getComputedStyle(e).backgroundColor;
+        return (rgb(color)[3] ?? 1) ? color : ground(e.parentElement);
+    };
     const low = [];
     for (const e of document.querySelectorAll('body *')) {
         const text = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
