@@ -85,7 +85,12 @@ class Chooser:
         if stamp == self._stamp:
             return self._router
         self._left_out.clear()
-        now = {name: library.current(name) or 0 for name in library.names()}
+        now: dict[str, int] = {}
+        for name in library.names():
+            try:
+                now[name] = library.current(name) or 0
+            except ModelError as error:
+                self._left_out[name] = str(error)
         for name in self._versions.keys() - now.keys():
             self._drop(name)
         for name, version in now.items():

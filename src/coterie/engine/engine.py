@@ -7,30 +7,34 @@ step reads the cache without gathering.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from coterie.engine.constrain import Grammars
+from coterie.engine.constrain import Grammars, failure
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
 from coterie.engine.sampling import sample
 from coterie.engine.text import TextStream
-from coterie.errors import Busy, ContextTooLong, CoterieError
+from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped, UnknownExpert
 from coterie.experts import arrow
 from coterie.experts.library import Library
-from coterie.experts.lora import Lora, LoraStack
+from coterie.experts.lora import WEIGHTS, Gates, Lora, LoraStack
 from coterie.experts.lora import load as load_lora
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 
 PREFILL_TOKENS = 2048  # prompt tokens taken in one step: bounds the pause of those already streaming
-STACK = 8  # experts kept side by side though idle; beyond, only those in use
+STACK = 8  # experts kept in memory though idle; beyond, only those in use
+ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
 
 
@@ -49,32 +53,26 @@ class Stats:
 
 @dataclass(eq=False)
 class _Running:
-    """A request that holds a cache slot, or one voice of several whose scores are averaged (Blend of `logits`).
+    """A request that holds a cache slot, or one voice of several whose scores are averaged (a Blend of `logits`).
 
     The first voice leads: it chooses the token and owns the others, which follow it and share its request.
     """
 
     request: Generation
+    experts: tuple[tuple[Lora, float], ...]  # whose updates it takes, and in what shares; empty: the base model
     stream: TextStream
     rng: np.random.Generator
     matcher: LLMatcher | None
-    adapter: Adapter | Blend | None = None  # of this voice
+    woken: int = 0  # experts that each token wakes by Arrow, instead of in shares
     weight: float = 1.0  # of this voice
-    length: int = 0  # tokens in the cache
     leads: bool = True
     followers: "list[_Running]" = field(default_factory=list)
+    length: int = 0  # tokens in the cache
 
     @property
     def voices(self) -> "list[_Running]":
         """This row and those that follow it; each holds a slot."""
         return [self, *self.followers]
-
-    @property
-    def adapters(self) -> list[Adapter]:
-        """The experts this row computes with."""
-        if isinstance(self.adapter, Blend):
-            return [adapter for adapter, _ in self.adapter.parts]
-        return [self.adapter] if self.adapter else []
 
 
 class Engine:
@@ -88,11 +86,10 @@ class Engine:
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self.grammars: Grammars | None = None
-        self._loras: dict[Adapter, Lora] = {}
-        self._prototypes: dict[Adapter, arrow.Prototypes] = {}
-        self._stack: tuple[list[Adapter], LoraStack] = ([], LoraStack([], base.decoder))
-        self._arrow: arrow.Arrow | None = None  # of the stack, made when a row first asks for it
+        self._read = lru_cache(STACK)(lambda folder, _written: load_lora(folder, config))
+        self._directions = lru_cache(ARROW_KEPT)(lambda lora: arrow.prototypes(lora, config))
+        self._stack: tuple[list[Lora], LoraStack] = ([], LoraStack([], base.decoder))
+        self._arrow: tuple[set[Lora], arrow.Arrow] | None = None  # of the stack, and whom its rows may wake
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
@@ -106,42 +103,39 @@ class Engine:
     ) -> Generation:  # fmt: skip
         """Queue a request; pieces of the answer arrive on the handle, or at `on_piece` in the engine's thread.
 
-        Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint).
+        Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint), Stopped.
         """
-        if not prompt:
-            prompt = self.base.encode(self.base.bos_token or self.base.eos_token)
+        prompt = prompt or self.base.encode(self.base.bos_token or self.base.eos_token) or [0]
         if len(prompt) >= self.context:
             raise ContextTooLong(
                 f"the prompt has {len(prompt)} tokens; the context holds {self.context}, answer included: shorten it"
             )
-        if isinstance(adapter, Blend) and adapter.how == "logits" and len(adapter.parts) > self.slots:
-            raise CoterieError(f"{len(adapter.parts)} experts cannot answer together in {self.slots} slots; ask fewer")
-        matcher = None
-        if sampling.constraint:
-            if self.grammars is None:
-                self.grammars = Grammars(self.base)
-            matcher = self.grammars.matcher(sampling.constraint)
-        request = Generation(prompt, sampling, adapter, on_piece)
-        row = _Running(
-            request, TextStream(self.base.tokenizer, sampling.stop), np.random.default_rng(sampling.seed), matcher,
-            adapter,
-        )  # fmt: skip
-        if isinstance(adapter, Blend) and adapter.how == "logits":
-            total = sum(weight for _, weight in adapter.parts)
-            (row.adapter, weight), *others = adapter.parts
-            row.weight = weight / total
-            row.followers = [replace(row, adapter=a, weight=w / total, leads=False, followers=[]) for a, w in others]
-        for voice in row.voices:
-            for one in voice.adapters:
-                self._load(one, prototypes=isinstance(voice.adapter, Blend) and voice.adapter.how == "arrow")
+        blend = adapter if isinstance(adapter, Blend) else Blend(((adapter, 1.0),)) if adapter else None
+        if blend and blend.how == "logits" and len(blend.parts) > self.slots:
+            raise CoterieError(f"{len(blend.parts)} experts cannot answer together in {self.slots} slots; ask fewer")
+        experts = tuple((self._lora(a), weight) for a, weight in blend.parts) if blend else ()
+        matcher = self.grammars.matcher(sampling.constraint) if sampling.constraint else None
+        stream = TextStream(self.base.tokenizer, sampling.stop)
+        rng = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
+        row = _Running(Generation(prompt, sampling, adapter, on_piece), experts, stream, rng, matcher)
+        if blend and blend.how == "arrow":
+            row.woken = blend.top_k
+            for lora, _ in experts:
+                self._directions(lora)
+        if blend and blend.how == "logits":
+            total = sum(weight for _, weight in experts)
+            voices = [replace(row, experts=((e, 1.0),), weight=w / total, leads=False) for e, w in experts]
+            row = replace(voices[0], leads=True, followers=[replace(v, followers=[]) for v in voices[1:]])
         with self._wake:
+            if self._closing:
+                raise Stopped("the engine has stopped")
             if len(self._waiting) >= self.queue:
                 self.stats.rejected += 1
                 raise Busy(f"{self.queue} requests wait already; try again in {Busy.retry_after_s} seconds")
             self.stats.requests += 1
             self._waiting.append(row)
             self._wake.notify()
-        return request
+        return row.request
 
     @property
     def alive(self) -> bool:
@@ -159,36 +153,52 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    def _load(self, adapter: Adapter, prototypes: bool = False) -> None:
-        if adapter not in self._loras:
-            assert self.library is not None, "an engine without a library serves the base model only"
-            self._loras[adapter] = load_lora(self.library.folder(*adapter), self.base.decoder.config)
-        if prototypes and adapter not in self._prototypes:
-            self._prototypes[adapter] = arrow.prototypes(self._loras[adapter], self.base.decoder.config)
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiled when the first constrained request comes."""
+        return Grammars(self.base)
+
+    def _lora(self, adapter: Adapter) -> Lora:
+        """The weights of a version; read anew where an expert was removed and its numbers given again."""
+        if self.library is None:
+            raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
+        folder = self.library.folder(*adapter)
+        file = folder / WEIGHTS
+        return self._read(folder, file.stat().st_mtime_ns if file.exists() else 0)
 
     @torch.inference_mode()
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
-                if self._closing:
-                    break
-            started = time.monotonic()
-            try:
+        try:
+            while self._work_comes():
+                started = time.monotonic()
                 self._drop_cancelled()
-                self._admit()
-                if self._running:
-                    self._decode()
-            except Exception as error:
-                log.exception("a step of the engine failed; its requests end with an error")
-                for row in self._running:
-                    if row.leads:
-                        row.request.emit(Piece("", finish="error", error=error))
-                self._running.clear()
-            self.stats.busy_seconds += time.monotonic() - started
-        for row in [*self._running, *self._waiting]:
-            if row.leads:
-                row.request.emit(Piece("", finish="cancelled"))
+                self._step(self._admit(), self._prefill)
+                self._step(list(self._running), self._decode)
+                self.stats.busy_seconds += time.monotonic() - started
+        finally:
+            with self._wake:
+                self._closing = True
+            for row in [*self._running, *self._waiting]:
+                if row.leads:
+                    row.request.emit(Piece("", finish="cancelled"))
+
+    def _work_comes(self) -> bool:
+        """Wait for work; False once the engine closes."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
+            return not self._closing
+
+    def _step(self, rows: list[_Running], forward: Callable[[list[_Running]], Tensor]) -> None:
+        """One more token for `rows`. Where that fails, they end with the error, and the others go on."""
+        if not rows:
+            return
+        try:
+            self._choose(rows, forward(rows))
+        except Exception as error:
+            log.exception("a step of the engine failed; the requests in it end with an error")
+            for row in rows:
+                if row.leads and row in self._running:
+                    self._finish(row, "error", error=error)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -200,8 +210,8 @@ class Engine:
         for row in [r for r in self._running if r.leads and r.request.cancelled]:
             self._finish(row, "cancelled", row.stream.flush())
 
-    def _admit(self) -> None:
-        """Prefill waiting requests into free slots, all their prompts packed in one forward."""
+    def _admit(self) -> list[_Running]:
+        """Give waiting requests the free slots, as many as one step may take the prompts of."""
         new: list[_Running] = []
         with self._wake:
             room, tokens = self.slots - len(self._running), 0
@@ -211,74 +221,71 @@ class Engine:
                 if new and tokens > PREFILL_TOKENS:
                     break
                 new += self._waiting.popleft().voices
-        if not new:
-            return
-        slots = torch.arange(len(self._running), len(self._running) + len(new))
-        self._running += new
-        lengths = [len(row.request.prompt) for row in new]
+            self._running += new
+        return new
+
+    def _prefill(self, new: list[_Running]) -> Tensor:
+        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward."""
+        lengths, device = [len(row.request.prompt) for row in new], self.base.decoder.device
         for row, length in zip(new, lengths, strict=True):
             row.length = length
-        device = self.base.decoder.device
+        slots = torch.arange(len(self._running) - len(new), len(self._running))
         ids = torch.tensor([t for row in new for t in row.request.prompt], device=device)
-        positions = packed_positions(lengths, device)
-        repeats = torch.tensor(lengths)
+        positions, repeats = packed_positions(lengths, device), torch.tensor(lengths)
         attend = self.cache.attend_prefill(slots.repeat_interleave(repeats).to(device), positions, lengths)
         hidden = self.base.decoder.forward(ids, positions, attend, self._change(new, repeats))
-        last = hidden[repeats.cumsum(0).to(device) - 1]
         self.stats.prompt_tokens += sum(row.length for row in new if row.leads)
-        self._choose(new, self.base.decoder.logits(last))
+        return self.base.decoder.logits(hidden[repeats.cumsum(0).to(device) - 1])
 
-    def _decode(self) -> None:
-        """One more token for every running request."""
-        rows, device = list(self._running), self.base.decoder.device
+    def _decode(self, rows: list[_Running]) -> Tensor:
+        """Scores (rows, vocab) after the last token of every running request."""
+        device = self.base.decoder.device
         ids = torch.tensor([row.request.generated[-1] for row in rows], device=device)
         positions = torch.tensor([row.length for row in rows], device=device)
         for row in rows:
             row.length += 1
         attend = self.cache.attend_decode(torch.arange(len(rows), device=device), positions)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones_like(positions)))
+        hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
         self.stats.steps += 1
-        self._choose(rows, self.base.decoder.logits(hidden))
+        return self.base.decoder.logits(hidden)
 
     def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
-        """What the experts of `rows` make of a batch with `repeats` (rows) tokens of each; restacks where it must."""
-        needed = dict.fromkeys(adapter for row in self._running for adapter in row.adapters)
-        names = self._stack[0]
-        if not needed.keys() <= set(names):
-            wanted = list(dict.fromkeys([*needed, *names]))
-            names = wanted if len(wanted) <= STACK else list(needed)
-            self._stack = (names, LoraStack([self._loras[name] for name in names], self.base.decoder))
-            self._arrow = None
-        place = {name: i for i, name in enumerate(names)}
-        shares = torch.zeros(len(rows), len(names))  # of each expert in each row
-        by_token = torch.zeros(len(rows), len(names), dtype=torch.bool)  # the experts that Arrow may wake
-        top_k = torch.ones(len(rows), dtype=torch.long)
+        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the stack where it must."""
+        needed = dict.fromkeys(lora for row in self._running for lora, _ in row.experts)
+        loras = self._stack[0]
+        if not needed.keys() <= set(loras):
+            wanted = list(dict.fromkeys([*needed, *loras]))
+            loras = wanted if len(wanted) <= STACK else list(needed)
+            self._stack, self._arrow = (loras, LoraStack(loras, self.base.decoder)), None
+        place, stack = {lora: i for i, lora in enumerate(loras)}, self._stack[1]
+        shares = torch.zeros(len(rows), len(loras))  # of each expert in each row
         for i, row in enumerate(rows):
-            if isinstance(row.adapter, Blend) and row.adapter.how == "arrow":
-                by_token[i, [place[a] for a in row.adapters]] = True
-                top_k[i] = row.adapter.top_k
-            elif isinstance(row.adapter, Blend):
-                for adapter, weight in row.adapter.parts:
-                    shares[i, place[adapter]] += weight
-            elif row.adapter:
-                shares[i, place[row.adapter]] = 1.0
-        owner = torch.arange(len(rows)).repeat_interleave(repeats.cpu())
-        routed, device = by_token[owner].any(dim=1).nonzero()[:, 0], self.base.decoder.device
-        if not len(routed):
-            return self._stack[1].change_shared(shares[owner])
-        if self._arrow is None or bool((by_token & ~self._arrow.known).any()):
-            self._arrow = arrow.Arrow(self._stack[1], [self._prototypes.get(name) for name in names])
-        rows_of = owner[routed]
-        gates = self._arrow.gates(routed.to(device), by_token[rows_of].to(device), top_k[rows_of].to(device))
-        return self._stack[1].change_shared(shares[owner], gates)
+            for lora, share in row.experts:
+                shares[i, place[lora]] += share
+        owner = torch.arange(len(rows)).repeat_interleave(repeats)
+        woken = torch.tensor([row.woken for row in rows])[owner]
+        gates = self._gates(rows, shares[owner] > 0, woken) if bool(woken.any()) else None
+        return stack.change_shared(shares[owner], gates)
+
+    def _gates(self, rows: list[_Running], allowed: Tensor, woken: Tensor) -> Gates:
+        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, experts)."""
+        loras, stack = self._stack
+        known = {lora for row in rows if row.woken for lora, _ in row.experts}
+        if self._arrow is None or not known <= self._arrow[0]:
+            known |= self._arrow[0] if self._arrow else set()
+            directions = [self._directions(lora) if lora in known else None for lora in loras]
+            self._arrow = known, arrow.Arrow(stack, directions)
+        device = self.base.decoder.device
+        tokens = woken.nonzero()[:, 0]
+        return self._arrow[1].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
     def _choose(self, rows: list[_Running], logits: Tensor) -> None:
         """Choose each row's next token from its scores (rows, vocab), and send out what became certain."""
-        place = {id(row): i for i, row in enumerate(rows)}
+        place = {row: i for i, row in enumerate(rows)}
         for i, row in enumerate(rows):
             if row.followers:
-                logits[i] = sum(voice.weight * logits[place[id(voice)]] for voice in row.voices)
-            if row.leads and row.matcher and self.grammars:
+                logits[i] = sum(voice.weight * logits[place[voice]] for voice in row.voices)
+            if row.leads and row.matcher:
                 self.grammars.mask(row.matcher, logits[i])
         greedy = logits.argmax(dim=-1).tolist()
         for i, row in enumerate(rows):
@@ -294,22 +301,27 @@ class Engine:
         if request.first_at is None:
             request.first_at = time.monotonic()
             self.stats.first_token_seconds.append(request.first_at - request.asked_at)
-        if token in self.base.eos:
-            self._finish(row, "stop", row.stream.flush())
-            return
-        request.generated.append(token)
-        self.stats.generated_tokens += 1
-        text = row.stream.push(token)
-        if row.matcher:
-            row.matcher.consume_token(token)
-        if row.stream.stopped or (row.matcher and row.matcher.is_stopped()):
-            self._finish(row, "stop", text + row.stream.flush(), detail)
+        text, ended = "", token in self.base.eos
+        if not ended:
+            request.generated.append(token)
+            self.stats.generated_tokens += 1
+            text = row.stream.push(token)
+            if row.matcher:
+                row.matcher.consume_token(token)
+        if row.matcher and (broken := failure(row.matcher)):
+            self._finish(row, "error", error=broken)
+        elif ended or row.stream.stopped or (row.matcher and row.matcher.is_stopped()):
+            self._finish(row, "stop", text + row.stream.flush(), () if ended else detail)
         elif len(request.generated) >= request.sampling.max_tokens or row.length + 1 >= self.context:
-            self._finish(row, "length", text + row.stream.flush(), detail)
+            text += row.stream.flush()
+            self._finish(row, "stop" if row.stream.stopped else "length", text, detail)
         elif text or detail:
             request.emit(Piece(text, detail))
 
-    def _finish(self, row: _Running, why: str, text: str, detail: tuple[TokenChoice, ...] = ()) -> None:
+    def _finish(
+        self, row: _Running, why: str, text: str = "", detail: tuple[TokenChoice, ...] = (),
+        error: Exception | None = None,
+    ) -> None:  # fmt: skip
         """End a request; the last running row moves into the slot of each of its voices."""
         for voice in row.voices:
             place, last = self._running.index(voice), self._running[-1]
@@ -319,7 +331,7 @@ class Engine:
                     store[:, place, :, : last.length] = store[:, end, :, : last.length]
                 self._running[place] = last
             self._running.pop()
-        row.request.emit(Piece(text, detail, finish=why))
+        row.request.emit(Piece(text, detail, why, error))
 
     def _detail(self, scores: Tensor, token: int, top: int) -> TokenChoice:
         log_probs = torch.log_softmax(scores, dim=-1)
@@ -329,4 +341,5 @@ class Engine:
             return self.base.tokenizer.decode([i], skip_special_tokens=False)
 
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        return TokenChoice(token, text(token), float(log_probs[token]), tuple((text(i), v) for i, v in pairs))
+        likeliest = tuple((text(i), v) for i, v in pairs if v > -math.inf)  # a constraint may leave fewer than asked
+        return TokenChoice(token, text(token), float(log_probs[token]), likeliest)

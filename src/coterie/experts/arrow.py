@@ -44,7 +44,6 @@ class Arrow:
     def __init__(self, stack: LoraStack, directions: Sequence[Prototypes | None]) -> None:
         """`directions` of each expert of the stack; None for one that no row may wake."""
         self.stack = stack
-        self.known = torch.tensor([d is not None for d in directions])  # (experts)
         like = stack.decoder.weights["final_norm"]
         some = next(d for d in directions if d is not None)
         self.tables = {
