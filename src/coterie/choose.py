@@ -116,6 +116,7 @@ class Chooser:
             return found
 
         try:
+            library.facts(name, version)  # an expert whose facts are damaged cannot answer
             self._router.add(name, read(), read)
         except CoterieError as error:
             self._left_out[name] = str(error)

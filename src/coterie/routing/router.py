@@ -27,15 +27,14 @@ from coterie.errors import CoterieError, ModelError
 from coterie.routing.space import Background, Floats
 from coterie.routing.statistics import Statistics
 
-SHORTLIST = 32  # experts compared closely
+SHORTLIST = 16  # experts compared closely
 NEAREST = 3  # training inputs that a similarity is the mean over
 POOLED = 64  # experts whose covariances are pooled
-SHRINK = 0.1  # share of the pooled covariance replaced by a multiple of the identity
-RIDGE = 0.01  # penalty of the regression, as a share of the mean variance
-REGRESSION = 0.3  # weight of the regression in the score, where a cosine has weight 1
+RIDGE = 0.5  # penalty of the regression, times dimensions / inputs, as a share of the mean variance
+REGRESSION = 0.3  # weight of the regression in the score, where the cosine has weight 1
 KEPT = 128  # experts whose whitened samples are kept in memory: at most 1.2 MB each at width 576
-LONE = 0.8  # similarity asked for by an expert that was trained on a single input
-FITTED, FITTED_INPUTS = 16, 8  # experts, and inputs of each, that the temperature is fitted to
+LONE = 0.6  # similarity asked for by an expert that was trained on a single input
+FITTED, FITTED_INPUTS = 8, 32  # experts, and inputs of each, that the temperature is fitted to
 TEMPERATURE = 0.05  # where there is nothing to fit it to
 log = logging.getLogger(__name__)
 Open = Callable[[], Statistics]
@@ -88,6 +87,7 @@ class Router:
         self._ranks: dict[str, str] = {}
         self._means = np.zeros((16, len(background.centre)), np.float32)  # around the background's
         self._scatters: dict[str, Floats] = {}  # of the pooled experts
+        self._counts: dict[str, int] = {}  # their inputs
         self._units = np.zeros_like(self._means)  # means, whitened and of unit length
         self._fresh = 0  # rows of `_units` that are up to date
         self._derived: tuple[Floats, Floats] | None = None  # from them; None: to be made
@@ -122,9 +122,9 @@ class Router:
         self._ranks[name] = hashlib.sha256(name.encode()).hexdigest()
         last = max(self._scatters, key=self._ranks.__getitem__, default=None)
         if len(self._scatters) < POOLED or (last and self._ranks[name] < self._ranks[last]):
-            self._scatters[name] = statistics.scatter
+            self._scatters[name], self._counts[name] = statistics.scatter, statistics.count
             if last and len(self._scatters) > POOLED:
-                del self._scatters[last]
+                del self._scatters[last], self._counts[last]
             self._forget_pooled()
 
     def remove(self, name: str) -> None:
@@ -137,12 +137,13 @@ class Router:
         del self._open[name], self._ranks[name]
         self._samples.pop(name, None)
         if name in self._scatters:
-            del self._scatters[name]
+            del self._scatters[name], self._counts[name]
             others = [n for n in self._names if n not in self._scatters]
             if others:
                 heir = min(others, key=self._ranks.__getitem__)
                 with suppress(CoterieError):  # said when it is next looked at
-                    self._scatters[heir] = self._open[heir]().scatter
+                    found = self._open[heir]()
+                    self._scatters[heir], self._counts[heir] = found.scatter, found.count
             self._forget_pooled()
 
     def route(
@@ -161,7 +162,7 @@ class Router:
             sample = self._sample(name)
             if sample is not None:
                 cosines = sample.units @ text
-                found.append((float(_nearest(cosines[None])[0] + REGRESSION * value), name, sample, cosines))
+                found.append((float(_score(_nearest(cosines[None]), value)[0]), name, sample, cosines))
         found.sort(key=lambda f: (-f[0], f[1]))
         logits = np.array([f[0] for f in found]) / self._fit_temperature()
         odds = np.exp(logits - logits.max(initial=-np.inf)) if found else logits
@@ -189,14 +190,17 @@ class Router:
             places = {name: i for i, name in enumerate(self._names)}
             within = (self.background.scatter + sum(self._scatters.values())) / (len(members) + 1)
             level = max(float(np.trace(within)) / len(within), 1e-12)
-            eye = np.eye(len(within))
-            values, axes = np.linalg.eigh((1 - SHRINK) * within + SHRINK * level * eye)
+            # Fewer inputs than dimensions say little of the covariance: without this shrinkage what an expert has
+            # seen stands out so much from what it has not that it turns its own subject away (docs/routing.md).
+            few = len(within) / sum(self._counts.values())
+            shrink, eye = few / (1 + few), np.eye(len(within))
+            values, axes = np.linalg.eigh((1 - shrink) * within + shrink * level * eye)
             whiten = axes / np.sqrt(np.maximum(values, 1e-12))
             # Second moments of [vector, 1] over all experts, each counting alike, and the background as one more.
             means = np.zeros((len(members) + 1, len(within)))
             means[1:] = self._means[[places[name] for name in members]]
             moments = np.ones((len(within) + 1, len(within) + 1))
-            moments[:-1, :-1] = within + means.T @ means / len(means) + RIDGE * level * eye
+            moments[:-1, :-1] = within + means.T @ means / len(means) + RIDGE * few * level * eye
             moments[:-1, -1] = moments[-1, :-1] = means.mean(axis=0)
             self._derived = whiten.astype(np.float32), np.linalg.inv(moments).astype(np.float32)
         return self._derived
@@ -244,7 +248,7 @@ class Router:
             if len(units) > 1:
                 cosines = units @ units.T
                 np.fill_diagonal(cosines, -np.inf)
-                scores = _nearest(cosines) + REGRESSION * self._left_out(vectors, statistics)
+                scores = _score(_nearest(cosines), self._left_out(vectors, statistics))
             self._samples[name] = _Sample(units, scores, np.sort(scores), statistics.where)
             if len(self._samples) > KEPT:
                 self._samples.popitem(last=False)
@@ -272,22 +276,23 @@ class Router:
             known = {name: place for place, name in enumerate(self._names)}
             some = sorted(self._scatters, key=self._ranks.__getitem__)[:FITTED]
             samples = {name: sample for name in some if (sample := self._sample(name))}
-            rows: list[NDArray[np.float64]] = []
+            rows: list[Floats] = []
             for right, (name, sample) in enumerate(samples.items()):
                 if len(sample.units) < 2:
                     continue
                 vectors = self._open[name]().sample[:FITTED_INPUTS].astype(np.float32)
                 solved, inputs = self._regress(vectors), sample.units[:FITTED_INPUTS]
-                scores = np.stack([
-                    _nearest(inputs @ other.units.T)
-                    + REGRESSION * np.clip(solved[:, :-1] @ self._means[known[n]] + solved[:, -1], -1, 1)
-                    for n, other in samples.items()
-                ], axis=1).astype(np.float64)  # (inputs, experts)  # fmt: skip
+                values = (solved[:, :-1] @ self._means[known[n]] + solved[:, -1] for n in samples)
+                pairs = zip(samples.values(), values, strict=True)
+                scores = np.stack([_score(_nearest(inputs @ s.units.T), np.clip(v, -1, 1)) for s, v in pairs], axis=1)
                 scores[:, right] = sample.scores[:FITTED_INPUTS]
                 rows += [np.concatenate([row[right : right + 1], np.delete(row, right)]) for row in scores]
             self._temperature = TEMPERATURE
             if len(samples) > 1 and rows:
-                found, grid = np.stack(rows), np.geomspace(0.01, 0.5, 40)  # the right expert stands first
+                found, grid = (
+                    np.stack(rows).astype(np.float64),
+                    np.geomspace(0.02, 0.5, 40),
+                )  # the right expert stands first
                 losses = [float(-_log_softmax(found / t)[:, 0].mean()) for t in grid]
                 self._temperature = float(grid[int(np.argmin(losses))])
         return self._temperature
@@ -305,6 +310,12 @@ def _nearest(cosines: Floats) -> Floats:
     counted = np.isfinite(best)
     mean: Floats = np.where(counted, best, 0).sum(axis=-1) / np.maximum(counted.sum(axis=-1), 1)
     return mean.astype(np.float32)
+
+
+def _score(cosine: Floats, regression: Floats | float) -> Floats:
+    """Both in one number between -1 and 1."""
+    score: Floats = ((cosine + REGRESSION * regression) / (1 + REGRESSION)).astype(np.float32)
+    return score
 
 
 def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
