@@ -27,7 +27,6 @@ import torch
 from routing_tasks import Task, outside, tasks
 
 from coterie.business import Business, fit
-from coterie.choose import Chooser
 from coterie.data.read import Example
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Blend, Generation, Sampling
@@ -36,7 +35,7 @@ from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
 from coterie.routing.router import Router
 from coterie.routing.space import background, embed
-from coterie.routing.statistics import Statistics, learn
+from coterie.routing.statistics import Statistics, learn, load_statistics
 
 DISTINCT = ["banking77", "clinc-kitchen", "clinc-auto", "clinc-work", "clinc-talk", "dogo-airline", "dogo-fastfood",
             "dogo-software", "gsm8k", "sql", "tunes", "shakespeare", "code"]  # fmt: skip
@@ -192,12 +191,12 @@ def quality(work: Path, found: list[Task], epochs: int) -> dict[str, Any]:
         return name, library.current(name) or 0
 
     everyone = tuple((of(name), 1 / len(names)) for name in names)
-    chooser = Chooser(business, business.base())
+    router = Router(background(business.base()))
+    for name in names:  # the union is no expert of the coterie
+        router.add(name, load_statistics(library.folder(name)))
 
     def routed(text: str) -> Adapter | None:
-        # The union is no expert of the coterie.
-        vector = embed(business.base(), [text])[0]
-        chosen = chooser.router().route(vector, only=names).chosen
+        chosen = router.route(embed(business.base(), [text])[0]).chosen
         return of(chosen[0][0]) if chosen else None
 
     who = {
@@ -270,7 +269,12 @@ def main() -> None:
         report["growth"] = growth(base, routers["all"], found[0], 500 if quick else 10_000)
         tell(f"{report['cost']} {report['growth']}")
     if args.part != 1:
-        found = tasks(args.data, 60 if quick else args.rows, 8 if quick else 60, TRAINED[:3] if quick else TRAINED)
+        found = tasks(
+            args.data,
+            60 if quick else args.rows,
+            8 if quick else 60,
+            ["clinc-kitchen", "sql", "tunes"] if quick else TRAINED,
+        )
         report["quality"] = quality(args.work / ("quick" if quick else "full"), found, 1 if quick else args.epochs)
     print(json.dumps(report, indent=1))
 

@@ -71,11 +71,6 @@ class Chooser:
             refused = {n: why for n, why in (self._left_out | router.lost | ruling.refused).items() if n not in chosen}
         return Choice(text, decision, bool(ruling.use), refused)
 
-    def router(self) -> Router:
-        """The router as the library is now."""
-        with self._lock:
-            return self._in_step()
-
     def _in_step(self) -> Router:
         """The router, after the library's changes since the last request."""
         library = self.business.library

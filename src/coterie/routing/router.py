@@ -194,8 +194,8 @@ class Router:
             # seen stands out so much from what it has not that it turns its own subject away (docs/routing.md).
             few = len(within) / sum(self._counts.values())
             shrink, eye = few / (1 + few), np.eye(len(within))
-            values, axes = np.linalg.eigh((1 - shrink) * within + shrink * level * eye)
-            whiten = axes / np.sqrt(np.maximum(values, 1e-12))
+            # Any root of the inverse gives the same cosines; Cholesky's is the cheapest.
+            whiten = np.linalg.inv(np.linalg.cholesky((1 - shrink) * within + shrink * level * eye)).T
             # Second moments of [vector, 1] over all experts, each counting alike, and the background as one more.
             means = np.zeros((len(members) + 1, len(within)))
             means[1:] = self._means[[places[name] for name in members]]
