@@ -22,9 +22,10 @@ from coterie.engine.request import Adapter, Callback, Generation, Piece, Samplin
 from coterie.engine.sampling import sample
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong
+from coterie.experts.expert import Applied, Expert
+from coterie.experts.kinds import apply, load
 from coterie.experts.library import Library
-from coterie.experts.lora import Lora, LoraStack
-from coterie.experts.lora import load as load_lora
+from coterie.experts.mixture import Mixture
 from coterie.model.decoder import KVCache, packed_positions
 from coterie.model.load import BaseModel
 
@@ -69,8 +70,9 @@ class Engine:
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
         self.grammars: Grammars | None = None
-        self._loras: dict[Adapter, Lora] = {}
-        self._stack: tuple[list[Adapter], LoraStack] = ([], LoraStack([], base.decoder))
+        self._experts: dict[Adapter, Expert] = {}
+        self._applied: dict[Adapter, Applied] = {}  # of soft prompts and prefixes
+        self._mixture: tuple[list[Adapter], Mixture] = ([], Mixture([], base.decoder))
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
@@ -88,12 +90,13 @@ class Engine:
         """
         if not prompt:
             prompt = self.base.encode(self.base.bos_token or self.base.eos_token)
-        if len(prompt) >= self.context:
-            raise ContextTooLong(
-                f"the prompt has {len(prompt)} tokens; the context holds {self.context}, answer included: shorten it"
-            )
         if adapter is not None:
             self._load(adapter)
+        length = len(prompt) + self._virtual(adapter)
+        if length >= self.context:
+            raise ContextTooLong(
+                f"the prompt has {length} tokens; the context holds {self.context}, answer included: shorten it"
+            )
         matcher = None
         if sampling.constraint:
             if self.grammars is None:
@@ -129,9 +132,19 @@ class Engine:
         self._thread.join()
 
     def _load(self, adapter: Adapter) -> None:
-        if adapter not in self._loras:
+        if adapter not in self._experts:
             assert self.library is not None, "an engine without a library serves the base model only"
-            self._loras[adapter] = load_lora(self.library.folder(*adapter), self.base.decoder.config)
+            expert = load(self.library.folder(*adapter), self.base.decoder.config)
+            if expert.config.kind in ("prompt", "prefix"):
+                self._applied[adapter] = apply(expert, self.base.decoder)
+            self._experts[adapter] = expert
+
+    def _virtual(self, adapter: Adapter | None) -> int:
+        """Virtual tokens that an expert puts before the prompt."""
+        applied = self._applied.get(adapter) if adapter else None
+        if applied is None:
+            return 0
+        return len(applied.soft) if applied.soft is not None else applied.prefix.shape[2]  # type: ignore[union-attr]
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -166,7 +179,7 @@ class Engine:
             self._finish(row, "cancelled", row.stream.flush())
 
     def _admit(self) -> None:
-        """Prefill waiting requests into free slots, all their prompts packed in one forward."""
+        """Take waiting requests into free slots and prefill their prompts."""
         new: list[_Running] = []
         with self._wake:
             room, tokens = self.slots - len(self._running), 0
@@ -177,21 +190,34 @@ class Engine:
                 new.append(self._waiting.popleft())
         if not new:
             return
-        slots = torch.arange(len(self._running), len(self._running) + len(new))
         self._running += new
-        lengths = [len(row.request.prompt) for row in new]
-        for row, length in zip(new, lengths, strict=True):
-            row.length = length
-        device = self.base.decoder.device
-        ids = torch.tensor([t for row in new for t in row.request.prompt], device=device)
-        positions = packed_positions(lengths, device)
-        repeats = torch.tensor(lengths)
-        attend = self.cache.attend_prefill(slots.repeat_interleave(repeats).to(device), positions, lengths)
-        owners = self._owners(new).repeat_interleave(repeats)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._stack[1].change(owners))
-        last = hidden[repeats.cumsum(0).to(device) - 1]
+        groups: dict[Adapter | None, list[_Running]] = {}  # a prefix stands before all rows of a forward
+        for row in new:
+            applied = self._applied.get(row.request.adapter) if row.request.adapter else None
+            with_prefix = row.request.adapter if applied and applied.prefix is not None else None
+            groups.setdefault(with_prefix, []).append(row)
+        logits = [self._prefill(rows, self._applied[name].prefix if name else None) for name, rows in groups.items()]
+        self._choose([row for rows in groups.values() for row in rows], torch.cat(logits))
+
+    def _prefill(self, rows: list[_Running], prefix: Tensor | None) -> Tensor:
+        """Fill the cache with the prompts of `rows`, packed in one forward; the scores (rows, vocab) of what follows."""
+        decoder, device = self.base.decoder, self.base.decoder.device
+        parts: list[Tensor] = []
+        for row in rows:
+            applied = self._applied.get(row.request.adapter) if row.request.adapter else None
+            if applied and applied.soft is not None:
+                parts.append(applied.soft)
+            parts.append(decoder.embed(torch.tensor(row.request.prompt, device=device)))
+            row.length = len(row.request.prompt) + self._virtual(row.request.adapter)
+        behind = 0 if prefix is None else prefix.shape[2]
+        lengths = [row.length - behind for row in rows]
+        positions, repeats = packed_positions(lengths, device) + behind, torch.tensor(lengths)
+        slots = torch.tensor([self._running.index(row) for row in rows]).repeat_interleave(repeats).to(device)
+        attend = self.cache.attend_prefill(slots, positions, lengths, prefix)
+        owners = self._owners(rows).repeat_interleave(repeats)
+        hidden = decoder.run(torch.cat(parts), positions, attend, self._mixture[1].change(owners))
         self.stats.prompt_tokens += sum(lengths)
-        self._choose(new, self.base.decoder.logits(last))
+        return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
     def _decode(self) -> None:
         """One more token for every running request."""
@@ -201,7 +227,7 @@ class Engine:
         for row in rows:
             row.length += 1
         attend = self.cache.attend_decode(torch.arange(len(rows), device=device), positions)
-        change = self._stack[1].change(self._owners(rows))
+        change = self._mixture[1].change(self._owners(rows))
         hidden = self.base.decoder.forward(ids, positions, attend, change)
         self.stats.steps += 1
         self._choose(rows, self.base.decoder.logits(hidden))
@@ -209,11 +235,11 @@ class Engine:
     def _owners(self, rows: list[_Running]) -> Tensor:
         """The place in the stack of each row's expert, -1 for the base (rows); rebuilds the stack where it must."""
         needed = dict.fromkeys(row.request.adapter for row in self._running if row.request.adapter)
-        names = self._stack[0]
+        names = self._mixture[0]
         if not needed.keys() <= set(names):
             wanted = list(dict.fromkeys([*needed, *names]))
             names = wanted if len(wanted) <= STACK else list(needed)
-            self._stack = (names, LoraStack([self._loras[name] for name in names], self.base.decoder))
+            self._mixture = (names, Mixture([self._experts[name] for name in names], self.base.decoder))
         place = {name: i for i, name in enumerate(names)}
         return torch.tensor([place[row.request.adapter] if row.request.adapter else -1 for row in rows])
 
