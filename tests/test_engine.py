@@ -27,25 +27,32 @@ from coterie.engine.sampling import SHORTLIST, sample
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, CoterieError, ModelError, Stopped, UnknownExpert
 from coterie.experts import lora as loras
+from coterie.experts.adapter import BottleneckConfig
+from coterie.experts.expert import Expert
+from coterie.experts.kinds import load as load_expert
+from coterie.experts.kinds import save as save_expert
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
+from coterie.experts.prefix import PrefixConfig
+from coterie.experts.prompt import PromptConfig
 from coterie.model.load import BaseModel
-from support import Gate, greedy, logits_of, random_rows, train_tokenizer
+from support import Gate, greedy, logits_with, random_rows, train_tokenizer, trained
 
 CONTEXT = 256
 LONGEST = 24  # tokens of the answers that are compared
-SHAPES = (LoraConfig(8, 32), LoraConfig(4, 32, ("q_proj", "v_proj")), LoraConfig(2, 32, ("down_proj",)))
+SHAPES: tuple[Any, ...] = (
+    LoraConfig(8, 32), LoraConfig(4, 32, ("q_proj", "v_proj"), dora=True), LoraConfig(2, 32, ("down_proj",)),
+    BottleneckConfig(8, "houlsby"), PromptConfig(5), PrefixConfig(7), PrefixConfig(3),
+)  # fmt: skip
 
 
-def publish(library: Library, base: BaseModel, name: str, seed: int) -> loras.Lora:
+def publish(library: Library, base: BaseModel, name: str, seed: int) -> Expert:
     """Put an expert on the shelf that changes a lot, as if it had been trained."""
-    lora = loras.fresh(SHAPES[seed % len(SHAPES)], base.decoder.config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for key, w in lora.weights.items():
-        if ".lora_B." in key:
-            w.copy_(torch.randn(w.shape, generator=generator) * 0.1)
-    library.publish(ExpertFacts(name), lambda folder: loras.save(lora, folder, "tiny"))
-    return lora
+    expert = trained(SHAPES[seed % len(SHAPES)], base, seed)
+    library.publish(
+        ExpertFacts(name, expert.config.kind), lambda to: save_expert(expert, to, "tiny", base.decoder.config)
+    )
+    return expert
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,9 @@ def cases(tiny_base: BaseModel, library: Library) -> list[Case]:
     """Short and long prompts for the base and every expert, as far as each choice is clear of rounding."""
     out = []
     for name in (None, *library.names()):
-        lora = loras.load(library.folder(name), tiny_base.decoder.config) if name else None
-        for row in random_rows(tiny_base, [1, 3, 20, 60, 100], seed=7):
-            answer, lead = greedy(tiny_base, row, LONGEST, lora)
+        expert = load_expert(library.folder(name), tiny_base.decoder.config) if name else None
+        for row in random_rows(tiny_base, [1, 20, 60, 100], seed=7):
+            answer, lead = greedy(tiny_base, row, LONGEST, expert)
             if lead > 1e-3:
                 out.append(Case(row, (name, 1) if name else None, answer))
     assert len(out) > 20
@@ -158,7 +165,7 @@ def test_greedy_answers_are_the_same_alone_and_in_any_batch(
 
 def test_base_and_experts_share_one_step(gate: Gate, start: Callable[..., Engine], cases: list[Case]) -> None:
     mixed = list({case.adapter: case for case in cases}.values())
-    engine = start(slots=8)
+    engine = start(slots=16)
     first = engine.submit(mixed[0].prompt, Sampling(max_tokens=LONGEST), mixed[0].adapter)
     gate.begun.acquire()  # the first is alone in its prompt's forward; the others come meanwhile
     others = [engine.submit(case.prompt, Sampling(max_tokens=LONGEST), case.adapter) for case in mixed[1:]]
@@ -175,7 +182,7 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
     (prompt,) = random_rows(tiny_base, [9], seed=3)
     wanted = {name: greedy(tiny_base, prompt, 4, lora)[0] for name, lora in made.items()}
     gc.collect()
-    before = sum(type(o) is loras.Lora for o in gc.get_objects())
+    before = sum(type(o) is Expert for o in gc.get_objects())
     engine = Engine(tiny_base, library, slots=12, context=CONTEXT)
     try:
         for names in (list(made), list(made)[::-1]):
@@ -186,7 +193,7 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
         for name in made:
             engine.submit(prompt, Sampling(max_tokens=1), (name, 1)).text()
         gc.collect()
-        assert sum(type(o) is loras.Lora for o in gc.get_objects()) - before <= 16
+        assert sum(type(o) is Expert for o in gc.get_objects()) - before <= 16
     finally:
         engine.close()
 
@@ -419,7 +426,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) 
 # Log-probabilities
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 4}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 5}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", [None, "loud0"])
 def test_log_probabilities_are_those_of_a_plain_forward_pass(
     how: dict[str, Any], name: str | None, engine: Engine, library: Library
@@ -429,9 +436,8 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(
     found = [token for piece in generation for token in piece.tokens]
     assert [t.id for t in found] == generation.generated
     assert len(found) > 3
-    lora = loras.load(library.folder(name), base.decoder.config) if name else None
-    change = loras.training_change(lora, base.decoder) if lora else None
-    scores = logits_of(base, [prompt + generation.generated], change)[0][len(prompt) - 1 : -1]
+    expert = load_expert(library.folder(name), base.decoder.config) if name else None
+    scores = logits_with(base, [prompt + generation.generated], expert)[0][len(prompt) - 1 : -1]
     for token, wanted in zip(found, torch.log_softmax(scores, -1), strict=True):
         assert token.logprob == pytest.approx(float(wanted[token.id]), abs=1e-4)
         assert [v for _, v in token.top] == pytest.approx(wanted.topk(top).values.tolist(), abs=1e-4)
