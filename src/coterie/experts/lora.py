@@ -59,10 +59,10 @@ def weight_name(layer: int, projection: str, side: str) -> str:
 
 
 def shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every weight an expert of this shape has, by PEFT name."""
+    """Every weight an expert of this shape has, by PEFT name. Mixtures of experts are left as they are."""
     out: dict[str, tuple[int, int]] = {}
     for layer in range(model.layers):
-        for site in SITES:
+        for site in model.dense_sites(layer):
             for projection, size in model.site_outputs(site):
                 if projection in config.targets:
                     out[weight_name(layer, projection, "A")] = (config.rank, model.site_input(site))
@@ -86,6 +86,8 @@ def site_matrices(lora: Lora, model: ModelConfig, layer: int, site: str, like: T
     The A of the site's projections are stacked and their B stand on a block diagonal. Differentiable.
     """
     downs, ups = [], []
+    if site not in model.dense_sites(layer):
+        return None
     for projection, size in model.site_outputs(site):
         if projection in lora.config.targets:
             downs.append(lora.weights[weight_name(layer, projection, "A")].to(like))
