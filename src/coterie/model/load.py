@@ -183,7 +183,8 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
+def gguf_config(path: Path) -> tuple[ModelConfig, Facts, dict[str, Any]]:
+    """The decoder that a GGUF file describes, all its facts, and its tensors by name, not read yet."""
     try:
         reader = GGUFReader(path)
         meta = Facts({name: f.contents() for name, f in reader.fields.items()}, path)
@@ -212,6 +213,11 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         eps=fact("attention.layer_norm_rms_epsilon", 1e-5), rope_theta=fact("rope.freq_base", 10000.0),
         rope_scaling=scaling, tied="output.weight" not in tensors, qk_norm=family == "qwen3", family=family,
     )  # fmt: skip
+    return config, meta, tensors
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
+    config, meta, tensors = gguf_config(path)
     raw: dict[str, Tensor] = {}
     for name, t in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -225,9 +231,9 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
             value = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
         except NotImplementedError as error:
             raise ModelError(f"{path}: {name} is of type {t.tensor_type.name}, which cannot be read") from error
-        if family == "llama" and parts[-1] in ("attn_q", "attn_k"):
+        if config.family == "llama" and parts[-1] in ("attn_q", "attn_k"):
             # llama.cpp interleaves the rotary halves of q and k; put them back.
-            n = heads if parts[-1] == "attn_q" else config.kv_heads
+            n = config.heads if parts[-1] == "attn_q" else config.kv_heads
             value = value.view(n, value.shape[0] // n // 2, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
         raw[f"{layer}.{suffix}"] = value
     tokens = meta["tokenizer.ggml.tokens"]

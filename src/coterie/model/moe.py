@@ -10,6 +10,7 @@ in float32); Zoph et al. 2022 (ST-MoE: router z-loss); Gale et al. 2022 (MegaBlo
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,16 @@ def sort_by_expert(experts: Tensor, count: int, most: int) -> tuple[Tensor, Tens
     return order % n * k + order // n, rows.cpu()
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """Gate and up side by side (M, 2F), to (M, F)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def feed_forward(
-    x: Tensor, logits: Tensor, gate_up: Weights, down: Weights, k: int, normed: bool, factor: float = 0.0
-) -> Tensor:
+    x: Tensor, logits: Tensor, gate_up: Weights, down: Weights, k: int, normed: bool, factor: float = 0.0,
+    activate: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:  # fmt: skip
     """The weighted sum, (N, width), of what each token's experts make of x (N, width).
 
     A choice beyond its expert's capacity adds nothing; a token that lost all its choices gets zeros, and so passes
@@ -65,8 +73,7 @@ def feed_forward(
     n, count = logits.shape
     experts, weights = choose(logits, k, normed)
     places, rows = sort_by_expert(experts, count, capacity(n, count, k, factor))
-    gate, up = grouped(x.index_select(0, places // k), gate_up, rows).chunk(2, dim=-1)
-    made = grouped(F.silu(gate) * up, down, rows)
+    made = grouped(activate(grouped(x.index_select(0, places // k), gate_up, rows)), down, rows)
     made = made * weights.reshape(-1, 1).index_select(0, places).to(made.dtype)
     back = made.new_zeros(n * k, made.shape[-1]).index_copy(0, places, made)
     return back.view(n, k, -1).sum(1) if k > 1 else back
