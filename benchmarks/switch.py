@@ -4,10 +4,11 @@
     python benchmarks/switch.py --quick    a minute: same code, too short to mean much
     python benchmarks/switch.py --json
 
-Training: two decoders from scratch on tinyshakespeare (characters; the last tenth is held out), same width, same data order, same optimizer; the Switch model has experts in every layer, one active per
-token, so its FLOPs per token are the dense model's and the router's. `steps_vs_dense` is the number of steps of the
-dense model over those that Switch needs to reach the dense model's final held-out loss. The learning rate is
-constant after warm-up, so that the length of the run does not shape the curves.
+Training: two character models from scratch on tinyshakespeare (the last tenth is held out), same width, data order
+and optimizer; the Switch model has 8 experts in every layer, one active per token, so its FLOPs per token are the
+dense model's and the router's. `steps_vs_dense` is the number of steps of the dense model over those that Switch needs
+to reach the dense model's final held-out loss. The learning rate is constant after warm-up, so that the length of a
+run does not shape its curve.
 
 Layers: the same weights in ours and in transformers' Mixtral and SwitchTransformers layers, 8 experts; outputs are
 checked for equality, then both are timed in turns. `layer_vs_transformers` is the geometric mean of the ratios of
@@ -61,9 +62,10 @@ def fresh(config: ModelConfig, seed: int) -> Trained:
         weights |= {f"{n}.attn_norm": torch.ones(config.width), f"{n}.ffn_norm": torch.ones(config.width)}
         weights |= {f"{n}.qkv": draw(q + 2 * kv, config.width), f"{n}.o": draw(config.width, q, scale=small)}
         if n in config.sparse:
-            weights[f"{n}.router"] = draw(config.experts, config.width)
+            # Routers that prefer something from the start, and experts that make up for the gate's weight below 1.
+            weights[f"{n}.router"] = draw(config.experts, config.width, scale=6)
             weights[f"{n}.experts.gate_up"] = draw(config.experts, 2 * config.ffn, config.width)
-            weights[f"{n}.experts.down"] = draw(config.experts, config.width, config.ffn, scale=small)
+            weights[f"{n}.experts.down"] = draw(config.experts, config.width, config.ffn, scale=3 * small)
         else:
             weights[f"{n}.gate_up"] = draw(2 * config.ffn, config.width)
             weights[f"{n}.down"] = draw(config.width, config.ffn, scale=small)
@@ -89,9 +91,11 @@ def loss_of(decoder: Trained, windows: Tensor, watch: dict[int, Tensor] | None =
     return F.cross_entropy(decoder.logits(hidden), windows[:, 1:].reshape(-1))
 
 
-def train(config: ModelConfig, data: tuple[Tensor, Tensor], steps: int, every: int, args: argparse.Namespace,
-          target: float | None = None, say: Callable[[str], None] = print) -> list[tuple[int, float, float]]:  # fmt: skip
-    """(step, seconds of training, held-out loss) every `every` steps; stops where the loss is `target` or less."""
+def train(
+    config: ModelConfig, data: tuple[Tensor, Tensor], args: argparse.Namespace, say: Callable[[str], None],
+    target: float | None = None,
+) -> list[tuple[int, float, float]]:  # fmt: skip
+    """(step, seconds of training, held-out loss) every `args.every` steps; stops where the loss is `target` or less."""
     learn, held = data
     decoder = fresh(config, args.seed)
     served = Trained(replace(config, capacity=0.0), decoder.weights)
@@ -101,7 +105,7 @@ def train(config: ModelConfig, data: tuple[Tensor, Tensor], steps: int, every: i
     span = args.length + 1
     windows = held[: len(held) // span * span].view(-1, span)[: args.held]
     curve, seconds = [], 0.0
-    for step in range(1, steps + 1):
+    for step in range(1, args.steps + 1):
         started = time.perf_counter()
         starts = torch.randint(len(learn) - span, (args.batch,), generator=order)
         watch: dict[int, Tensor] = {}
@@ -115,7 +119,7 @@ def train(config: ModelConfig, data: tuple[Tensor, Tensor], steps: int, every: i
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - started
-        if step % every == 0:
+        if step % args.every == 0:
             with torch.no_grad():
                 value = statistics.fmean(float(loss_of(served, w)) for w in windows.split(32))
             curve.append((step, seconds, value))
@@ -140,16 +144,16 @@ def corpus(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 def switch_vs_dense(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     data = corpus(args)
     dense = ModelConfig(
-        vocab=int(max(part.max() for part in data)) + 1, width=args.width, layers=args.layers, heads=args.width // 32, kv_heads=args.width // 32,
-        head_dim=32, ffn=args.ffn, context=args.length, tied=True,
+        vocab=int(max(part.max() for part in data)) + 1, width=args.width, layers=args.layers,
+        heads=args.width // 32, kv_heads=args.width // 32, head_dim=32, ffn=args.ffn, context=args.length, tied=True,
     )  # fmt: skip
     switch = replace(dense, experts=args.experts, experts_per_token=1, gate_normed=False,
                      sparse=tuple(range(args.layers)), capacity=CAPACITY)  # fmt: skip
     say(f"dense: width {args.width}, {args.layers} layers, {args.steps} steps of {args.batch} x {args.length} tokens")
-    curve = train(dense, data, args.steps, args.every, args, say=say)
+    curve = train(dense, data, args, say)
     goal = curve[-1][2]
     say(f"switch: {args.experts} experts, 1 active; to reach {goal:.4f}")
-    reached = train(switch, data, args.steps, args.every, args, goal, say)
+    reached = train(switch, data, args, say, goal)
     there = reached[-1][2] <= goal
     return {
         "dense_steps": args.steps, "dense_seconds": round(curve[-1][1], 1), "dense_loss": round(goal, 4),
@@ -293,10 +297,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="short runs")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--only", choices=["training", "layers"], help="one half of it")
-    for name, default in (("steps", 1200), ("every", 25), ("width", 64), ("layers", 2), ("ffn", 256), ("experts", 32),
-                          ("batch", 16), ("length", 64), ("held", 256), ("seed", 0)):  # fmt: skip
+    for name, default in (("steps", 2500), ("every", 50), ("width", 32), ("layers", 2), ("ffn", 64), ("experts", 8),
+                          ("batch", 32), ("length", 64), ("held", 256), ("seed", 0)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--rate", type=float, default=5e-3)
     args = parser.parse_args()
     args.tokens, args.rounds = (8, 128, 1024), 9
     if args.quick:
@@ -315,7 +319,9 @@ def main() -> None:
         logs = {p: [math.log(c["ratio"]) for c in result["layers"] if c["layer"] == p] for p in
                 ("Mixtral", "SwitchTransformers")}  # fmt: skip
         result |= {f"layer_vs_{p.lower()}": round(math.exp(statistics.fmean(v)), 2) for p, v in logs.items()}
-        result["layer_vs_transformers"] = round(math.exp(statistics.fmean(sum(logs.values(), []))), 2)
+        result["layer_vs_transformers"] = round(
+            math.exp(statistics.fmean(v for part in logs.values() for v in part)), 2
+        )
     if args.json:
         print(json.dumps(result))
     else:

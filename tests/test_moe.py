@@ -316,7 +316,8 @@ def test_the_engine_serves_a_mixture_as_transformers_does(packed: bool, tiny: Pa
         alone = [engine.submit(row, Sampling(max_tokens=8)) for row in rows[:1]]
         text = [g.text() for g in alone]
         batch = [engine.submit(row, Sampling(max_tokens=8)) for row in rows]
-        assert [g.text() for g in batch][0] == text[0]
+        texts = [g.text() for g in batch]
+        assert texts[0] == text[0]
         for row, generation in zip(rows, batch, strict=True):
             theirs = reference_model(tmp_path / "m").generate(torch.tensor([row]), max_new_tokens=8, do_sample=False)
             wanted = theirs[0, len(row) :].tolist()

@@ -136,11 +136,11 @@ def examine(path: Path) -> Anatomy:
         found = sorted(path.glob("*.gguf"))
         if not found:
             raise ModelError(f"{path}: no config.json and no .gguf in this directory")
-        path = found[0]
+        return _of_gguf(found[0], path.name)
     if not path.exists():
         raise ModelError(f"{path}: no such model; name a directory, a config.json, a .gguf file or a pulled model")
     if path.suffix == ".gguf":
-        return _of_gguf(path)
+        return _of_gguf(path, path.stem)
     hf = read_facts(path if path.is_file() else path / "config.json")
     config = config_of(hf)
     biases = _biases(hf, config.family)
@@ -149,10 +149,10 @@ def examine(path: Path) -> Anatomy:
     return _anatomy(hf.where.parent.resolve().name, config, biases, window)
 
 
-def _of_gguf(path: Path) -> Anatomy:
+def _of_gguf(path: Path, name: str) -> Anatomy:
     config, _, names = gguf_config(path)
     sites = {"qkv": "attn_q.bias", "o": "attn_output.bias", "gate_up": "ffn_gate.bias", "down": "ffn_down.bias"}
-    return _anatomy(path.stem, config, tuple(s for s in SITES if f"blk.0.{sites[s]}" in names), None)
+    return _anatomy(name, config, tuple(s for s in SITES if f"blk.0.{sites[s]}" in names), None)
 
 
 def _biases(hf: dict[str, Any], family: str) -> tuple[str, ...]:
@@ -188,10 +188,10 @@ def probe(price: float = 0.0, seconds: float = 0.3) -> Hardware:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).bfloat16()
     flops = 2 * size**3 / _fastest(lambda: a @ a, seconds, device)
-    big = torch.ones((1 << 30) if device.type == "cuda" else (64 << 20), dtype=torch.bfloat16, device=device)
-    vector = torch.ones(4096, dtype=torch.bfloat16, device=device)
-    rows = big.view(-1, 4096)
-    bandwidth = big.numel() * 2 / _fastest(lambda: rows @ vector, seconds, device)
+    # In float32, because a CPU's product of a bfloat16 matrix and vector is bound by arithmetic.
+    rows = torch.ones((1 << 16) if device.type == "cuda" else (1 << 14), 4096, device=device)
+    vector = torch.ones(4096, device=device)
+    bandwidth = rows.numel() * 4 / _fastest(lambda: rows @ vector, seconds, device)
     if device.type == "cuda":
         memory = float(torch.cuda.get_device_properties(device).total_memory)
     else:
@@ -201,9 +201,10 @@ def probe(price: float = 0.0, seconds: float = 0.3) -> Hardware:
 
 def _fastest(work: Any, seconds: float, device: torch.device) -> float:
     """Seconds of the fastest run within `seconds` (the fastest, because others may use the machine)."""
-    best, end = float("inf"), time.perf_counter() + seconds
+    best = float("inf")
     work()
-    while time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         started = time.perf_counter()
         work()
         if device.type == "cuda":

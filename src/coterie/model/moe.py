@@ -10,12 +10,14 @@ in float32); Zoph et al. 2022 (ST-MoE: router z-loss); Gale et al. 2022 (MegaBlo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL = 2_000_000  # multiply-adds from which oneDNN's product wins over F.linear's in float32
+STEP = 16  # rows
 Weights = Tensor | list[Tensor]  # (E, out, in), or for each expert what Decoder.pack made of its (out, in)
 
 
@@ -93,20 +95,46 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, in) by weight (out, in), either of any strides; no gradients."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    """x (N, in) by weight (out, in), either of any strides; no gradients.
+
+    oneDNN compiles a kernel for each new shape (about 0.5 ms), so small products stay with F.linear.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() * len(weight) > SMALL:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
     return F.linear(x, weight)
 
 
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, in) by a weight that Decoder.pack made."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def by_expert(
+    x: Tensor, weights: Iterable[Tensor], rows: list[int], product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """x (M, in), the first rows[0] rows by the first weight and so on: (M, out).
+
+    Products take their rows in multiples of STEP, with some of their neighbours' thrown away again: rows vary from
+    step to step, and a kernel is compiled for every number of them.
+    """
+    made, start = [], 0
+    for weight, count in zip(weights, rows, strict=True):
+        if count:
+            whole = count if count <= STEP // 2 else min(-(-count // STEP) * STEP, len(x))
+            first = min(start, len(x) - whole)
+            made.append(product(x[first : first + whole], weight)[start - first : start - first + count])
+        start += count
+    return torch.cat(made)
+
+
 def grouped(x: Tensor, weights: Weights, rows: Tensor) -> Tensor:
     """x (M, in), the first rows[0] rows by the first expert's weight and so on: (M, out). Differentiable."""
-    if isinstance(weights, Tensor) and x.is_cuda and x.dtype == torch.bfloat16:
+    if isinstance(weights, list):
+        return by_expert(x, weights, rows.tolist(), packed_product)
+    if x.is_cuda and x.dtype == torch.bfloat16:
         return grouped_on_device(x, weights, rows)
-    if isinstance(weights, Tensor):
-        out: Tensor = _Grouped.apply(x, weights, rows)  # type: ignore[no-untyped-call]
-        return out
-    return torch.cat([product(part, w) for part, w in zip(x.split(rows.tolist()), weights, strict=True) if len(part)])
+    out: Tensor = _Grouped.apply(x, weights, rows)  # type: ignore[no-untyped-call]
+    return out
 
 
 def grouped_on_device(x: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
@@ -122,23 +150,21 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx, x, weights, rows):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weights)
         ctx.rows = rows.tolist()
-        parts = zip(x.split(ctx.rows), weights, strict=True)
-        made = [product(part, w) for part, w in parts if len(part)]
-        return torch.cat(made) if made else x.new_zeros(0, weights.shape[1])
+        return by_expert(x, weights, ctx.rows, product)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weights = ctx.saved_tensors
-        parts = list(zip(grad.split(ctx.rows), x.split(ctx.rows), range(len(weights)), strict=True))
         to_x = to_weights = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.empty_like(x)
-            torch.cat([product(g, weights[e].t()) for g, _, e in parts if len(g)], out=to_x)
+            to_x = by_expert(grad.contiguous(), weights.transpose(1, 2), ctx.rows, product)
         if ctx.needs_input_grad[1]:
             to_weights = torch.empty_like(weights)
-            for g, part, e in parts:
-                if len(g):
-                    to_weights[e] = product(g.t(), part.t())
+            for slope, part, out in zip(grad.split(ctx.rows), x.split(ctx.rows), to_weights, strict=True):
+                if not len(part):
+                    out.zero_()
+                elif x.dtype == torch.float32 and x.device.type == "cpu" and part.numel() * grad.shape[1] > SMALL:
+                    out.copy_(product(slope.t(), part.t()))
                 else:
-                    to_weights[e] = 0
+                    torch.mm(slope.t(), part, out=out)
         return to_x, to_weights, None
