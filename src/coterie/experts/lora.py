@@ -54,10 +54,10 @@ def weight_name(layer: int, projection: str, part: str) -> str:
 
 
 def shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of an expert, by PEFT name."""
+    """Shape of every weight of an expert, by PEFT name. Mixtures of experts are left as they are."""
     out: dict[str, tuple[int, ...]] = {}
     for layer in range(config.first_layer, model.layers):
-        for site in SITES:
+        for site in model.dense_sites(layer):
             for projection, size in model.site_outputs(site):
                 if projection in config.targets:
                     out[weight_name(layer, projection, "lora_A.weight")] = (config.rank, model.site_input(site))
@@ -77,7 +77,7 @@ def fresh(config: LoraConfig, decoder: Decoder, seed: int = 0) -> Expert:
             bound = 1 / math.sqrt(shape[1])
             weights[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
     for layer in range(config.first_layer, decoder.config.layers) if config.dora else ():
-        for site in SITES:
+        for site in decoder.config.dense_sites(layer):
             norms = decoder.weights[f"{layer}.{site}"].float().norm(dim=1)
             for (projection, _), part in zip(
                 decoder.config.site_outputs(site), norms.split([n for _, n in decoder.config.site_outputs(site)]),
@@ -97,12 +97,12 @@ class Site:
     gain: Tensor | None
 
 
-def site_of(expert: Expert, decoder: Decoder, layer: int, site: str) -> Site | None:
-    """The expert at a site; None where it leaves the site alone. Differentiable in its weights."""
+def site_of(expert: Expert, decoder: Decoder, layer: int, site: str, dtype: torch.dtype | None = None) -> Site | None:
+    """The expert at a site, by default in the base's precision; None where it leaves the site alone. Differentiable."""
     config: LoraConfig = expert.config
-    if layer < config.first_layer:
+    if layer < config.first_layer or site not in decoder.config.dense_sites(layer):
         return None
-    like, model = decoder.weights["final_norm"], decoder.config
+    like, model = decoder.weights["final_norm"].to(dtype or decoder.dtype), decoder.config
     downs, ups, gains = [], [], []
     for projection, size in model.site_outputs(site):
         if projection in config.targets:
@@ -121,6 +121,16 @@ def site_of(expert: Expert, decoder: Decoder, layer: int, site: str) -> Site | N
     norms = _row_norms(decoder.weights[f"{layer}.{site}"], down, up)
     magnitude = torch.cat(gains)
     return Site(down, up, torch.where(magnitude == 0, 1.0, magnitude / norms).to(like))
+
+
+@torch.no_grad()
+def merged(expert: Expert, decoder: Decoder, layer: int, site: str) -> Tensor | None:
+    """The base's weight at a site (out, in) with the expert in it, in float32; None where it is left alone."""
+    found = site_of(expert, decoder, layer, site, torch.float32)
+    if found is None:
+        return None
+    whole = decoder.weights[f"{layer}.{site}"].float() + found.up @ found.down
+    return whole if found.gain is None else whole * found.gain[:, None]
 
 
 @torch.no_grad()

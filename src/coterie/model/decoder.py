@@ -1,9 +1,10 @@
-"""The decoder of the Llama family: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5/3.
+"""The decoder of the Llama family: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5/3, Mixtral and other mixtures of experts.
 
 Notable: one forward for training, prefill and decoding. Sequences are packed end to end, (tokens, width),
 with no padding; what differs between the three uses is only `attend`, a function that owns masks and cache,
-and `change`, what an expert makes of the output of a projection or of a whole block. Both are passed in, so the
-model knows of neither. `run` takes a range of layers, so that the lower ones (the trunk) can be computed once.
+and `change`, what an expert makes of the output of a projection or of a whole block (and whoever trains a router,
+of its logits). Both are passed in, so the model knows of neither. `run` takes a range of layers, so that the lower
+ones (the trunk) can be computed once.
 Sources: Touvron et al. 2023 (Llama 2); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from coterie.model import moe
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
 Change = Callable[[int, str, Tensor, Tensor], Tensor]  # layer, site, x (N,in), out (N,out) -> what out becomes
@@ -41,6 +44,12 @@ class ModelConfig:
     tied: bool = True
     qk_norm: bool = False
     family: str = "llama"
+    experts: int = 0  # feed-forward experts of each layer in `sparse`; 0: a dense model
+    experts_per_token: int = 2
+    gate_normed: bool = True  # the weights of a token's experts sum to 1
+    sparse: tuple[int, ...] = ()  # layers whose feed-forward is a mixture of experts
+    expert_ffn: int = 0  # inner width of one expert, where it is not `ffn`
+    capacity: float = 0.0  # only while training: an expert takes this many times its even share of tokens; 0: all
 
     def site_outputs(self, site: str) -> list[tuple[str, int]]:
         """The projections fused at a site, with their output sizes."""
@@ -51,6 +60,10 @@ class ModelConfig:
             "gate_up": [("gate_proj", self.ffn), ("up_proj", self.ffn)],
             "down": [("down_proj", self.width)],
         }[site]
+
+    def dense_sites(self, layer: int) -> tuple[str, ...]:
+        """Sites that have one matrix for all tokens: in a layer with a mixture of experts, attention's only."""
+        return SITES[:2] if layer in self.sparse else SITES
 
     def site_input(self, site: str) -> int:
         return {"o": self.heads * self.head_dim, "down": self.ffn}.get(site, self.width)
@@ -102,8 +115,11 @@ class Decoder:
         self.prepack = packed and self.device.type == "cpu" and self.dtype == torch.bfloat16
         if self.prepack:
             for name, w in weights.items():
-                if w.dim() == 2 and (name != "embed" or config.tied):
+                if w.dim() == 2 and w.dtype == self.dtype and (name != "embed" or config.tied):
                     self.packed[name] = self.pack(w)
+        self.packed_experts = {
+            name: [self.pack(expert) for expert in w] for name, w in weights.items() if self.prepack and w.dim() == 3
+        }
 
     def pack(self, weight: Tensor) -> Tensor:
         """`weight` (out, in) in the layout that `apply` wants."""
@@ -178,8 +194,21 @@ class Decoder:
 
     def _feed_forward(self, layer: int, hidden: Tensor, change: Change | None) -> Tensor:
         x = self.norm(hidden, f"{layer}.ffn_norm")
+        if layer in self.config.sparse:
+            return self._experts(layer, x, change)
         gate, up = self.project(layer, "gate_up", x, change).chunk(2, dim=-1)
         return self.project(layer, "down", F.silu(gate) * up, change)
+
+    def _experts(self, layer: int, x: Tensor, change: Change | None) -> Tensor:
+        c = self.config
+        logits = moe.score(x, self.weights[f"{layer}.router"])
+        if change:
+            logits = change(layer, "router", x, logits)
+        names = (f"{layer}.experts.gate_up", f"{layer}.experts.down")
+        trains = torch.is_grad_enabled() and x.requires_grad
+        kept: dict[str, Any] = self.packed_experts if self.packed_experts and not trains else self.weights
+        gate_up, down = (kept[name] for name in names)
+        return moe.feed_forward(x, logits, gate_up, down, c.experts_per_token, c.gate_normed, c.capacity)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The residual stream after the last layer, normed for `logits`, (N, width)."""
