@@ -16,9 +16,12 @@ from coterie.engine.request import Adapter, Blend, Sampling
 from coterie.errors import CoterieError
 from coterie.experts import arrow
 from coterie.experts import lora as loras
+from coterie.experts.expert import Expert
+from coterie.experts.kinds import apply
 from coterie.experts.library import ExpertFacts, Library
-from coterie.experts.lora import Lora, LoraConfig, LoraStack, training_change, weight_name
+from coterie.experts.lora import LoraConfig, weight_name
 from coterie.experts.merge import merge
+from coterie.experts.mixture import Mixture
 from coterie.model.decoder import Change
 from coterie.model.load import BaseModel
 from support import logits_of, random_rows
@@ -27,12 +30,12 @@ CONFIG = LoraConfig(4, 8)
 NAMES = ("one", "two", "three", "four")
 
 
-def expert(base: BaseModel, seed: int, config: LoraConfig = CONFIG) -> Lora:
+def expert(base: BaseModel, seed: int, config: LoraConfig = CONFIG) -> Expert:
     """An expert whose updates have one direction that clearly stands out, as trained ones do.
 
     Without it peft's 15 steps of power iteration do not find the top singular vector.
     """
-    lora = loras.fresh(config, base.decoder.config, seed)
+    lora = loras.fresh(config, base.decoder, seed)
     generator = torch.Generator().manual_seed(100 + seed)
     for name, w in lora.weights.items():
         if ".lora_B." in name:
@@ -48,20 +51,23 @@ def library(tmp_path_factory: pytest.TempPathFactory, tiny_base: BaseModel) -> L
     for seed, name in enumerate(NAMES):
         config = CONFIG if seed < 3 else LoraConfig(2, 8, ("q_proj", "v_proj"))
         made = expert(tiny_base, seed, config)
-        shelf.publish(ExpertFacts(name), lambda folder, made=made: loras.save(made, folder, "tiny"))  # type: ignore[misc]
+        shelf.publish(
+            ExpertFacts(name), lambda folder, made=made: loras.save(made, folder, "tiny", tiny_base.decoder.config)
+        )  # type: ignore[misc]
     return shelf
 
 
-def of(library: Library, base: BaseModel, name: str) -> Lora:
+def of(library: Library, base: BaseModel, name: str) -> Expert:
     return loras.load(library.folder(name), base.decoder.config)
 
 
-def arrow_change(base: BaseModel, experts: list[Lora], tokens: int, top_k: int) -> Change | None:
-    stack = LoraStack(experts, base.decoder)
-    shared = arrow.Arrow(stack, [arrow.prototypes(e, base.decoder.config) for e in experts])
+def arrow_change(base: BaseModel, experts: list[Expert], tokens: int, top_k: int) -> Change | None:
+    mixture = Mixture(experts, base.decoder)
+    directions = [arrow.prototypes(e, base.decoder.config) for e in experts]
+    shared = arrow.Arrow(directions, base.decoder.weights["final_norm"])
     allowed = torch.ones(tokens, len(experts), dtype=torch.bool)
     gates = shared.gates(torch.arange(tokens), allowed, torch.full((tokens,), top_k))
-    return stack.change_shared(torch.zeros(tokens, len(experts)), gates)
+    return mixture.change(torch.full((tokens,), -1), allowed.float(), gates)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -69,7 +75,7 @@ def test_arrow_computes_what_peft_computes(top_k: int, tiny: Path, tiny_base: Ba
     experts = [expert(tiny_base, seed) for seed in range(3)]
     for n, lora in enumerate(experts):
         (tmp_path / str(n)).mkdir()
-        loras.save(lora, tmp_path / str(n), str(tiny))
+        loras.save(lora, tmp_path / str(n), str(tiny), tiny_base.decoder.config)
     model = transformers.LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     theirs = peft.create_arrow_model(
         model, [str(tmp_path / str(n)) for n in range(3)], peft.ArrowConfig(top_k=top_k, rng_seed=0)
@@ -88,7 +94,10 @@ def test_a_prototype_is_the_top_right_singular_vector(tiny_base: BaseModel) -> N
     for layer, (site, part, projection) in itertools.product(
         range(2), [("qkv", 1, "k_proj"), ("o", 0, "o_proj"), ("gate_up", 1, "up_proj"), ("down", 0, "down_proj")]
     ):
-        update = lora.weights[weight_name(layer, projection, "B")] @ lora.weights[weight_name(layer, projection, "A")]
+        update = (
+            lora.weights[weight_name(layer, projection, "lora_B.weight")]
+            @ lora.weights[weight_name(layer, projection, "lora_A.weight")]
+        )
         wanted = torch.linalg.svd(update).Vh[0]
         assert abs(float(found[site, part][layer] @ wanted)) == pytest.approx(1, abs=1e-4)
 
@@ -97,7 +106,7 @@ def test_arrow_over_one_expert_is_that_expert(tiny_base: BaseModel) -> None:
     lora = expert(tiny_base, 0, LoraConfig(2, 8, ("k_proj", "down_proj")))
     (row,) = random_rows(tiny_base, [20])
     (found,) = logits_of(tiny_base, [row], arrow_change(tiny_base, [lora], 20, 3))
-    torch.testing.assert_close(found, logits_of(tiny_base, [row], training_change(lora, tiny_base.decoder))[0])
+    torch.testing.assert_close(found, logits_of(tiny_base, [row], apply(lora, tiny_base.decoder).change)[0])
 
 
 @given(weights=st.lists(st.floats(0.05, 2), min_size=1, max_size=4))
@@ -105,7 +114,7 @@ def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_in_a_s
     weights: list[float], tiny_base: BaseModel, library: Library
 ) -> None:
     experts = [of(library, tiny_base, name) for name in NAMES[: len(weights)]]
-    changes = [training_change(e, tiny_base.decoder) for e in experts]
+    changes = [apply(e, tiny_base.decoder).change for e in experts]
 
     def summed(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
         return out + sum(w * (c(layer, site, x, out) - out) for w, c in zip(weights, changes, strict=True))
@@ -113,10 +122,10 @@ def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_in_a_s
     (row,) = random_rows(tiny_base, [12])
     (wanted,) = logits_of(tiny_base, [row], summed)
     model = tiny_base.decoder.config
-    (merged,) = logits_of(tiny_base, [row], training_change(merge(experts, weights, model), tiny_base.decoder))
+    (merged,) = logits_of(tiny_base, [row], apply(merge(experts, weights, model), tiny_base.decoder).change)
     torch.testing.assert_close(merged, wanted, atol=1e-4, rtol=1e-4)
     shares = torch.tensor([weights]).expand(12, -1)
-    (stacked,) = logits_of(tiny_base, [row], LoraStack(experts, tiny_base.decoder).change_shared(shares))
+    (stacked,) = logits_of(tiny_base, [row], Mixture(experts, tiny_base.decoder).change(torch.full((12,), -1), shares))
     torch.testing.assert_close(stacked, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -145,9 +154,9 @@ def test_the_engine_answers_as_whole_forwards_do_alone_and_in_a_mixed_batch(
     def score(row: list[int]) -> Tensor:
         if how == "merge":
             merged = merge([one, two, four], [0.5, 0.3, 0.2], decoder.config)
-            return logits_of(tiny_base, [row], training_change(merged, decoder))[0][-1]
+            return logits_of(tiny_base, [row], apply(merged, decoder).change)[0][-1]
         if how == "logits":
-            each = [logits_of(tiny_base, [row], training_change(e, decoder))[0][-1] for e in (one, two, four)]
+            each = [logits_of(tiny_base, [row], apply(e, decoder).change)[0][-1] for e in (one, two, four)]
             return 0.5 * each[0] + 0.3 * each[1] + 0.2 * each[2]
         return logits_of(tiny_base, [row], arrow_change(tiny_base, [one, two, four], len(row), 2))[0][-1]
 

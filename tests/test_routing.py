@@ -281,9 +281,9 @@ def routed_shop(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     )
     business = Business.open(folder)
     list(fit(business))
-    model = business.base().decoder.config
-    expert = loras.fresh(loras.LoraConfig(2, 4), model)
-    business.library.publish(ExpertFacts("stranger"), lambda to: loras.save(expert, to, "tiny"))
+    decoder = business.base().decoder
+    expert = loras.fresh(loras.LoraConfig(2, 4), decoder)
+    business.library.publish(ExpertFacts("stranger"), lambda to: loras.save(expert, to, "tiny", decoder.config))
     return folder
 
 
@@ -358,7 +358,9 @@ def test_an_imported_expert_can_be_learned_and_forgotten(
     business = Business.open(shop)
     business.library.publish(
         ExpertFacts("sums"),
-        lambda to: loras.save(loras.fresh(loras.LoraConfig(2, 4), tiny_base.decoder.config), to, "tiny"),
+        lambda to: loras.save(
+            loras.fresh(loras.LoraConfig(2, 4), tiny_base.decoder), to, "tiny", tiny_base.decoder.config
+        ),
     )
     chooser = Chooser(business, tiny_base)
     assert chooser.choose("What is 3 plus 4?").decision.chosen == ()

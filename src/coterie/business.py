@@ -7,24 +7,31 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from coterie.config import Config, ExpertSpec, read_config
+import numpy as np
+
+from coterie.config import LEARNING_RATES, Config, ExpertSpec, read_config
 from coterie.data.encode import encode_all
-from coterie.data.read import Example, read
+from coterie.data.read import Example, read, read_pairs
 from coterie.data.split import hold_out, leaks
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError
 from coterie.evaluation.run import evaluate
-from coterie.experts import lora as loras
+from coterie.experts import adapter, full, lora, prefix, prompt
+from coterie.experts.expert import Expert
+from coterie.experts.kinds import apply, save
 from coterie.experts.library import ExpertFacts, Library
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
+from coterie.model.save import save_model
 from coterie.routing.statistics import Statistics, learn
 from coterie.tuning.loop import Progress, Training, train
+from coterie.tuning.objective import completions, preferences
+from coterie.tuning.trunk import Trunk
 
 HELD_OUT_MOST = 500  # rows held out for the loss while training
 ANSWERED_MOST = 100  # of them, rows that base and expert answer before publishing
@@ -100,7 +107,7 @@ def fingerprint(business: Business, name: str) -> str:
     spec = business.spec(name)
     settings = spec.model_dump(exclude={"description"})
     digest = hashlib.sha256(json.dumps([business.config.business.base, settings], sort_keys=True).encode())
-    for file in business.files(spec.train) + business.files(spec.test):
+    for file in business.files(spec.train) + business.files(spec.test) + business.files(spec.preferences):
         if not file.is_file():
             raise DataError(f"{file}: no such file (named in coterie.toml, expert {name!r})")
         with file.open("rb") as f:
@@ -154,15 +161,23 @@ def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Cal
     rows, held = hold_out([e.prompt[-1]["content"] for e in examples], how.held_out, HELD_OUT_MOST, how.seed)
     tell(f"{name}: {len(rows)} rows to learn from, {len(held)} held out")
 
-    shape = loras.LoraConfig(spec.lora.rank, spec.lora.alpha, tuple(spec.lora.targets), spec.lora.rslora)
-    expert = loras.fresh(shape, base.decoder.config, how.seed)
-    settings = Training(how.epochs, how.batch, how.learning_rate, how.warmup, how.weight_decay, seed=how.seed)
-    outcome = train(base.decoder, expert, data, rows, held, settings, work / "checkpoint.safetensors", progress)
+    expert = new_expert(spec, base)
+    rate = how.learning_rate or LEARNING_RATES[spec.kind]
+    settings = Training(how.epochs, how.batch, rate, how.warmup, how.weight_decay, seed=how.seed)
+    trunk = None
+    if how.first_layer:
+        trunk = Trunk(base.decoder, data, how.first_layer, business.folder / ".coterie" / "trunk", tell=tell)
+    outcome = train(
+        base.decoder, expert, completions(base.decoder, data, trunk), data.lengths(), rows, held, settings,
+        work / "checkpoint.safetensors", progress,
+    )  # fmt: skip
+    pairs = prefer(business, name, expert, work, tell, progress) if spec.preferences else {}
 
     evaluation: dict[str, Any] = {
         "held_out_rows": len(held),
         "held_out_loss_base": round(outcome.held_out[0], 4),
         "held_out_loss": round(outcome.held_out[-1], 4),
+        **pairs,
     }
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=choices,
@@ -170,13 +185,14 @@ def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Cal
         training={
             "rows": len(rows), "left_out_as_test_rows": len(leaked), "steps": outcome.steps,
             "seconds": round(outcome.seconds), "examples_per_second": round(outcome.examples / outcome.seconds, 2),
-            **how.model_dump(), **spec.lora.model_dump(exclude={"targets"}),
+            **how.model_dump(), "learning_rate": rate, **asdict(expert.config),
+            "parameters": sum(w.numel() for w in expert.weights.values()),
         },
     )  # fmt: skip
     statistics = route_statistics(business, [examples[i] for i in rows])
 
     def fill(folder: Path) -> None:
-        loras.save(expert, folder, facts.base)
+        save_expert(base, expert, folder, facts.base)
         statistics.save(folder)
 
     facts = business.library.publish(facts, fill, evaluation)
@@ -192,6 +208,67 @@ def route_statistics(business: Business, examples: list[Example]) -> Statistics:
     inputs = [e.prompt[-1]["content"] for e in examples]
     where = [business.place(e.where) for e in examples]
     return learn(business.base(), inputs, where)
+
+
+def new_expert(spec: ExpertSpec, base: BaseModel) -> Expert:
+    """An untrained expert of the declared kind and size. Raises CoterieError where the settings do not fit the base."""
+    decoder, seed, first = base.decoder, spec.training.seed, spec.training.first_layer
+    if first >= decoder.config.layers:
+        raise CoterieError(f"training.first_layer = {first}: the base model has {decoder.config.layers} layers")
+    if first and spec.kind not in ("lora", "adapter"):
+        raise CoterieError(f"training.first_layer: an expert of kind {spec.kind!r} changes all layers; leave it out")
+    if spec.kind == "lora":
+        s = spec.lora
+        shape = lora.LoraConfig(s.rank, s.alpha, tuple(s.targets), s.rslora, s.dora, s.dropout, first)
+        return lora.fresh(shape, decoder, seed)
+    if spec.kind == "adapter":
+        a = spec.adapter
+        return adapter.fresh(adapter.BottleneckConfig(a.size, a.placement, a.activation, 1.0, first), decoder, seed)
+    if spec.kind == "full":
+        return full.fresh(full.FullConfig(), decoder)
+    words = base.encode(spec.prompt.start or spec.system or spec.description or "Answer as well as you can.")
+    if spec.kind == "prompt":
+        return prompt.fresh(prompt.PromptConfig(spec.prompt.tokens), decoder, words)
+    return prefix.fresh(prefix.PrefixConfig(spec.prompt.tokens), decoder, words)
+
+
+def prefer(
+    business: Business, name: str, expert: Expert, work: Path, tell: Tell, progress: Callable[[Progress], None]
+) -> dict[str, Any]:
+    """Train `expert` further on pairs of a better and a worse answer; the held-out figures before and after."""
+    spec, how, base = business.spec(name), business.spec(name).preference, business.base()
+    files = business.files(spec.preferences)
+    examples = [e for file in files for e in read_pairs(file, spec.columns, spec.system)]
+    data, long_rows = encode_all(examples, base, work / "pairs", spec.training.max_tokens, together=2)
+    count = len(data) // 2
+    if count < 2:
+        raise DataError(f"{spec.preferences}: {count} pair(s) to learn from; at least 2 are needed")
+    if long_rows:
+        tell(f"{name}: {len(long_rows)} pairs over {spec.training.max_tokens} tokens were left out")
+    rng = np.random.default_rng(spec.training.seed)
+    order = rng.permutation(count).tolist()
+    held = order[: max(1, min(HELD_OUT_MOST, round(count * spec.training.held_out)))]
+    rows = order[len(held) :]
+    reference = Expert(expert.config, {k: v.clone() for k, v in expert.weights.items()})
+    loss = preferences(base.decoder, data, reference, how.beta)
+    settings = Training(how.epochs, spec.training.batch, how.learning_rate, seed=spec.training.seed)
+    sizes = data.lengths().reshape(-1, 2).sum(axis=1)
+    outcome = train(
+        base.decoder, expert, loss, sizes, rows, held, settings, work / "preference.safetensors", progress,
+        apply(reference, base.decoder),
+    )  # fmt: skip
+    return {"preference_pairs": len(rows), "preference_loss_before": round(outcome.held_out[0], 4),
+            "preference_loss": round(outcome.held_out[-1], 4)}  # fmt: skip
+
+
+def save_expert(base: BaseModel, expert: Expert, folder: Path, name: str) -> None:
+    """Write an expert's weights into the folder of its version; a `full` one as a model of its own, in model/."""
+    if expert.config.kind == "full":
+        decoder = full.apply(expert, base.decoder).decoder
+        assert decoder is not None
+        save_model(replace(base, decoder=decoder), folder / "model")
+    else:
+        save(expert, folder, name, base.decoder.config)
 
 
 def compare(

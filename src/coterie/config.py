@@ -12,6 +12,7 @@ from coterie.experts.library import check_name
 from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
+LEARNING_RATES = {"lora": 1e-3, "adapter": 1e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 5e-5}
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -28,6 +29,33 @@ class LoraSpec(_Strict):
         list(get_args(Projection)), min_length=1, description="projections that the expert changes"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="learn the length of each row of the weights apart (DoRA)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs left out at random while training")
+
+
+class AdapterSpec(_Strict):
+    """[experts.NAME.adapter]: the size of a bottleneck adapter."""
+
+    size: int = Field(36, ge=1, description="width of the bottleneck")
+    placement: Literal["houlsby", "pfeiffer"] = Field(
+        "houlsby", description="after attention and feed-forward (houlsby), or after the feed-forward only (pfeiffer)"
+    )
+    activation: Literal["relu", "swish", "gelu"] = Field("swish", description="between down and up")
+
+
+class PromptSpec(_Strict):
+    """[experts.NAME.prompt]: the size of a soft prompt, or of a prefix."""
+
+    tokens: int = Field(16, ge=1, le=1024, description="virtual tokens before the text")
+    start: str = Field("", description="words whose embeddings they start from; default: `system` or `description`")
+
+
+class PreferenceSpec(_Strict):
+    """[experts.NAME.preference]: how pairs of a better and a worse answer are learned, after `train`."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the expert before")
+    epochs: int = Field(1, ge=1, le=100, description="passes over the pairs")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
 
 
 class TrainingSpec(_Strict):
@@ -35,7 +63,18 @@ class TrainingSpec(_Strict):
 
     epochs: int = Field(3, ge=1, le=1000, description="passes over the data")
     batch: int = Field(16, ge=1, le=4096, description="examples for each update")
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="peak learning rate; default by kind: "
+        + ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items()),
+    )
+    first_layer: int = Field(
+        0,
+        ge=0,
+        description="lora and adapter: leave the layers below alone; what they compute is kept on disk and reused",
+    )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps that the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     seed: int = Field(0, ge=0, description="fixes split, order and start; the same seed gives the same expert")
@@ -46,14 +85,20 @@ class TrainingSpec(_Strict):
 class ExpertSpec(_Strict):
     """[experts.NAME]: one expert and its data."""
 
-    kind: Literal["lora"] = Field("lora", description="kind of expert")
+    kind: Literal["lora", "adapter", "prompt", "prefix", "full"] = Field("lora", description="kind of expert")
     description: str = Field("", description="what it is for; shown to people")
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
     train: list[str] | str = Field(description="data files (.jsonl, .csv, .parquet), relative to the folder")
     test: list[str] | str = Field([], description="data only to measure; its near-duplicates leave the training data")
     columns: dict[str, str] = Field({}, description="which column of the file holds prompt and completion, or messages")
     choices: bool = Field(False, description="answer only with completions seen in training (classification)")
+    preferences: list[str] | str = Field(
+        [], description="data files of pairs: prompt, chosen and rejected; learned after `train`"
+    )
     lora: LoraSpec = LoraSpec()
+    adapter: AdapterSpec = AdapterSpec()
+    prompt: PromptSpec = PromptSpec()
+    preference: PreferenceSpec = PreferenceSpec()
     training: TrainingSpec = TrainingSpec()
 
 

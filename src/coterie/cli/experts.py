@@ -62,24 +62,25 @@ def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = F
 @app.command("import")
 def import_expert(
     name: Name,
-    source: Annotated[Path, typer.Argument(help="Folder in PEFT's format (adapter_config.json and .safetensors).")],
+    source: Annotated[Path, typer.Argument(help="Folder in PEFT's or AdapterHub's format.")],
     folder: Folder = Path(),
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
     system: Annotated[str, typer.Option(help="Instruction for requests that bring none.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Put a LoRA adapter made elsewhere on the shelf."""
+    """Put an expert made elsewhere on the shelf: LoRA, adapter, soft prompt or prefix."""
     from coterie.business import Business
-    from coterie.experts import lora
+    from coterie.experts import kinds
     from coterie.experts.library import ExpertFacts
 
     business = Business.open(folder)
-    expert = lora.load(source, business.base().decoder.config)
+    model = business.base().decoder.config
+    expert = kinds.load(source, model)
     base = business.config.business.base
-    facts = ExpertFacts(name, description=description, system=system, base=base,
+    facts = ExpertFacts(name, expert.config.kind, description=description, system=system, base=base,
                         created=datetime.now(UTC).isoformat(timespec="seconds"),
-                        training={"imported_from": str(source), "rank": expert.config.rank})  # fmt: skip
-    facts = business.library.publish(facts, lambda to: lora.save(expert, to, base))
+                        training={"imported_from": str(source), **asdict(expert.config)})  # fmt: skip
+    facts = business.library.publish(facts, lambda to: kinds.save(expert, to, base, model))
     result(asdict(facts), as_json, f"{name}: version {facts.version} imported")
 
 
@@ -91,7 +92,7 @@ def export(
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy a version out in PEFT's format."""
+    """Copy a version out, in the format that PEFT (adapters: AdapterHub) loads."""
     from coterie.business import Business
 
     source = Business.open(folder).library.folder(name, version)

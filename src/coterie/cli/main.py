@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coterie.cli import experts as expert_commands
+from coterie.cli import models as model_commands
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
@@ -19,6 +20,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
 app.command()(route)
+app.add_typer(model_commands.moe, name="moe")
+app.command()(model_commands.anatomy)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -119,7 +122,7 @@ def evaluate(
             figures = compare(business, name, examples, "test", lambda who, i, c=count: c(f"{who} answers", i))  # type: ignore[misc]
             if not data and not limit:
                 business.library.record(name, facts.version, figures)
-            done.append({"expert": name, "version": facts.version, **figures["test"]})
+            done.append({"name": name, "version": facts.version, **figures["test"]})
     rows = []
     for d in done:
         for who in ("base", "expert"):
@@ -127,7 +130,7 @@ def evaluate(
             said = [
                 _figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in parts.items()
             ]
-            rows.append([d["expert"] if who == "expert" else "base model", str(d[who]["rows"]), ", ".join(said)])
+            rows.append([d["name"] if who == "expert" else "base model", str(d[who]["rows"]), ", ".join(said)])
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -62,19 +63,27 @@ def encode(example: Example, model: Chat) -> tuple[list[int], list[bool]]:
     return ids, learn
 
 
-def encode_all(examples: Iterable[Example], model: Chat, folder: Path, longest: int) -> tuple[TokenSet, list[str]]:
-    """Encode `examples` into files in `folder`; rows over `longest` tokens are left out and named in the second."""
+def encode_all(
+    examples: Iterable[Example], model: Chat, folder: Path, longest: int, together: int = 1
+) -> tuple[TokenSet, list[str]]:
+    """Encode `examples` into files in `folder`; rows over `longest` tokens are left out and named in the second.
+
+    `together`: so many examples belong together (2 for preferences), and are left out together.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ends, skipped = [0], []
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "learn.bin").open("wb") as marks:
-        for example in examples:
-            ids, learn = encode(example, model)
-            if len(ids) > longest:
-                skipped.append(f"{example.where} ({len(ids)} tokens)")
+        source = iter(examples)
+        while group := list(islice(source, together)):
+            encoded = [encode(example, model) for example in group]
+            size = max(len(ids) for ids, _ in encoded)
+            if size > longest:
+                skipped.append(f"{group[0].where} ({size} tokens)")
                 continue
-            tokens.write(np.array(ids, dtype=np.int32).tobytes())
-            marks.write(np.array(learn, dtype=np.bool_).tobytes())
-            ends.append(ends[-1] + len(ids))
+            for ids, learn in encoded:
+                tokens.write(np.array(ids, dtype=np.int32).tobytes())
+                marks.write(np.array(learn, dtype=np.bool_).tobytes())
+                ends.append(ends[-1] + len(ids))
     if ends == [0]:
         return TokenSet(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.array(ends)), skipped
     return TokenSet(

@@ -14,7 +14,7 @@ from coterie.errors import DataError
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
-FIELDS = ("prompt", "completion", "messages", "system")
+FIELDS = ("prompt", "completion", "messages", "system", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,25 @@ def inputs_of(path: Path, column: str = "prompt") -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str = "") -> Iterator[Example]:
+    """The preferences of one file, each as two examples: the better answer, then the worse one.
+
+    A row has `prompt` (text, or a list of messages), `chosen` and `rejected`. Raises DataError.
+    """
+    columns = dict(columns or {})
+    for where, row in _rows(path):
+        ask = row.get(columns.get("prompt", "prompt"))
+        for answer in ("chosen", "rejected"):
+            said = row.get(columns.get(answer, answer))
+            if isinstance(said, list) and said and isinstance(said[-1], dict):  # TRL also writes whole messages
+                said = said[-1].get("content")
+            if isinstance(ask, list):
+                one = {"messages": [*ask, {"role": "assistant", "content": said}]}
+                yield _example(one, {}, where, system)
+            else:
+                yield _example({"prompt": ask, "completion": said}, {}, where, system)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

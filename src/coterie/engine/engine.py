@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from coterie.engine.sampling import sample
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped, UnknownExpert
 from coterie.experts import arrow
+from coterie.experts.expert import Applied, Expert
+from coterie.experts.kinds import apply, load
 from coterie.experts.library import Library
-from coterie.experts.lora import WEIGHTS, Gates, Lora, LoraStack
-from coterie.experts.lora import load as load_lora
+from coterie.experts.mixture import Gates, Mixture
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 
@@ -52,6 +54,20 @@ class Stats:
 
 
 @dataclass(eq=False)
+class _Loaded:
+    """An expert in memory. `applied` is empty but for soft prompts and prefixes, which come before the prompt."""
+
+    expert: Expert
+    applied: Applied
+
+    @property
+    def ahead(self) -> int:
+        """Virtual tokens before the prompt."""
+        soft, prefix = self.applied.soft, self.applied.prefix
+        return len(soft) if soft is not None else prefix.shape[2] if prefix is not None else 0
+
+
+@dataclass(eq=False)
 class _Running:
     """A request that holds a cache slot, or one voice of several whose scores are averaged (a Blend of `logits`).
 
@@ -59,11 +75,12 @@ class _Running:
     """
 
     request: Generation
-    experts: tuple[tuple[Lora, float], ...]  # whose updates it takes, and in what shares; empty: the base model
+    loaded: _Loaded | None
     stream: TextStream
     rng: np.random.Generator
     matcher: LLMatcher | None
-    woken: int = 0  # experts that each token wakes by Arrow, instead of in shares
+    shared: tuple[tuple[_Loaded, float], ...] = ()  # instead of one expert: several, in shares
+    woken: int = 0  # of those, how many each token wakes by Arrow, instead of in shares
     weight: float = 1.0  # of this voice
     leads: bool = True
     followers: "list[_Running]" = field(default_factory=list)
@@ -73,6 +90,11 @@ class _Running:
     def voices(self) -> "list[_Running]":
         """This row and those that follow it; each holds a slot."""
         return [self, *self.followers]
+
+    @property
+    def experts(self) -> "list[_Loaded]":
+        """Those it computes with."""
+        return [self.loaded] if self.loaded else [loaded for loaded, _ in self.shared]
 
 
 class Engine:
@@ -86,10 +108,10 @@ class Engine:
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self._read = lru_cache(STACK)(lambda folder, _written: load_lora(folder, config))
-        self._directions = lru_cache(ARROW_KEPT)(lambda lora: arrow.prototypes(lora, config))
-        self._stack: tuple[list[Lora], LoraStack] = ([], LoraStack([], base.decoder))
-        self._arrow: tuple[set[Lora], arrow.Arrow] | None = None  # of the stack, and whom its rows may wake
+        self._read = lru_cache(STACK)(self._load)
+        self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
+        self._arrow: tuple[set[_Loaded], arrow.Arrow] | None = None  # of the mixture, and whom its rows may wake
+        self._mixture: tuple[list[_Loaded], Mixture] = ([], Mixture([], base.decoder))
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
@@ -106,26 +128,18 @@ class Engine:
         Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint), Stopped.
         """
         prompt = prompt or self.base.encode(self.base.bos_token or self.base.eos_token) or [0]
-        if len(prompt) >= self.context:
-            raise ContextTooLong(
-                f"the prompt has {len(prompt)} tokens; the context holds {self.context}, answer included: shorten it"
-            )
         blend = adapter if isinstance(adapter, Blend) else Blend(((adapter, 1.0),)) if adapter else None
-        if blend and blend.how == "logits" and len(blend.parts) > self.slots:
-            raise CoterieError(f"{len(blend.parts)} experts cannot answer together in {self.slots} slots; ask fewer")
-        experts = tuple((self._lora(a), weight) for a, weight in blend.parts) if blend else ()
+        experts = [(self._open(a), weight) for a, weight in blend.parts] if blend else []
+        length = len(prompt) + max((loaded.ahead for loaded, _ in experts), default=0)
+        if length >= self.context:
+            raise ContextTooLong(
+                f"the prompt has {length} tokens; the context holds {self.context}, answer included: shorten it"
+            )
         matcher = self.grammars.matcher(sampling.constraint) if sampling.constraint else None
         stream = TextStream(self.base.tokenizer, sampling.stop)
         rng = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
-        row = _Running(Generation(prompt, sampling, adapter, on_piece), experts, stream, rng, matcher)
-        if blend and blend.how == "arrow":
-            row.woken = blend.top_k
-            for lora, _ in experts:
-                self._directions(lora)
-        if blend and blend.how == "logits":
-            total = sum(weight for _, weight in experts)
-            voices = [replace(row, experts=((e, 1.0),), weight=w / total, leads=False) for e, w in experts]
-            row = replace(voices[0], leads=True, followers=[replace(v, followers=[]) for v in voices[1:]])
+        request = Generation(prompt, sampling, adapter, on_piece)
+        row = self._row(_Running(request, None, stream, rng, matcher), blend, experts)
         with self._wake:
             if self._closing:
                 raise Stopped("the engine has stopped")
@@ -135,7 +149,30 @@ class Engine:
             self.stats.requests += 1
             self._waiting.append(row)
             self._wake.notify()
-        return row.request
+        return request
+
+    def _row(self, row: _Running, blend: Blend | None, experts: list[tuple[_Loaded, float]]) -> _Running:
+        """`row` with its experts. Raises CoterieError where these cannot answer together."""
+        if blend is None:
+            return row
+        if len(experts) == 1:
+            return replace(row, loaded=experts[0][0])
+        if blend.how == "logits":
+            if len(experts) > self.slots:
+                raise CoterieError(f"{len(experts)} experts cannot answer together in {self.slots} slots; ask fewer")
+            total = sum(weight for _, weight in experts)
+            first, *others = [replace(row, loaded=e, weight=w / total, followers=[]) for e, w in experts]
+            first.followers = [replace(voice, leads=False) for voice in others]
+            return first
+        for (loaded, _), ((name, _), _) in zip(experts, blend.parts, strict=True):
+            config = loaded.expert.config
+            if config.kind != "lora" or config.dora:
+                kind = "lora with dora" if config.kind == "lora" else config.kind
+                raise CoterieError(f'{name} is of kind {kind}, which cannot be added up; set combine = "logits"')
+        if blend.how == "arrow":
+            for loaded, _ in experts:
+                self._directions(loaded)
+        return replace(row, shared=tuple(experts), woken=blend.top_k if blend.how == "arrow" else 0)
 
     @property
     def alive(self) -> bool:
@@ -158,13 +195,18 @@ class Engine:
         """Compiled when the first constrained request comes."""
         return Grammars(self.base)
 
-    def _lora(self, adapter: Adapter) -> Lora:
+    def _open(self, adapter: Adapter) -> _Loaded:
         """The weights of a version; read anew where an expert was removed and its numbers given again."""
         if self.library is None:
             raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
         folder = self.library.folder(*adapter)
-        file = folder / WEIGHTS
-        return self._read(folder, file.stat().st_mtime_ns if file.exists() else 0)
+        return self._read(folder, folder.stat().st_mtime_ns)
+
+    def _load(self, folder: Path, _written: int) -> _Loaded:
+        decoder = self.base.decoder
+        expert = load(folder, decoder.config)
+        before = expert.config.kind in ("prompt", "prefix")
+        return _Loaded(expert, apply(expert, decoder) if before else Applied())
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -225,17 +267,35 @@ class Engine:
         return new
 
     def _prefill(self, new: list[_Running]) -> Tensor:
-        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward."""
-        lengths, device = [len(row.request.prompt) for row in new], self.base.decoder.device
-        for row, length in zip(new, lengths, strict=True):
-            row.length = length
-        slots = torch.arange(len(self._running) - len(new), len(self._running))
-        ids = torch.tensor([t for row in new for t in row.request.prompt], device=device)
-        positions, repeats = packed_positions(lengths, device), torch.tensor(lengths)
-        attend = self.cache.attend_prefill(slots.repeat_interleave(repeats).to(device), positions, lengths)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._change(new, repeats))
-        self.stats.prompt_tokens += sum(row.length for row in new if row.leads)
-        return self.base.decoder.logits(hidden[repeats.cumsum(0).to(device) - 1])
+        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward for each prefix."""
+        groups: dict[_Loaded | None, list[int]] = {}
+        for i, row in enumerate(new):
+            with_prefix = row.loaded if row.loaded and row.loaded.applied.prefix is not None else None
+            groups.setdefault(with_prefix, []).append(i)
+        scores = torch.cat([
+            self._prefill_after([new[i] for i in places], loaded.applied.prefix if loaded else None)
+            for loaded, places in groups.items()
+        ])  # fmt: skip
+        order = torch.tensor([i for places in groups.values() for i in places])
+        return scores[order.argsort().to(scores.device)]
+
+    def _prefill_after(self, rows: list[_Running], prefix: Tensor | None) -> Tensor:
+        """Scores (rows, vocab) after the prompts of `rows`, which all stand after `prefix`."""
+        decoder, device = self.base.decoder, self.base.decoder.device
+        parts: list[Tensor] = []
+        for row in rows:
+            if row.loaded and row.loaded.applied.soft is not None:
+                parts.append(row.loaded.applied.soft)
+            parts.append(decoder.embed(torch.tensor(row.request.prompt, device=device)))
+            row.length = len(row.request.prompt) + (row.loaded.ahead if row.loaded else 0)
+        behind = 0 if prefix is None else prefix.shape[2]
+        lengths = [row.length - behind for row in rows]
+        positions, repeats = packed_positions(lengths, device) + behind, torch.tensor(lengths)
+        slots = torch.tensor([self._running.index(row) for row in rows]).repeat_interleave(repeats).to(device)
+        attend = self.cache.attend_prefill(slots, positions, lengths, prefix)
+        hidden = decoder.run(torch.cat(parts), positions, attend, self._change(rows, repeats))
+        self.stats.prompt_tokens += sum(len(row.request.prompt) for row in rows if row.leads)
+        return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
     def _decode(self, rows: list[_Running]) -> Tensor:
         """Scores (rows, vocab) after the last token of every running request."""
@@ -250,33 +310,35 @@ class Engine:
         return self.base.decoder.logits(hidden)
 
     def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
-        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the stack where it must."""
-        needed = dict.fromkeys(lora for row in self._running for lora, _ in row.experts)
-        loras = self._stack[0]
-        if not needed.keys() <= set(loras):
-            wanted = list(dict.fromkeys([*needed, *loras]))
-            loras = wanted if len(wanted) <= STACK else list(needed)
-            self._stack, self._arrow = (loras, LoraStack(loras, self.base.decoder)), None
-        place, stack = {lora: i for i, lora in enumerate(loras)}, self._stack[1]
-        shares = torch.zeros(len(rows), len(loras))  # of each expert in each row
+        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the mixture where it must."""
+        needed = dict.fromkeys(loaded for row in self._running for loaded in row.experts)
+        held, mixture = self._mixture
+        if not needed.keys() <= set(held):
+            wanted = list(dict.fromkeys([*needed, *held]))
+            held = wanted if len(wanted) <= STACK else list(needed)
+            mixture = Mixture([loaded.expert for loaded in held], self.base.decoder)
+            self._mixture, self._arrow = (held, mixture), None
+        place = {loaded: i for i, loaded in enumerate(held)}
+        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows])
+        shares = torch.zeros(len(rows), len(held))
         for i, row in enumerate(rows):
-            for lora, share in row.experts:
-                shares[i, place[lora]] += share
-        owner = torch.arange(len(rows)).repeat_interleave(repeats)
-        woken = torch.tensor([row.woken for row in rows])[owner]
-        gates = self._gates(rows, shares[owner] > 0, woken) if bool(woken.any()) else None
-        return stack.change_shared(shares[owner], gates)
+            for loaded, share in row.shared:
+                shares[i, place[loaded]] += share
+        if not bool(shares.any()):
+            return mixture.change(owners.repeat_interleave(repeats))
+        shares = shares.repeat_interleave(repeats, 0)
+        woken = torch.tensor([row.woken for row in rows]).repeat_interleave(repeats)
+        gates = self._gates(rows, shares > 0, woken) if bool(woken.any()) else None
+        return mixture.change(owners.repeat_interleave(repeats), shares, gates)
 
     def _gates(self, rows: list[_Running], allowed: Tensor, woken: Tensor) -> Gates:
         """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, experts)."""
-        loras, stack = self._stack
-        known = {lora for row in rows if row.woken for lora, _ in row.experts}
+        known = {loaded for row in rows if row.woken for loaded in row.experts}
         if self._arrow is None or not known <= self._arrow[0]:
             known |= self._arrow[0] if self._arrow else set()
-            directions = [self._directions(lora) if lora in known else None for lora in loras]
-            self._arrow = known, arrow.Arrow(stack, directions)
-        device = self.base.decoder.device
-        tokens = woken.nonzero()[:, 0]
+            directions = [self._directions(loaded) if loaded in known else None for loaded in self._mixture[0]]
+            self._arrow = known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
+        device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
         return self._arrow[1].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
     def _choose(self, rows: list[_Running], logits: Tensor) -> None:
