@@ -230,3 +230,19 @@ def test_blends_that_cannot_be_served_say_so(make, says: str, tiny_base: BaseMod
             make(engine, Blend(parts(library, one=1, two=1, three=1), "logits"))
     finally:
         engine.close()
+
+
+def test_experts_that_are_no_plain_lora_cannot_be_added_up_but_averaged(tiny_base: BaseModel, library: Library) -> None:
+    made = loras.fresh(LoraConfig(2, 4, dora=True), tiny_base.decoder)
+    library.publish(ExpertFacts("dora"), lambda to: loras.save(made, to, "tiny", tiny_base.decoder.config), {})
+    engine = Engine(tiny_base, library, slots=2, context=64)
+    try:
+        for how in ("merge", "arrow"):
+            with pytest.raises(CoterieError, match=r'dora is of kind lora with dora, .* set combine = "logits"'):
+                engine.submit([1], Sampling(), Blend(parts(library, one=1, dora=1), how))  # type: ignore[arg-type]
+        averaged = engine.submit([1, 2], Sampling(max_tokens=3), Blend(parts(library, one=1, dora=1), "logits"))
+        averaged.text()
+        assert averaged.finish in ("stop", "length")
+    finally:
+        engine.close()
+        library.remove("dora")

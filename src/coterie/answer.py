@@ -90,13 +90,13 @@ class Answerer:
         if who in ("base", config.business.base):
             return _Chosen()
         if who == "arrow":
-            names = library.names()
-            if not 1 <= len(names) <= ARROW_MOST:
+            facts = tuple(f for f in library.shelf() if f.kind == "lora")
+            if not 1 <= len(facts) <= ARROW_MOST:
                 raise CoterieError(
-                    f"arrow chooses among 1 to {ARROW_MOST} experts for each token; the library has {len(names)}: "
+                    f"arrow chooses among 1 to {ARROW_MOST} LoRA experts for each token; the library has {len(facts)}: "
                     'ask "auto", with combine = "arrow" under [routing]'
                 )
-            return _Chosen(tuple(map(library.facts, names)), (1 / len(names),) * len(names), "arrow", leads=False)
+            return _Chosen(facts, (1 / len(facts),) * len(facts), "arrow", leads=False)
         if who != "auto":
             return _Chosen((library.facts(who),), (1.0,))
         choice = self.chooser.choose(text, channel)
