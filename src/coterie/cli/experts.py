@@ -1,15 +1,12 @@
 """`coterie experts`: the expert library from the command line."""
 
-import shutil
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from coterie.cli.show import result, table
-from coterie.errors import CoterieError
 
 app = typer.Typer(help="List, show, remove, import, export and roll back experts.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
@@ -38,7 +35,7 @@ def show(
     library = Business.open(folder).library
     facts = library.facts(name, version)
     value = {**asdict(facts), "evaluation": library.evaluation(name, version), "versions": library.versions(name)}
-    result(value, as_json, (library.folder(name, version) / "README.md").read_text())
+    result(value, as_json, (library.folder(name, version) / "README.md").read_text(encoding="utf-8"))
 
 
 @app.command()
@@ -69,17 +66,9 @@ def import_expert(
     as_json: Json = False,
 ) -> None:
     """Put a LoRA adapter made elsewhere on the shelf."""
-    from coterie.business import Business
-    from coterie.experts import lora
-    from coterie.experts.library import ExpertFacts
+    from coterie.business import Business, adopt
 
-    business = Business.open(folder)
-    expert = lora.load(source, business.base().decoder.config)
-    base = business.config.business.base
-    facts = ExpertFacts(name, description=description, system=system, base=base,
-                        created=datetime.now(UTC).isoformat(timespec="seconds"),
-                        training={"imported_from": str(source), "rank": expert.config.rank})  # fmt: skip
-    facts = business.library.publish(facts, lambda to: lora.save(expert, to, base))
+    facts = adopt(Business.open(folder), name, source, description, system)
     result(asdict(facts), as_json, f"{name}: version {facts.version} imported")
 
 
@@ -94,8 +83,5 @@ def export(
     """Copy a version out in PEFT's format."""
     from coterie.business import Business
 
-    source = Business.open(folder).library.folder(name, version)
-    if target.exists():
-        raise CoterieError(f"{target}: already there; name a new folder")
-    shutil.copytree(source, target)
+    Business.open(folder).library.export(name, target, version)
     result({"path": str(target)}, as_json, str(target))

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -42,13 +43,15 @@ class ExpertFacts:
 
 def write_atomic(file: Path, text: str) -> None:
     """Replace `file` by `text` in one step. Raises StorageError where the disk is full."""
+    scratch = file.with_name(f".tmp-{file.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".tmp-", delete=False) as scratch:
-            scratch.write(text)
-            scratch.flush()
-            os.fsync(scratch.fileno())
-        os.replace(scratch.name, file)
+        with scratch.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, file)
     except OSError as error:
+        scratch.unlink(missing_ok=True)
         raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
 
 
@@ -78,7 +81,12 @@ class Library:
     def current(self, name: str) -> int | None:
         """The version of `name` that answers, or None."""
         file = self.root / name / "current"
-        return int(file.read_text()) if NAME.fullmatch(name) and file.exists() else None
+        if not NAME.fullmatch(name) or not file.exists():
+            return None
+        try:
+            return int(file.read_text())
+        except ValueError as error:
+            raise ModelError(f"{file}: damaged; `coterie experts promote {name} VERSION` mends it") from error
 
     def folder(self, name: str, version: int | None = None) -> Path:
         """The folder of a version, by default the current one. Raises UnknownExpert."""
@@ -94,7 +102,7 @@ class Library:
         """What is known of a version. Raises UnknownExpert, or ModelError where its expert.json is damaged."""
         file = self.folder(name, version) / "expert.json"
         try:
-            raw = json.loads(file.read_text())
+            raw = json.loads(file.read_text(encoding="utf-8"))
             known = {f.name for f in fields(ExpertFacts)}
             facts: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known}
             return ExpertFacts(**facts)
@@ -104,7 +112,7 @@ class Library:
     def evaluation(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The measurements published with a version; empty where there are none."""
         file = self.folder(name, version) / "evaluation.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def publish(
         self, facts: ExpertFacts, fill: Callable[[Path], None], evaluation: dict[str, Any] | None = None
@@ -157,6 +165,20 @@ class Library:
         gone = Path(tempfile.mkdtemp(dir=self.root, prefix=".removed-"))
         os.rename(self.root / name, gone / name)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def export(self, name: str, target: Path, version: int | None = None) -> None:
+        """Copy a version to `target`, a new folder. Raises UnknownExpert, CoterieError, StorageError."""
+        source = self.folder(name, version)
+        if target.exists():
+            raise CoterieError(f"{target}: already there; name a new folder")
+        scratch = target.with_name(f".{target.name}.part")
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copytree(source, scratch)
+            os.rename(scratch, target)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise StorageError(f"{target}: cannot be written ({error.strerror or error})") from error
 
     def sweep(self, name: str) -> None:
         """Delete what killed runs left of versions that were never published."""

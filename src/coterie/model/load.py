@@ -141,10 +141,10 @@ def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packe
 
 def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     try:
-        hf = _Facts(json.loads((path / "config.json").read_text()), path / "config.json")
+        hf = _Facts(json.loads((path / "config.json").read_text("utf-8")), path / "config.json")
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         extra = path / "tokenizer_config.json"
-        settings = json.loads(extra.read_text()) if extra.exists() else {}
+        settings = json.loads(extra.read_text("utf-8")) if extra.exists() else {}
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(
             f"{path}: config.json, tokenizer.json or tokenizer_config.json cannot be read: {error}"
@@ -174,7 +174,7 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         raise ModelError(f"{path}: no .safetensors here; weights in pickle files (.bin, .pt) are not opened, because "
                          "they can run programs: convert them")  # fmt: skip
     jinja = path / "chat_template.jinja"
-    template = jinja.read_text() if jinja.exists() else settings.get("chat_template", CHATML)
+    template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template", CHATML)
     eos_ids = hf.get("eos_token_id")
     ends = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
     eos_token = _text(settings.get("eos_token"))
