@@ -22,7 +22,7 @@ from coterie.data.prepare import prepare
 from coterie.data.read import Example, check_file, read
 from coterie.data.split import hold_out
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError, DataError, StorageError
+from coterie.errors import CoterieError, DataError, ModelError, StorageError
 from coterie.evaluation.run import evaluate
 from coterie.experts import lora as loras
 from coterie.experts.library import ExpertFacts, Library
@@ -139,7 +139,7 @@ def fit(
     with business.alone():
         for name, mark in [(name, fingerprint(business, name)) for name in wanted]:
             runs = business.folder / ".coterie" / "runs" / name
-            facts = _published(business.library, name, mark, runs / mark)
+            facts = _published(business, name, mark, runs / mark)
             if facts:
                 tell(f"{name}: version {facts.version} is up to date")
                 fitted = Fitted(facts, False, business.library.evaluation(name, facts.version))
@@ -149,14 +149,22 @@ def fit(
             yield fitted
 
 
-def _published(library: Library, name: str, mark: str, work: Path) -> ExpertFacts | None:
-    """The version made of the same base, data and settings, if there is one."""
-    current = library.current(name)
-    for version in (current, max(library.versions(name), default=None)):
-        if version and library.facts(name, version).fingerprint == mark:
-            if version != current and work.exists():  # killed between publishing and promoting: finish it
-                library.promote(name, version)
-            return library.facts(name, version)
+def _published(business: Business, name: str, mark: str, work: Path) -> ExpertFacts | None:
+    """The version made of the same base, data and settings, if there is one that can be read."""
+    library, versions = business.library, business.library.versions(name)
+    for version in reversed(versions):
+        try:
+            facts = library.facts(name, version)
+        except ModelError:
+            continue
+        if facts.fingerprint != mark:
+            continue
+        # The newest may have been rolled back on purpose, unless a run was killed just before it let it answer.
+        if version != library.current(name) and (version != versions[-1] or work.exists()):
+            library.promote(name, version)
+        if facts.description != business.spec(name).description:
+            facts = library.describe(name, version, business.spec(name).description)
+        return facts
     return None
 
 

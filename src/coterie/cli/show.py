@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -74,5 +74,5 @@ class Bars:
 def bars() -> Iterator[Bars]:
     """Bars that are gone, or complete, when the work ends."""
     shown = Bars()
-    with shown.progress:
+    with shown.progress if news.is_terminal else nullcontext():
         yield shown

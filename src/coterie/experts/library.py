@@ -5,7 +5,7 @@
     experts/<name>/current      the number of the version that answers
 
 Notable: a version is written aside and put in place by one rename, and `current` by another; a process killed at
-any point leaves either the old state or the new one. Versions are never changed, only added and removed.
+any point leaves either the old state or the new one. Weights are never changed, only added and removed.
 """
 
 import json
@@ -151,6 +151,14 @@ class Library:
         """Let `version` answer from now on; also how one rolls back. Raises UnknownExpert."""
         self.folder(name, version)
         write_atomic(self.root / name / "current", f"{version}\n")
+
+    def describe(self, name: str, version: int, description: str) -> ExpertFacts:
+        """Say in other words what a version is for."""
+        facts = replace(self.facts(name, version), description=description)
+        folder = self.folder(name, version)
+        write_atomic(folder / "expert.json", json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / "README.md", card(facts, self.evaluation(name, version)))
+        return facts
 
     def record(self, name: str, version: int, evaluation: dict[str, Any]) -> None:
         """Add measurements to a version, and bring its card up to date."""
