@@ -13,13 +13,14 @@ from rich.table import Table
 if TYPE_CHECKING:  # it would load torch, which `coterie --help` need not wait for
     from coterie.tuning.loop import Progress as Step
 
-news = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False, markup=False)
+# Without emoji, or `rows.csv:100:` turns into one.
+news = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, emoji=False)
 
 
 def tell(text: str) -> None:
     """One line of news."""
-    news.print(text, markup=False)
+    news.print(text)
 
 
 def result(value: Any, as_json: bool, text: str | Table) -> None:
