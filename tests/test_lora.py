@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from coterie.errors import ModelError
 from coterie.experts import lora as loras
-from coterie.experts.lora import Lora, LoraConfig, LoraStack, training_delta
+from coterie.experts.lora import Lora, LoraConfig, LoraStack, training_change
 from coterie.model.load import BaseModel, load
 from support import logits_of, random_rows
 
@@ -52,7 +52,7 @@ def test_an_expert_of_ours_computes_the_same_in_peft(
     lora = trained(CONFIGS[name], tiny_base)
     loras.save(lora, tmp_path, str(tiny))
     (row,) = random_rows(tiny_base, [30])
-    (found,) = logits_of(tiny_base, [row], training_delta(lora, tiny_base.decoder))
+    (found,) = logits_of(tiny_base, [row], training_change(lora, tiny_base.decoder))
     assert (found - logits_of(tiny_base, [row])[0]).abs().max() > 0.05
     torch.testing.assert_close(found, peft_logits(tiny, tmp_path, row), atol=1e-4, rtol=1e-4)
 
@@ -70,7 +70,7 @@ def test_an_expert_made_by_peft_computes_the_same_here(
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
     (row,) = random_rows(tiny_base, [30])
     lora = loras.load(tmp_path, tiny_base.decoder.config)
-    (found,) = logits_of(tiny_base, [row], training_delta(lora, tiny_base.decoder))
+    (found,) = logits_of(tiny_base, [row], training_change(lora, tiny_base.decoder))
     assert (found - logits_of(tiny_base, [row])[0]).abs().max() > 0.05
     torch.testing.assert_close(found, peft_logits(tiny, tmp_path, row), atol=1e-4, rtol=1e-4)
 
@@ -93,9 +93,9 @@ def test_a_mixed_batch_gives_each_row_what_its_own_expert_gives_alone(
     experts = [trained(config, tiny_base, i) for i, config in enumerate(CONFIGS.values())]
     rows = random_rows(tiny_base, [5 + i for i in range(len(owners))], seed)
     of_tokens = torch.tensor(owners).repeat_interleave(torch.tensor([len(r) for r in rows]))
-    mixed = logits_of(tiny_base, rows, LoraStack(experts, tiny_base.decoder).delta(of_tokens))
+    mixed = logits_of(tiny_base, rows, LoraStack(experts, tiny_base.decoder).change(of_tokens))
     for row, owner, found in zip(rows, owners, mixed, strict=True):
-        alone = training_delta(experts[owner], tiny_base.decoder) if owner >= 0 else None
+        alone = training_change(experts[owner], tiny_base.decoder) if owner >= 0 else None
         torch.testing.assert_close(found, logits_of(tiny_base, [row], alone)[0], atol=1e-4, rtol=1e-4)
 
 
@@ -105,8 +105,8 @@ def test_a_mixed_batch_in_the_products_own_precision_is_close_to_float32(tiny: P
     experts = [trained(config, tiny_base, i) for i, config in enumerate(CONFIGS.values())]
     rows = random_rows(base, [20, 20, 20])
     owners = torch.tensor([1, -1, 4]).repeat_interleave(20)
-    found = torch.cat(logits_of(base, rows, LoraStack(experts, base.decoder).delta(owners)))
-    exact = torch.cat(logits_of(tiny_base, rows, LoraStack(experts, tiny_base.decoder).delta(owners)))
+    found = torch.cat(logits_of(base, rows, LoraStack(experts, base.decoder).change(owners)))
+    exact = torch.cat(logits_of(tiny_base, rows, LoraStack(experts, tiny_base.decoder).change(owners)))
     plain = torch.cat(logits_of(tiny_base, rows))
     changed = owners >= 0
     assert (found - exact).abs().mean() < 0.1 * (exact - plain)[changed].abs().mean()
@@ -116,7 +116,7 @@ def test_a_fresh_expert_changes_nothing(tiny_base: BaseModel) -> None:
     rows = random_rows(tiny_base, [20])
     lora = loras.fresh(CONFIGS["all projections"], tiny_base.decoder.config)
     assert torch.equal(
-        logits_of(tiny_base, rows, training_delta(lora, tiny_base.decoder))[0], logits_of(tiny_base, rows)[0]
+        logits_of(tiny_base, rows, training_change(lora, tiny_base.decoder))[0], logits_of(tiny_base, rows)[0]
     )
 
 

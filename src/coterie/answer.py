@@ -1,14 +1,18 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
+import logging
 from dataclasses import dataclass, field, replace
 
 from coterie.business import Business, Tell
 from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
-from coterie.engine.request import Adapter, Callback, Generation, Sampling
+from coterie.engine.request import Callback, Generation, Sampling
+from coterie.errors import ModelError, UnknownExpert
 from coterie.experts.library import ExpertFacts
 from coterie.routing.nearest import Profile, load_profile, route
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Answerer:
 
     business: Business
     engine: Engine
-    _profiles: dict[Adapter, Profile | None] = field(default_factory=dict)
+    _profiles: dict[str, tuple[ExpertFacts, Profile | None]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, business: Business, tell: Tell = lambda _: None) -> "Answerer":
@@ -62,16 +66,25 @@ class Answerer:
             return None, None
         if who != "auto":
             return library.facts(who), None
-        profiles: dict[str, Profile] = {}
-        for name in library.names():
-            key = (name, library.current(name) or 0)
-            if key not in self._profiles:
-                self._profiles[key] = load_profile(library.folder(*key))
-            profile = self._profiles[key]
-            if profile:
-                profiles[name] = profile
+        shelf = {facts.name: facts for facts in library.shelf()}
+        kept = self._profiles
+        self._profiles = {
+            name: kept[name] if name in kept and kept[name][0] == facts else (facts, self._profile(facts))
+            for name, facts in shelf.items()
+        }
+        profiles = {name: profile for name, (_, profile) in self._profiles.items() if profile}
         nearest, similarity = route(self.engine.base, profiles, question)
-        return (library.facts(nearest) if nearest else None), similarity
+        return (shelf[nearest] if nearest else None), similarity
+
+    def _profile(self, facts: ExpertFacts) -> Profile | None:
+        """What the router knows of an expert; None where it has none, or one that is damaged or of another base."""
+        try:
+            profile = load_profile(self.business.library.folder(facts.name, facts.version))
+        except (ModelError, UnknownExpert) as error:
+            log.warning("left out of routing: %s", error)
+            return None
+        fits = profile and len(profile.centre) == self.engine.base.decoder.config.width
+        return profile if fits else None
 
     def _submit(
         self, prompt: list[int], sampling: Sampling, facts: ExpertFacts | None, who: str,

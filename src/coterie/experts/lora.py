@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import ModelError
-from coterie.model.decoder import SITES, Decoder, Delta, ModelConfig
+from coterie.model.decoder import SITES, Change, Decoder, ModelConfig
 
 BLOCKS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
@@ -45,7 +45,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@dataclass
+@dataclass(eq=False)
 class Lora:
     """The weights of one expert: for each target, `lora_A` (rank, in) and `lora_B` (out, rank), by PEFT name."""
 
@@ -97,19 +97,19 @@ def site_matrices(lora: Lora, model: ModelConfig, layer: int, site: str, like: T
     return torch.cat(downs), torch.block_diag(*ups) * lora.config.scale
 
 
-def training_delta(lora: Lora, decoder: Decoder) -> Delta:
-    """What `lora` adds to every row, differentiable in its weights. Build it anew for each step."""
+def training_change(lora: Lora, decoder: Decoder) -> Change:
+    """What `lora` makes of every row, differentiable in its weights. Build it anew for each step."""
     like = decoder.weights["final_norm"]
     sites = {
         (layer, site): site_matrices(lora, decoder.config, layer, site, like)
         for layer in range(decoder.config.layers) for site in SITES
     }  # fmt: skip
 
-    def delta(layer: int, site: str, x: Tensor) -> Tensor | None:
-        found = sites[layer, site]
-        return None if found is None else (x @ found[0].T) @ found[1].T
+    def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
+        found = sites.get((layer, site))
+        return out if found is None else out + (x @ found[0].T) @ found[1].T
 
-    return delta
+    return change
 
 
 class LoraStack:
@@ -131,20 +131,20 @@ class LoraStack:
                 down, up = torch.cat([p[0] for _, p in pairs]), torch.cat([p[1] for _, p in pairs], dim=1)
                 self.sites[layer, site] = (decoder.pack(down), decoder.pack(up))
 
-    def delta(self, owners: Tensor) -> Delta | None:
+    def change(self, owners: Tensor) -> Change | None:
         """The change for rows `owners` (N), each an index into the stack, or -1 for the base model."""
         if not self.sites or bool((owners < 0).all()):
             return None
         dtype, device = self.decoder.dtype, self.decoder.device
         masks = {site: (own == owners.to(device)[:, None]).to(dtype) for site, own in self.owners.items()}
 
-        def delta(layer: int, site: str, x: Tensor) -> Tensor | None:
+        def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
             found = self.sites.get((layer, site))
             if found is None:
-                return None
-            return self.decoder.apply(self.decoder.apply(x, found[0]).mul_(masks[site]), found[1])
+                return out
+            return out + self.decoder.apply(self.decoder.apply(x, found[0]).mul_(masks[site]), found[1])
 
-        return delta
+        return change
 
 
 def save(lora: Lora, folder: Path, base: str) -> None:

@@ -2,7 +2,8 @@
 
 Notable: one forward for training, prefill and decoding. Sequences are packed end to end, (tokens, width),
 with no padding; what differs between the three uses is only `attend`, a function that owns masks and cache,
-and `delta`, what an expert adds to a projection. Both are passed in, so the model knows of neither.
+and `change`, what an expert makes of the output of a projection or of a whole block. Both are passed in, so the
+model knows of neither. `run` takes a range of layers, so that the lower ones (the trunk) can be computed once.
 Sources: Touvron et al. 2023 (Llama 2); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
-Delta = Callable[[int, str, Tensor], Tensor | None]  # layer, site, x (N,in) -> (N,out) to add, or None
+Change = Callable[[int, str, Tensor, Tensor], Tensor]  # layer, site, x (N,in), out (N,out) -> what out becomes
 SHORT = 256  # tokens; up to here training writes attention out
-SITES = ("qkv", "o", "gate_up", "down")
+SITES = ("qkv", "o", "gate_up", "down")  # projections, fused as they are computed
+BLOCKS = ("attn", "ffn")  # the two halves of a layer: for a change there, x is the residual stream they add to
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,9 @@ class Decoder:
             return out
         return F.linear(x, self.weights[name], bias)
 
-    def project(self, layer: int, site: str, x: Tensor, delta: Delta | None) -> Tensor:
+    def project(self, layer: int, site: str, x: Tensor, change: Change | None) -> Tensor:
         out = self.linear(x, f"{layer}.{site}")
-        extra = delta(layer, site, x) if delta else None
-        return out if extra is None else out + extra
+        return change(layer, site, x, out) if change else out
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of x (N, H, D) by cos and sin (N, 1, D/2)."""
@@ -144,25 +145,49 @@ class Decoder:
     def norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weights[name], self.config.eps)
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, delta: Delta | None = None) -> Tensor:
-        """Hidden states (N, width) of packed tokens `ids` (N) at `positions` (N), normed for `logits`."""
-        c = self.config
-        hidden = self.weights["embed"][ids]  # (N, width)
+    def embed(self, ids: Tensor) -> Tensor:
+        """Where the residual stream begins, (N, width), for token ids (N)."""
+        return self.weights["embed"][ids]
+
+    def run(
+        self, hidden: Tensor, positions: Tensor, attend: Attend, change: Change | None = None,
+        layers: range | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The residual stream (N, width) of packed tokens at `positions` (N) after `layers`, by default all."""
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        n, q_size, kv_size = len(ids), c.heads * c.head_dim, c.kv_heads * c.head_dim
-        for layer in range(c.layers):
-            x = self.norm(hidden, f"{layer}.attn_norm")
-            q, k, v = self.project(layer, "qkv", x, delta).split([q_size, kv_size, kv_size], dim=-1)
-            q, k = q.view(n, c.heads, c.head_dim), k.view(n, c.kv_heads, c.head_dim)
-            if c.qk_norm:
-                q, k = self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")
-            q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
-            mixed = attend(layer, q, k, v.view(n, c.kv_heads, c.head_dim)).reshape(n, q_size)
-            hidden = hidden + self.project(layer, "o", mixed, delta)
-            x = self.norm(hidden, f"{layer}.ffn_norm")
-            gate, up = self.project(layer, "gate_up", x, delta).chunk(2, dim=-1)
-            hidden = hidden + self.project(layer, "down", F.silu(gate) * up, delta)
+        for layer in range(self.config.layers) if layers is None else layers:
+            mixed = self._attention(layer, hidden, cos, sin, attend, change)
+            hidden = hidden + (change(layer, "attn", hidden, mixed) if change else mixed)
+            fed = self._feed_forward(layer, hidden, change)
+            hidden = hidden + (change(layer, "ffn", hidden, fed) if change else fed)
+        return hidden
+
+    def _attention(
+        self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, change: Change | None
+    ) -> Tensor:
+        c, n = self.config, len(hidden)
+        q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        x = self.norm(hidden, f"{layer}.attn_norm")
+        q, k, v = self.project(layer, "qkv", x, change).split([q_size, kv_size, kv_size], dim=-1)
+        q, k = q.view(n, c.heads, c.head_dim), k.view(n, c.kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        mixed = attend(layer, q, k, v.view(n, c.kv_heads, c.head_dim)).reshape(n, q_size)
+        return self.project(layer, "o", mixed, change)
+
+    def _feed_forward(self, layer: int, hidden: Tensor, change: Change | None) -> Tensor:
+        x = self.norm(hidden, f"{layer}.ffn_norm")
+        gate, up = self.project(layer, "gate_up", x, change).chunk(2, dim=-1)
+        return self.project(layer, "down", F.silu(gate) * up, change)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The residual stream after the last layer, normed for `logits`, (N, width)."""
         return self.norm(hidden, "final_norm")
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, change: Change | None = None) -> Tensor:
+        """Hidden states (N, width) of packed tokens `ids` (N) at `positions` (N), normed for `logits`."""
+        return self.finish(self.run(self.embed(ids), positions, attend, change))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, (N, vocab) in float32."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from coterie.data.encode import TokenSet, batches
 from coterie.errors import StorageError, TrainingError
-from coterie.experts.lora import Lora, training_delta
+from coterie.experts.lora import Lora, training_change
 from coterie.model.decoder import Decoder, attend_packed, packed_positions
 
 CHUNK = 512  # completion tokens scored at once: 512 x 49,152 float32 are 100 MB
@@ -101,8 +101,8 @@ def completion_loss(decoder: Decoder, lora: Lora | None, rows: list[tuple[Tensor
     inputs = torch.cat([tokens[:-1] for tokens, _ in rows]).long().to(decoder.device)
     targets = torch.cat([tokens[1:] for tokens, _ in rows]).long().to(decoder.device)
     marked = torch.cat([marks[1:] for _, marks in rows]).to(decoder.device)
-    delta = training_delta(lora, decoder) if lora else None
-    hidden = decoder.forward(inputs, packed_positions(lengths, decoder.device), attend_packed(lengths), delta)
+    change = training_change(lora, decoder) if lora else None
+    hidden = decoder.forward(inputs, packed_positions(lengths, decoder.device), attend_packed(lengths), change)
     loss: Tensor = _CompletionLoss.apply(hidden[marked], targets[marked], decoder)  # type: ignore[no-untyped-call]
     return loss, int(marked.sum())
 
