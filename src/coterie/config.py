@@ -52,8 +52,8 @@ class ExpertSpec(_Strict):
     kind: Literal["lora"] = Field("lora", description="kind of expert")
     description: str = Field("", description="what it is for; shown to people")
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
-    train: Files = Field(min_length=1, description="data files (.jsonl, .csv, .parquet), relative to the folder")
-    test: Files = Field([], description="data only to measure; its near-duplicates leave the training data")
+    train: Files = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
+    test: Files = Field([], description="files only to measure with; their near-duplicates leave the training data")
     columns: dict[Literal["prompt", "completion", "messages", "system"], str] = Field(
         {}, description="which column of the file holds prompt and completion (or messages), and system"
     )
@@ -66,9 +66,7 @@ class BusinessSpec(_Strict):
     """[business]: the whole."""
 
     name: str = Field("My business", min_length=1, description="shown on the page")
-    base: str = Field(
-        DEFAULT, min_length=1, description="base model: a hub id, a folder or a .gguf file, relative to this folder"
-    )
+    base: str = Field(DEFAULT, min_length=1, description="base model: a hub id, a folder or a .gguf file")
     welcome: str = Field("", description="a sentence under the name, on the page")
     suggestions: list[str] = Field([], description="questions offered on the page", max_length=6)
     context: int = Field(2048, ge=64, description="most tokens of one conversation, answer included")
