@@ -3,40 +3,38 @@
 This is the first flow of the house on one page: data -> split -> encode -> tune -> evaluate -> publish.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coterie.config import LEARNING_RATES, Config, ExpertSpec, read_config
-from coterie.data.encode import encode_all
-from coterie.data.read import Example, read, read_pairs
-from coterie.data.split import hold_out, leaks
+from coterie.config import Config, ExpertSpec, read_config
+from coterie.data.prepare import prepare
+from coterie.data.read import Example, check_file, read
+from coterie.data.split import hold_out
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError, DataError
+from coterie.errors import CoterieError, DataError, ModelError, StorageError
 from coterie.evaluation.run import evaluate
-from coterie.experts import adapter, full, lora, prefix, prompt
-from coterie.experts.expert import Expert
-from coterie.experts.kinds import apply, save
+from coterie.experts import kinds
 from coterie.experts.library import ExpertFacts, Library
+from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
-from coterie.model.save import save_model
-from coterie.routing.statistics import Statistics, learn
-from coterie.tuning.loop import Progress, Training, train
-from coterie.tuning.objective import completions, preferences
-from coterie.tuning.trunk import Trunk
+from coterie.routing.statistics import MOST, Statistics, learn
+from coterie.tuning.loop import Progress
 
-HELD_OUT_MOST = 500  # rows held out for the loss while training
 ANSWERED_MOST = 100  # of them, rows that base and expert answer before publishing
-CHOICES_MOST = 10_000
 Tell = Callable[[str], None]
+Count = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclass
@@ -57,7 +55,7 @@ class Business:
         return Library(self.folder / "experts")
 
     def base(self, tell: Tell = lambda _: None) -> BaseModel:
-        """The base model, pulled where it is absent."""
+        """The base model, pulled where it is absent. Raises ModelError."""
         if self._base is None:
             name = self.config.business.base
             local = self.folder / name
@@ -65,11 +63,11 @@ class Business:
             self._base = load(path, packed=True)
         return self._base
 
-    def engine(self, tell: Tell = lambda _: None, **options: int) -> Engine:
+    def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
         """An engine over base and library, as the declaration sizes it."""
         b = self.config.business
         sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
-        return Engine(self.base(tell), self.library, **sizes)
+        return Engine(self.base(tell), library or self.library, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:
         """The declaration of one expert. Raises CoterieError."""
@@ -78,19 +76,39 @@ class Business:
             raise CoterieError(f"{self.folder}/coterie.toml declares no expert {name!r}; declared: {known}")
         return self.config.experts[name]
 
-    def files(self, listed: list[str] | str) -> list[Path]:
+    def files(self, listed: list[str]) -> list[Path]:
         """Data files named in the declaration, relative to the folder."""
-        return [self.folder / f for f in ([listed] if isinstance(listed, str) else listed)]
+        return [self.folder / f for f in listed]
 
     def place(self, where: str) -> str:
         """File and row of an example, with the file relative to the folder where it lies in it."""
         return where.removeprefix(f"{self.folder}/")
 
-    def examples(self, name: str, listed: list[str] | str) -> Iterator[Example]:
+    def examples(self, name: str, listed: list[str]) -> Iterator[Example]:
         """The examples of an expert's data files, with its instruction."""
-        spec = self.spec(name)
+        spec = self.config.experts.get(name)
+        columns: dict[str, str] = {field: column for field, column in spec.columns.items()} if spec else {}
+        system = spec.system if spec else self.library.facts(name).system
         for file in self.files(listed):
-            yield from read(file, spec.columns, spec.system)
+            yield from read(file, columns, system)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else trains in this folder meanwhile. The system frees the lock of a process that is killed."""
+        file = self.folder / ".coterie" / "lock"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = file.open("a")
+        except OSError as error:
+            raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CoterieError(
+                    f"{self.folder}: another `coterie fit` is at work here; let it end or stop it"
+                ) from error
+            yield
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,8 @@ def fingerprint(business: Business, name: str) -> str:
     spec = business.spec(name)
     settings = spec.model_dump(exclude={"description"})
     digest = hashlib.sha256(json.dumps([business.config.business.base, settings], sort_keys=True).encode())
-    for file in business.files(spec.train) + business.files(spec.test) + business.files(spec.preferences):
-        if not file.is_file():
-            raise DataError(f"{file}: no such file (named in coterie.toml, expert {name!r})")
+    for file in business.files([*spec.train, *spec.test, *spec.preferences]):
+        check_file(file)
         with file.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -117,186 +134,182 @@ def fingerprint(business: Business, name: str) -> str:
 
 def fit(
     business: Business, names: list[str] | None = None, tell: Tell = lambda _: None,
-    progress: Callable[[str, Progress], None] = lambda _n, _p: None,
+    progress: Callable[[str, Progress], None] = lambda _n, _p: None, count: Count = lambda _w, _d, _t: None,
 ) -> Iterator[Fitted]:  # fmt: skip
     """Train and publish the declared experts (or those of `names`) whose base, data or settings changed."""
     if not business.config.experts:
         raise CoterieError(f"{business.folder}/coterie.toml declares no experts; see docs/coterie-toml.md")
-    for name in names or list(business.config.experts):
-        mark = fingerprint(business, name)
-        current = business.library.current(name)
-        facts = business.library.facts(name) if current else None
-        if facts and facts.fingerprint == mark:
-            yield Fitted(facts, False, business.library.evaluation(name))
-        else:
-            yield _fit_one(business, name, mark, tell, lambda p, name=name: progress(name, p))  # type: ignore[misc]
+    wanted = list(dict.fromkeys(names or business.config.experts))
+    with business.alone():
+        for name, mark in [(name, fingerprint(business, name)) for name in wanted]:
+            runs = business.folder / ".coterie" / "runs" / name
+            facts = _published(business, name, mark, runs / mark)
+            if facts:
+                tell(f"{name}: version {facts.version} is up to date")
+                fitted = Fitted(facts, False, business.library.evaluation(name, facts.version))
+            else:
+                fitted = _fit_one(business, name, mark, runs / mark, tell, progress, count)
+            shutil.rmtree(runs, ignore_errors=True)
+            yield fitted
 
 
-def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Callable[[Progress], None]) -> Fitted:
-    spec, how = business.spec(name), business.spec(name).training
-    work = business.folder / ".coterie" / "runs" / f"{name}-{mark}"
-    base = business.base(tell)
-    examples = list(business.examples(name, spec.train))
-    if len(examples) < 2:
-        raise DataError(f"{spec.train}: {len(examples)} row(s); at least 2 are needed, one to learn and one to measure")
-    tests = list(business.examples(name, spec.test))
-    prompts = [e.prompt[-1]["content"] for e in examples]
-    leaked = set(leaks(prompts, [e.prompt[-1]["content"] for e in tests]))
-    examples = [e for i, e in enumerate(examples) if i not in leaked]
-    if leaked:
-        tell(f"{name}: {len(leaked)} training rows repeat test rows and were left out")
-    if len(examples) < 2:
-        raise DataError(f"{spec.train}: fewer than 2 rows are left once those that repeat test rows are taken out")
-    choices = tuple(sorted({e.completion for e in examples})) if spec.choices else ()
-    if len(choices) > CHOICES_MOST:
-        raise DataError(f"{spec.train}: {len(choices)} different completions are too many for choices = true")
+def _published(business: Business, name: str, mark: str, work: Path) -> ExpertFacts | None:
+    """The version made of the same base, data and settings, if there is one that can be read."""
+    library, versions = business.library, business.library.versions(name)
+    for version in reversed(versions):
+        try:
+            facts = library.facts(name, version)
+        except ModelError:
+            continue
+        if facts.fingerprint != mark:
+            continue
+        # The newest may have been rolled back on purpose, unless a run was killed just before it let it answer.
+        if version != library.current(name) and (version != versions[-1] or work.exists()):
+            library.promote(name, version)
+        if facts.description != business.spec(name).description:
+            facts = library.describe(name, version, business.spec(name).description)
+        return facts
+    return None
+
+
+def _fit_one(
+    business: Business, name: str, mark: str, work: Path, tell: Tell, progress: Callable[[str, Progress], None],
+    count: Count,
+) -> Fitted:  # fmt: skip
+    spec, how, base = business.spec(name), business.spec(name).training, business.base(tell)
+    files = ", ".join(map(str, business.files(spec.train)))
     longest = min(how.max_tokens, base.decoder.config.context)
-    data, long_rows = encode_all(examples, base, work, longest)
-    if long_rows:
-        tell(f"{name}: {len(long_rows)} rows over {longest} tokens were left out, the first: {long_rows[0]}")
-        dropped = {row.rsplit(" (", 1)[0] for row in long_rows}
-        examples = [e for e in examples if e.where not in dropped]
-    if len(data) < 2:
-        raise DataError(f"{spec.train}: fewer than 2 rows fit into {longest} tokens; raise training.max_tokens")
-    rows, held = hold_out([e.prompt[-1]["content"] for e in examples], how.held_out, HELD_OUT_MOST, how.seed)
+    tests = [e.asked for e in business.examples(name, spec.test)]
+    data = prepare(business.examples(name, spec.train), tests, base, work, longest, spec.choices)
+    if data.leaked:
+        tell(f"{name}: {data.leaked} training rows repeat test rows and were left out")
+    if data.too_long:
+        tell(f"{name}: {len(data.too_long)} rows over {longest} tokens were left out, the first: {data.too_long[0]}")
+    rows, held = hold_out(data.keys, how.held_out, HELD_OUT_MOST, how.seed)
+    if not held:
+        raise DataError(
+            f"{files}: {data.read} row(s), of which {data.leaked} repeat test rows and {len(data.too_long)} are over "
+            f"{longest} tokens; {len(set(data.keys))} different prompt(s) are left, and at least 2 are needed: one to "
+            "learn from and one to measure"
+        )
     tell(f"{name}: {len(rows)} rows to learn from, {len(held)} held out")
 
-    expert = new_expert(spec, base)
-    rate = how.learning_rate or LEARNING_RATES[spec.kind]
-    settings = Training(how.epochs, how.batch, rate, how.warmup, how.weight_decay, seed=how.seed)
-    trunk = None
-    if how.first_layer:
-        trunk = Trunk(base.decoder, data, how.first_layer, business.folder / ".coterie" / "trunk", tell=tell)
-    outcome = train(
-        base.decoder, expert, completions(base.decoder, data, trunk), data.lengths(), rows, held, settings,
-        work / "checkpoint.safetensors", progress,
-    )  # fmt: skip
-    pairs = prefer(business, name, expert, work, tell, progress) if spec.preferences else {}
+    def news(step: Progress) -> None:
+        progress(name, step)
 
-    evaluation: dict[str, Any] = {
-        "held_out_rows": len(held),
-        "held_out_loss_base": round(outcome.held_out[0], 4),
-        "held_out_loss": round(outcome.held_out[-1], 4),
-        **pairs,
-    }
+    def say(text: str) -> None:
+        tell(f"{name}: {text}")
+
+    expert, trunks = new_expert(spec, base), business.folder / ".coterie" / "trunk"
+    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, news, say)
+    pairs = business.files(spec.preferences)
+    preferred = prefer(spec, base, expert, pairs, work, news, say) if pairs else {}
+
     facts = ExpertFacts(
-        name, spec.kind, description=spec.description, system=spec.system, choices=choices,
+        name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,
         base=business.config.business.base, fingerprint=mark, created=datetime.now(UTC).isoformat(timespec="seconds"),
         training={
-            "rows": len(rows), "left_out_as_test_rows": len(leaked), "steps": outcome.steps,
-            "seconds": round(outcome.seconds), "examples_per_second": round(outcome.examples / outcome.seconds, 2),
-            **how.model_dump(), "learning_rate": rate, **asdict(expert.config),
+            "rows": len(rows), "left_out_as_test_rows": data.leaked, "left_out_as_too_long": len(data.too_long),
+            "steps": outcome.steps, "seconds": round(outcome.seconds),
+            "examples_per_second": round(outcome.examples / outcome.seconds, 2),
+            **how.model_dump(), "learning_rate": learning_rate(spec), **asdict(expert.config),
             "parameters": sum(w.numel() for w in expert.weights.values()),
         },
     )  # fmt: skip
-    statistics = route_statistics(business, [examples[i] for i in rows])
+    measured, sampled = held[:ANSWERED_MOST], _sample(rows, MOST, how.seed)
+    found = _pick(business.examples(name, spec.train), {data.numbers[i] for i in measured + sampled})
+    statistics = route_statistics(business, [found[data.numbers[i]] for i in sampled])
 
     def fill(folder: Path) -> None:
         save_expert(base, expert, folder, facts.base)
         statistics.save(folder)
 
+    trial = Library(work / "trial")
+    shutil.rmtree(trial.root, ignore_errors=True)
+    asked = [found[data.numbers[i]] for i in measured]
+    evaluation = {
+        "held_out_rows": len(held), "held_out_loss_base": round(outcome.held_out[0], 4),
+        "held_out_loss": round(outcome.held_out[-1], 4), **preferred,
+        "held_out": compare(business, trial.publish(facts, fill), asked, count, trial),
+    }  # fmt: skip
     facts = business.library.publish(facts, fill, evaluation)
-    tell(f"{name}: version {facts.version} published; answering held-out rows")
-    evaluation |= compare(business, name, [examples[i] for i in held[:ANSWERED_MOST]], "held_out")
-    business.library.record(name, facts.version, evaluation)
-    shutil.rmtree(work, ignore_errors=True)
+    tell(f"{name}: version {facts.version} is published")
     return Fitted(facts, True, evaluation)
 
 
 def route_statistics(business: Business, examples: list[Example]) -> Statistics:
     """What the router learns of an expert from its training inputs; each is told apart by file and row."""
-    inputs = [e.prompt[-1]["content"] for e in examples]
     where = [business.place(e.where) for e in examples]
-    return learn(business.base(), inputs, where)
+    return learn(business.base(), [e.question for e in examples], where)
 
 
-def new_expert(spec: ExpertSpec, base: BaseModel) -> Expert:
-    """An untrained expert of the declared kind and size. Raises CoterieError where the settings do not fit the base."""
-    decoder, seed, first = base.decoder, spec.training.seed, spec.training.first_layer
-    if first >= decoder.config.layers:
-        raise CoterieError(f"training.first_layer = {first}: the base model has {decoder.config.layers} layers")
-    if first and spec.kind not in ("lora", "adapter"):
-        raise CoterieError(f"training.first_layer: an expert of kind {spec.kind!r} changes all layers; leave it out")
-    if spec.kind == "lora":
-        s = spec.lora
-        shape = lora.LoraConfig(s.rank, s.alpha, tuple(s.targets), s.rslora, s.dora, s.dropout, first)
-        return lora.fresh(shape, decoder, seed)
-    if spec.kind == "adapter":
-        a = spec.adapter
-        return adapter.fresh(adapter.BottleneckConfig(a.size, a.placement, a.activation, 1.0, first), decoder, seed)
-    if spec.kind == "full":
-        return full.fresh(full.FullConfig(), decoder)
-    words = base.encode(spec.prompt.start or spec.system or spec.description or "Answer as well as you can.")
-    if spec.kind == "prompt":
-        return prompt.fresh(prompt.PromptConfig(spec.prompt.tokens), decoder, words)
-    return prefix.fresh(prefix.PrefixConfig(spec.prompt.tokens), decoder, words)
+def _sample(rows: list[int], most: int, seed: int) -> list[int]:
+    """At most `most` of the rows, at random."""
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
 
 
-def prefer(
-    business: Business, name: str, expert: Expert, work: Path, tell: Tell, progress: Callable[[Progress], None]
-) -> dict[str, Any]:
-    """Train `expert` further on pairs of a better and a worse answer; the held-out figures before and after."""
-    spec, how, base = business.spec(name), business.spec(name).preference, business.base()
-    files = business.files(spec.preferences)
-    examples = [e for file in files for e in read_pairs(file, spec.columns, spec.system)]
-    data, long_rows = encode_all(examples, base, work / "pairs", spec.training.max_tokens, together=2)
-    count = len(data) // 2
-    if count < 2:
-        raise DataError(f"{spec.preferences}: {count} pair(s) to learn from; at least 2 are needed")
-    if long_rows:
-        tell(f"{name}: {len(long_rows)} pairs over {spec.training.max_tokens} tokens were left out")
-    rng = np.random.default_rng(spec.training.seed)
-    order = rng.permutation(count).tolist()
-    held = order[: max(1, min(HELD_OUT_MOST, round(count * spec.training.held_out)))]
-    rows = order[len(held) :]
-    reference = Expert(expert.config, {k: v.clone() for k, v in expert.weights.items()})
-    loss = preferences(base.decoder, data, reference, how.beta)
-    settings = Training(how.epochs, spec.training.batch, how.learning_rate, seed=spec.training.seed)
-    sizes = data.lengths().reshape(-1, 2).sum(axis=1)
-    outcome = train(
-        base.decoder, expert, loss, sizes, rows, held, settings, work / "preference.safetensors", progress,
-        apply(reference, base.decoder),
-    )  # fmt: skip
-    return {"preference_pairs": len(rows), "preference_loss_before": round(outcome.held_out[0], 4),
-            "preference_loss": round(outcome.held_out[-1], 4)}  # fmt: skip
-
-
-def save_expert(base: BaseModel, expert: Expert, folder: Path, name: str) -> None:
-    """Write an expert's weights into the folder of its version; a `full` one as a model of its own, in model/."""
-    if expert.config.kind == "full":
-        decoder = full.apply(expert, base.decoder).decoder
-        assert decoder is not None
-        save_model(replace(base, decoder=decoder), folder / "model")
-    else:
-        save(expert, folder, name, base.decoder.config)
+def _pick(examples: Iterator[Example], wanted: set[int]) -> dict[int, Example]:
+    """The examples of these numbers."""
+    return {number: example for number, example in enumerate(examples) if number in wanted}
 
 
 def compare(
-    business: Business,
-    name: str,
-    examples: list[Example],
-    what: str,
-    tell: Callable[[str, int], None] = lambda _n, _i: None,
-) -> dict[str, Any]:
-    """Answers of the base model and of the current version to the same examples, measured alike."""
-    facts = business.library.facts(name)
-    longest = max(len(business.base().encode(e.completion)) for e in examples)
-    engine = business.engine(slots=64, context=business.config.business.context, queue=128)
+    business: Business, facts: ExpertFacts, examples: list[Example], count: Count = lambda _w, _d, _t: None,
+    library: Library | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Answers of the base model and of one version to the same examples, measured alike. Raises DataError for none."""
+    base = business.base()
+    longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
+    engine = business.engine(library=library, slots=64, queue=128)
     out: dict[str, Any] = {}
     try:
-        for who, adapter in (("base", None), (name, (name, facts.version))):
-            figures, _ = evaluate(
-                engine,
-                examples,
-                adapter,
-                facts.choices,
-                longest + 8,
-                lambda i, who=who: tell(who, i),  # type: ignore[misc]
-            )
-            out["base" if adapter is None else "expert"] = figures
+        for who, adapter in (("base", None), ("expert", (facts.name, facts.version))):
+            label = f"{facts.name if adapter else 'base model'} answers"
+            out[who], _ = evaluate(
+                engine, examples, adapter, facts.choices, longest,
+                lambda done, label=label: count(label, done, len(examples)),  # type: ignore[misc]
+            )  # fmt: skip
     finally:
         engine.close()
-    return {what: out}
+    return out
+
+
+def measure(
+    business: Business, names: list[str] | None = None, data: Path | None = None, limit: int = 0,
+    tell: Tell = lambda _: None, count: Count = lambda _w, _d, _t: None,
+) -> Iterator[tuple[ExpertFacts, dict[str, Any]]]:  # fmt: skip
+    """Measure base and experts on their test rows, or the first `limit` of them, or on the file `data`.
+
+    The figures of all declared test rows are kept with the version.
+    """
+    library = business.library
+    if not names and not library.names():
+        raise CoterieError(f"{business.folder}: no experts in the library yet; `coterie fit` trains them")
+    for name in names or library.names():
+        facts, spec = library.facts(name), business.config.experts.get(name)
+        listed = [str(data.resolve())] if data else spec.test if spec else []
+        examples = list(islice(business.examples(name, listed), limit or None))
+        if not examples:
+            if data or names:
+                raise DataError(f'{data or name}: no test rows; declare test = "..." in coterie.toml, or give --data')
+            tell(f"{name}: declares no test data; skipped")
+            continue
+        figures = compare(business, facts, examples, count)
+        if not data and not limit:
+            library.record(name, facts.version, {"test": figures})
+        yield facts, figures
+
+
+def adopt(business: Business, name: str, source: Path, description: str = "", system: str = "") -> ExpertFacts:
+    """Put an expert in PEFT's or AdapterHub's format on the shelf. Raises ModelError where it cannot be used."""
+    base, name_of_base = business.base(), business.config.business.base
+    expert = kinds.load(source, base.decoder.config)
+    facts = ExpertFacts(
+        name, expert.config.kind, description=description, system=system, base=name_of_base,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        training={"imported_from": str(source), **asdict(expert.config)},
+    )  # fmt: skip
+    return business.library.publish(facts, lambda folder: save_expert(base, expert, folder, name_of_base))
 
 
 def describe(business: Business) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel as Record
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
@@ -13,11 +13,15 @@ from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
 LEARNING_RATES = {"lora": 1e-3, "adapter": 1e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 5e-5}
+_RATES = ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items())
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Files = Annotated[
+    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+]
 
 
 class _Strict(Record):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LoraSpec(_Strict):
@@ -63,21 +67,15 @@ class TrainingSpec(_Strict):
 
     epochs: int = Field(3, ge=1, le=1000, description="passes over the data")
     batch: int = Field(16, ge=1, le=4096, description="examples for each update")
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="peak learning rate; default by kind: "
-        + ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items()),
-    )
+    learning_rate: float | None = Field(None, gt=0, le=1, description=f"peak learning rate; by kind: {_RATES}")
     first_layer: int = Field(
         0,
         ge=0,
-        description="lora and adapter: leave the layers below alone; what they compute is kept on disk and reused",
+        description="lora, adapter: layers below stay as they are; what they compute is kept on disk",
     )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps that the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    seed: int = Field(0, ge=0, description="fixes split, order and start; the same seed gives the same expert")
+    seed: int = Field(0, ge=0, lt=2**32, description="fixes split, order and start: same seed, same expert")
     held_out: float = Field(0.05, gt=0, le=0.5, description="share of the rows kept for evaluation while training")
     max_tokens: int = Field(1024, ge=16, description="rows longer than this are left out, and named")
 
@@ -88,13 +86,13 @@ class ExpertSpec(_Strict):
     kind: Literal["lora", "adapter", "prompt", "prefix", "full"] = Field("lora", description="kind of expert")
     description: str = Field("", description="what it is for; shown to people")
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
-    train: list[str] | str = Field(description="data files (.jsonl, .csv, .parquet), relative to the folder")
-    test: list[str] | str = Field([], description="data only to measure; its near-duplicates leave the training data")
-    columns: dict[str, str] = Field({}, description="which column of the file holds prompt and completion, or messages")
-    choices: bool = Field(False, description="answer only with completions seen in training (classification)")
-    preferences: list[str] | str = Field(
-        [], description="data files of pairs: prompt, chosen and rejected; learned after `train`"
+    train: Files = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
+    test: Files = Field([], description="files only to measure with; their near-duplicates leave the training data")
+    columns: dict[Literal["prompt", "completion", "messages", "system", "chosen", "rejected"], str] = Field(
+        {}, description="which column of the file holds prompt and completion (or messages), and system"
     )
+    choices: bool = Field(False, description="answer only with completions seen in training (classification)")
+    preferences: Files = Field([], description="files of pairs (prompt, chosen, rejected), learned after `train`")
     lora: LoraSpec = LoraSpec()
     adapter: AdapterSpec = AdapterSpec()
     prompt: PromptSpec = PromptSpec()
@@ -106,7 +104,7 @@ class BusinessSpec(_Strict):
     """[business]: the whole."""
 
     name: str = Field("My business", min_length=1, description="shown on the page")
-    base: str = Field(DEFAULT, description="base model: a hub id, a folder, or a .gguf file")
+    base: str = Field(DEFAULT, min_length=1, description="base model: a hub id, a folder or a .gguf file")
     welcome: str = Field("", description="a sentence under the name, on the page")
     suggestions: list[str] = Field([], description="questions offered on the page", max_length=6)
     context: int = Field(2048, ge=64, description="most tokens of one conversation, answer included")
@@ -148,15 +146,33 @@ def read_config(folder: Path) -> Config:
     """The declaration in `folder`. Raises CoterieError, naming the field, where it cannot be used."""
     file = folder / FILE
     try:
-        config = Config.model_validate(tomllib.loads(file.read_text()))
+        config = Config.model_validate(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except FileNotFoundError as error:
         raise CoterieError(f"{folder}: no {FILE} here; `coterie init {folder}` makes one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CoterieError(f"{file}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise CoterieError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CoterieError(f"{file}: {field}: {first['msg'].lower()} (see docs/coterie-toml.md)") from error
+        raise CoterieError(f"{file}: {_first(error)} (see docs/coterie-toml.md)") from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise CoterieError(f"{file}: not valid TOML: {error}") from error
     for name in config.experts:
-        check_name(name)
+        try:
+            check_name(name)
+        except CoterieError as error:
+            raise CoterieError(f"{file}: experts: {error}") from error
     return config
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong: the field, what it must be, and what it is."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if first["type"] == "extra_forbidden":
+        return f"{field}: there is no such field"
+    if first["type"] == "missing":
+        return f"{field}: this field is needed"
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{field}: must be a table"
+    given: Any = first["input"]
+    said = first["msg"].replace("Input should be", "must be")
+    return f"{field}: {said}, not {given!r}" if isinstance(given, str | int | float) else f"{field}: {said}"

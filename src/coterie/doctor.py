@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from coterie.config import FILE
+from coterie.data.read import check_file
 from coterie.errors import CoterieError
 from coterie.model.load import default_dtype, load
 from coterie.model.pull import DEFAULT, find, models_dir
@@ -48,6 +49,9 @@ def examine(folder: Path) -> list[Check]:
 
     def business() -> str:
         opened = Business.open(folder)
+        for spec in opened.config.experts.values():
+            for file in opened.files(spec.train + spec.test):
+                check_file(file)
         for name in opened.library.names():
             opened.library.facts(name)
         return f"{opened.config.business.name}: {len(opened.config.experts)} experts declared, " \

@@ -25,6 +25,12 @@ class ModelError(CoterieError):
     code = "invalid_model"
 
 
+class TrainingError(CoterieError):
+    """Training that went wrong: its loss is no longer a number."""
+
+    code = "training_failed"
+
+
 class UnknownExpert(CoterieError):
     """An expert that is not on the shelf."""
 

@@ -1,16 +1,16 @@
 """Make the folder of a business: a commented coterie.toml, or the example shop."""
 
-import shutil
+import json
 from pathlib import Path
 
 from coterie.config import FILE
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, StorageError
 
 EXAMPLE = Path(__file__).parent / "example"
 TEMPLATE = """\
 # What this business declares. Every field is described in docs/coterie-toml.md.
 [business]
-name = "{name}"
+name = {name}
 base = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # [experts.support]
@@ -24,14 +24,27 @@ base = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def create(folder: Path, example: bool = False) -> list[Path]:
-    """Write a new business into `folder` and return its files. Raises CoterieError where there is one already."""
+    """Write a new business into `folder` and return its files. Nothing that is there already is changed.
+
+    Raises CoterieError where there is a business, or a file of the same name as one of the example's.
+    """
     if (folder / FILE).exists():
         raise CoterieError(f"{folder / FILE}: there is a business here already")
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir() and folder.exists():
+        raise CoterieError(f"{folder}: a file; name a folder")
     if example:
-        shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)
+        found = sorted(p for p in EXAMPLE.rglob("*") if p.is_file())
+        contents = {p.relative_to(EXAMPLE): p.read_bytes() for p in found}
     else:
-        (folder / "data").mkdir(exist_ok=True)
-        name = folder.resolve().name.replace("\\\\", " ").replace('"', " ")
-        (folder / FILE).write_text(TEMPLATE.format(name=name))
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+        name = "".join(c if c.isprintable() else " " for c in folder.resolve().name)
+        contents = {Path(FILE): TEMPLATE.format(name=json.dumps(name or "My business", ensure_ascii=False)).encode()}
+    for file, content in contents.items():
+        if (folder / file).exists() and (folder / file).read_bytes() != content:
+            raise CoterieError(f"{folder / file}: already there, and would be overwritten; choose another folder")
+    try:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        for file in sorted(contents, key=lambda f: f.name == FILE):  # last what makes the folder a business
+            (folder / file).write_bytes(contents[file])
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror})") from error
+    return [folder / file for file in contents]

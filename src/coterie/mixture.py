@@ -102,9 +102,9 @@ def tune_to(
     try:
         data, long_rows = encode_all(examples, base, work, base.decoder.config.context)
         if long_rows:
-            tell(f"{len(long_rows)} rows longer than the context were left out, the first: {long_rows[0]}")
-        dropped = {row.rsplit(" (", 1)[0] for row in long_rows}
-        prompts = [e.prompt[-1]["content"] for e in examples if e.where not in dropped]
+            first = next(iter(long_rows.values()))
+            tell(f"{len(long_rows)} rows longer than the context were left out, the first: {first}")
+        prompts = [e.asked for number, e in enumerate(examples) if number not in long_rows]
         rows, held = hold_out(prompts, *HELD_OUT, settings.seed)
         outcome = tune(base.decoder, data, rows, held, settings, step)
     finally:

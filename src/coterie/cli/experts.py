@@ -1,15 +1,12 @@
 """`coterie experts`: the expert library from the command line."""
 
-import shutil
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from coterie.cli.show import result, table
-from coterie.errors import CoterieError
 
 app = typer.Typer(help="List, show, remove, import, export and roll back experts.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
@@ -38,7 +35,7 @@ def show(
     library = Business.open(folder).library
     facts = library.facts(name, version)
     value = {**asdict(facts), "evaluation": library.evaluation(name, version), "versions": library.versions(name)}
-    result(value, as_json, (library.folder(name, version) / "README.md").read_text())
+    result(value, as_json, (library.folder(name, version) / "README.md").read_text(encoding="utf-8"))
 
 
 @app.command()
@@ -62,25 +59,16 @@ def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = F
 @app.command("import")
 def import_expert(
     name: Name,
-    source: Annotated[Path, typer.Argument(help="Folder in PEFT's or AdapterHub's format.")],
+    source: Annotated[Path, typer.Argument(help="Folder in PEFT's format (adapter_config.json and .safetensors).")],
     folder: Folder = Path(),
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
     system: Annotated[str, typer.Option(help="Instruction for requests that bring none.")] = "",
     as_json: Json = False,
 ) -> None:
     """Put an expert made elsewhere on the shelf: LoRA, adapter, soft prompt or prefix."""
-    from coterie.business import Business
-    from coterie.experts import kinds
-    from coterie.experts.library import ExpertFacts
+    from coterie.business import Business, adopt
 
-    business = Business.open(folder)
-    model = business.base().decoder.config
-    expert = kinds.load(source, model)
-    base = business.config.business.base
-    facts = ExpertFacts(name, expert.config.kind, description=description, system=system, base=base,
-                        created=datetime.now(UTC).isoformat(timespec="seconds"),
-                        training={"imported_from": str(source), **asdict(expert.config)})  # fmt: skip
-    facts = business.library.publish(facts, lambda to: kinds.save(expert, to, base, model))
+    facts = adopt(Business.open(folder), name, source, description, system)
     result(asdict(facts), as_json, f"{name}: version {facts.version} imported")
 
 
@@ -95,10 +83,7 @@ def export(
     """Copy a version out, in the format that PEFT (adapters: AdapterHub) loads."""
     from coterie.business import Business
 
-    source = Business.open(folder).library.folder(name, version)
-    if target.exists():
-        raise CoterieError(f"{target}: already there; name a new folder")
-    shutil.copytree(source, target)
+    Business.open(folder).library.export(name, target, version)
     result({"path": str(target)}, as_json, str(target))
 
 

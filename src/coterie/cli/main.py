@@ -1,9 +1,10 @@
 """The command line: `coterie`. Exit codes: 0 done, 1 a fault of ours, 2 wrong input, 3 storage, 130 Ctrl-C."""
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +12,11 @@ from coterie.cli import experts as expert_commands
 from coterie.cli import models as model_commands
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
-from coterie.errors import CoterieError
+from coterie.errors import ContextTooLong, CoterieError
+
+if TYPE_CHECKING:  # what loads torch is imported when a command needs it
+    from coterie.business import Business
+    from coterie.engine.constrain import Constraint
 
 app = typer.Typer(
     help="Coterie makes one small open language model into a coterie of experts for your business.\n\n"
@@ -65,12 +70,9 @@ def fit(
     """Train and publish the declared experts that changed. Goes on where a stopped run left off."""
     from coterie.business import Business, fit
 
-    business = Business.open(folder)
     done = []
     with bars() as shown:
-        for f in fit(business, expert or None, tell, shown.step):
-            if not f.trained:
-                tell(f"{f.facts.name}: version {f.facts.version} is up to date")
+        for f in fit(Business.open(folder), expert, tell, shown.step, shown.count):
             done.append({"expert": f.facts.name, "version": f.facts.version, "trained": f.trained, **f.evaluation})
     rows = [[d["expert"], str(d["version"]), "trained" if d["trained"] else "up to date", *_headline(d)] for d in done]
     result(done, as_json, table(["expert", "version", "", "base, held-out", "expert, held-out"], rows))
@@ -100,37 +102,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure base model and experts on test data, with 95% confidence intervals, and keep the figures."""
-    from functools import partial
-    from itertools import islice
+    from coterie.business import Business, measure
 
-    from coterie.business import Business, compare
-    from coterie.errors import DataError
-
-    business = Business.open(folder)
-    done = []
     with bars() as shown:
-        for name in expert or business.library.names():
-            facts, spec = business.library.facts(name), business.spec(name)
-            listed = [str(data.resolve())] if data else spec.test
-            examples = list(islice(business.examples(name, listed), limit or None))
-            if not examples:
-                if data or expert:
-                    raise DataError(f'{name}: no test rows; declare test = "..." in coterie.toml, or give --data')
-                tell(f"{name}: declares no test data; skipped")
-                continue
-            count = partial(shown.count, total=len(examples))
-            figures = compare(business, name, examples, "test", lambda who, i, c=count: c(f"{who} answers", i))  # type: ignore[misc]
-            if not data and not limit:
-                business.library.record(name, facts.version, figures)
-            done.append({"name": name, "version": facts.version, **figures["test"]})
+        measured = list(measure(Business.open(folder), expert, data, limit, tell, shown.count))
     rows = []
-    for d in done:
-        for who in ("base", "expert"):
-            parts = {k: v for k, v in d[who].items() if k != "rows"}
-            said = [
-                _figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in parts.items()
-            ]
-            rows.append([d["name"] if who == "expert" else "base model", str(d[who]["rows"]), ", ".join(said)])
+    for facts, figures in measured:
+        for who, name in (("base", "base model"), ("expert", facts.name)):
+            part = dict(figures[who])
+            count, too_long = part.pop("rows"), part.pop("too_long")
+            said = [_figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in part.items()]
+            said += [f"{too_long} too long for the context"] if too_long else []
+            rows.append([name, str(count), ", ".join(said)])
+    done = [{"expert": facts.name, "version": facts.version, **figures} for facts, figures in measured]
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 
@@ -154,22 +138,14 @@ def generate(
     """Answer one prompt, streaming to stdout."""
     from coterie.answer import Answerer
     from coterie.business import Business
-    from coterie.engine import constrain
     from coterie.engine.request import Sampling
 
-    constraint = None
-    if choice:
-        constraint = constrain.choices(choice)
-    elif regex:
-        constraint = constrain.regex(regex)
-    elif schema:
-        try:
-            constraint = constrain.json_schema(json.loads(schema.read_text()))
-        except (OSError, ValueError) as error:
-            raise CoterieError(f"{schema}: not a readable JSON schema: {error}") from error
+    constraint = _constraint(choice or [], regex, schema)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()), None, constraint)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    answerer = Answerer.open(Business.open(folder), tell)
+    text = _readable(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+    business = Business.open(folder)
+    _check_who(business, expert)
+    answerer = Answerer.open(business, tell)
     try:
         answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling, channel=channel)
         said = ""
@@ -188,6 +164,45 @@ def generate(
         answerer.engine.close()
 
 
+def _constraint(choice: list[str], regex: str, schema: Path | None) -> "Constraint | None":
+    """What the answer must be. Raises CoterieError where two options say different things, or one cannot be read."""
+    from coterie.engine import constrain
+
+    given = [o for o, v in (("--choice", choice), ("--regex", regex), ("--schema", schema)) if v]
+    if len(given) > 1:
+        raise CoterieError(f"{' and '.join(given)} each say what the answer must be; give only one of them")
+    if regex:
+        return constrain.regex(regex)
+    if schema:
+        try:
+            content = json.loads(schema.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CoterieError(f"{schema}: not a readable JSON schema: {error}") from error
+        if not isinstance(content, dict):
+            raise CoterieError(f"{schema}: a JSON schema is an object, not {type(content).__name__}")
+        return constrain.json_schema(content)
+    return constrain.choices(choice) if choice else None
+
+
+def _readable(raw: bytes) -> str:
+    """A prompt as text. Raises CoterieError where it is empty or not UTF-8."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise CoterieError(f"the prompt is not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise CoterieError("the prompt is empty")
+    return text
+
+
+def _check_who(business: "Business", who: str) -> None:
+    """Raises UnknownExpert before a model is loaded in vain."""
+    from coterie.experts.library import RESERVED
+
+    if who not in RESERVED:
+        business.library.folder(who)
+
+
 @app.command()
 def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", as_json: Json = False) -> None:
     """Talk in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer."""
@@ -195,21 +210,30 @@ def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", a
     from coterie.business import Business
     from coterie.engine.request import Sampling
 
-    answerer = Answerer.open(Business.open(folder), tell)
+    business = Business.open(folder)
+    _check_who(business, expert)
+    answerer = Answerer.open(business, tell)
     messages: list[dict[str, str]] = []
+    person = sys.stdin.isatty()
     try:
         while True:
+            if person:
+                print("you> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.buffer.readline()
+            if not line.strip():
+                break
+            messages.append({"role": "user", "content": _readable(line).strip()})
             try:
-                text = input("" if as_json else "you> ")
-            except EOFError:
-                break
-            if not text.strip():
-                break
-            messages.append({"role": "user", "content": text})
-            answer = answerer.chat(expert, messages, Sampling(max_tokens=300), channel=channel)
+                answer = answerer.chat(expert, messages, Sampling(max_tokens=300), channel=channel)
+            except ContextTooLong as error:
+                if not person:
+                    raise
+                tell(f"error: {error}; the conversation starts anew")
+                messages = []
+                continue
             said = ""
             if not as_json:
-                print(f"{answer.expert or 'base'}> ", end="")
+                print(f"{answer.expert or 'base'}> ", end="", flush=True)
             try:
                 for piece in answer.generation:
                     said += piece.text
@@ -217,6 +241,8 @@ def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", a
                         print(piece.text, end="", flush=True)
             except KeyboardInterrupt:
                 answer.generation.cancel()
+                if not person:
+                    raise
             if as_json:
                 result({"expert": answer.expert, "version": answer.version, "text": said}, True, "")
             else:
@@ -247,10 +273,12 @@ def serve(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # from here on the port is ours; without it, a second server could still take it
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
-    address = f"http://{'localhost' if host in ('0.0.0.0', '127.0.0.1') else host}:{port}"
+    shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{port}"
     server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="warning", lifespan="on"))
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
@@ -272,16 +300,17 @@ def doctor(folder: Folder = Path(), as_json: Json = False) -> None:
         raise typer.Exit(2)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point: one clear sentence and the documented exit code for every mistake, never a traceback."""
     try:
-        app()
+        app(argv, prog_name="coterie")
     except CoterieError as error:
         tell(f"error: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        tell("stopped; nothing published is lost, and `coterie fit` goes on where it stopped")
-        sys.exit(130)
     except OSError as error:
         tell(f"error: {error.filename or 'storage'}: {error.strerror or error}")
         sys.exit(3)
+    except SystemExit as error:
+        if error.code == 130:
+            tell("stopped; nothing published is lost, and `coterie fit` goes on where it stopped")
+        raise

@@ -69,14 +69,15 @@ def texts_of(business: Business, wanted: set[str]) -> dict[str, str]:
     """The inputs at these places (file and row), as far as they are still in the data."""
     found: dict[str, str] = {}
     for spec in business.config.experts.values():
+        columns: dict[str, str] = {field: column for field, column in spec.columns.items()}
         for file in business.files(spec.train):
             if not any(where.startswith(f"{business.place(str(file))}:") for where in wanted):
                 continue
             try:
-                for example in read(file, spec.columns, spec.system):
+                for example in read(file, columns, spec.system):
                     where = business.place(example.where)
                     if where in wanted:
-                        found[where] = example.prompt[-1]["content"]
+                        found[where] = example.question
             except CoterieError:  # the data has changed since: the rows read so far are shown
                 continue
     return found

@@ -3,22 +3,24 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from coterie.tuning.loop import Progress as Step
+if TYPE_CHECKING:  # it would load torch, which `coterie --help` need not wait for
+    from coterie.tuning.loop import Progress as Step
 
-news = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False)
+# Without emoji, or `rows.csv:100:` turns into one.
+news = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, emoji=False)
 
 
 def tell(text: str) -> None:
     """One line of news."""
-    news.print(text, markup=False)
+    news.print(text)
 
 
 def result(value: Any, as_json: bool, text: str | Table) -> None:
@@ -53,7 +55,7 @@ class Bars:
         self.tasks: dict[str, TaskID] = {}
         self.said: dict[str, int] = {}
 
-    def step(self, name: str, s: Step) -> None:
+    def step(self, name: str, s: "Step") -> None:
         """News of one training step."""
         note = f"loss {s.loss:.3f}  held-out {s.held_out_loss:.3f}  {s.tokens_per_s:.0f} tokens/s"
         self.count(f"training {name}", s.step, s.steps, note, f", {s.seconds_left / 60:.1f} min left")
@@ -73,5 +75,5 @@ class Bars:
 def bars() -> Iterator[Bars]:
     """Bars that are gone, or complete, when the work ends."""
     shown = Bars()
-    with shown.progress:
+    with shown.progress if news.is_terminal else nullcontext():
         yield shown

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coterie.data.read import Example, Message
+from coterie.errors import DataError, StorageError
 
 
 class Chat(Protocol):
@@ -43,47 +44,65 @@ class TokenSet:
 
 
 def encode(example: Example, model: Chat) -> tuple[list[int], list[bool]]:
-    """Tokens of the conversation, and which of them are the assistant's (end mark included)."""
+    """Tokens of the conversation, and which of them are the assistant's (end mark included).
+
+    Question and answer are encoded apart, as they are when the model answers. Raises DataError, naming the row,
+    where the model's chat template cannot take these messages.
+    """
     messages = list(example.messages)
     ids: list[int] = []
     learn: list[bool] = []
     done = 0  # characters of the conversation already encoded
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = len(model.chat(messages[:n], prompt=True))
-        text = model.chat(messages[: n + 1], prompt=False)
-        close = text.find(model.eos_token, start) if model.eos_token else -1
-        stop = close + len(model.eos_token) if close >= 0 else len(text)
-        for begin, end, mark in ((done, start, False), (start, stop, True)):
-            piece = model.encode(text[begin:end])
-            ids += piece
-            learn += [mark] * len(piece)
-        done = stop
+    try:
+        whole = model.chat(messages, prompt=False)
+        for n, message in enumerate(messages, 1):
+            if message["role"] != "assistant":
+                continue
+            before = model.chat(messages[: n - 1], prompt=True)
+            after = whole if n == len(messages) else model.chat(messages[:n], prompt=False)
+            if not (len(before) >= done and whole.startswith(before) and whole.startswith(after)):
+                if n < len(messages):
+                    continue  # a template that writes earlier answers in another way: they are context, not learned
+                raise DataError("the model's chat template asks in another way than it writes the answered question")
+            close = after.rfind(model.eos_token, len(before)) if model.eos_token else -1
+            stop = close + len(model.eos_token) if close >= 0 else len(after)
+            for begin, end, mark in ((done, len(before), False), (len(before), stop, True)):
+                piece = model.encode(whole[begin:end])
+                ids += piece
+                learn += [mark] * len(piece)
+            done = stop
+    except DataError as error:
+        raise DataError(f"{example.where}: {error}") from error
     return ids, learn
 
 
 def encode_all(
     examples: Iterable[Example], model: Chat, folder: Path, longest: int, together: int = 1
-) -> tuple[TokenSet, list[str]]:
-    """Encode `examples` into files in `folder`; rows over `longest` tokens are left out and named in the second.
+) -> tuple[TokenSet, dict[int, str]]:
+    """Encode `examples` into files in `folder`; those over `longest` tokens are left out.
 
     `together`: so many examples belong together (2 for preferences), and are left out together.
+    The second says which these are: their number among the examples, and where they stand. Raises StorageError
+    where the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    ends, skipped = [0], []
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "learn.bin").open("wb") as marks:
-        source = iter(examples)
-        while group := list(islice(source, together)):
-            encoded = [encode(example, model) for example in group]
-            size = max(len(ids) for ids, _ in encoded)
-            if size > longest:
-                skipped.append(f"{group[0].where} ({size} tokens)")
-                continue
-            for ids, learn in encoded:
-                tokens.write(np.array(ids, dtype=np.int32).tobytes())
-                marks.write(np.array(learn, dtype=np.bool_).tobytes())
-                ends.append(ends[-1] + len(ids))
+    ends, skipped = [0], dict[int, str]()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "tokens.bin").open("wb") as tokens, (folder / "learn.bin").open("wb") as marks:
+            source, number = iter(examples), 0
+            while group := list(islice(source, together)):
+                encoded = [encode(example, model) for example in group]
+                size = max(len(ids) for ids, _ in encoded)
+                if size > longest:
+                    skipped |= {number + i: f"{e.where} ({size} tokens)" for i, e in enumerate(group)}
+                    encoded = []
+                for ids, learn in encoded:
+                    tokens.write(np.array(ids, dtype=np.int32).tobytes())
+                    marks.write(np.array(learn, dtype=np.bool_).tobytes())
+                    ends.append(ends[-1] + len(ids))
+                number += len(group)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror})") from error
     if ends == [0]:
         return TokenSet(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.array(ends)), skipped
     return TokenSet(

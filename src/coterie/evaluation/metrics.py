@@ -34,7 +34,7 @@ def wilson(hits: int, total: int) -> Interval:
     p, z2 = hits / total, Z * Z
     middle = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total)) / (1 + z2 / total)
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))  # p: rounding, at 0 and 1
 
 
 def bootstrap(scores: Sequence[float], seed: int = 0, rounds: int = 2000) -> Interval:

@@ -8,24 +8,32 @@ from coterie.data.read import Example
 from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
+from coterie.errors import ContextTooLong, DataError
 from coterie.evaluation.metrics import summarise
 
 
 def answer_all(
     engine: Engine, examples: Iterable[Example], adapter: Adapter | None, sampling: Sampling,
     tell: Callable[[int], None] = lambda _: None,
-) -> list[str]:  # fmt: skip
-    """The answer to each example's prompt, in order; as many at once as the engine has slots."""
-    answers: list[str] = []
-    under_way: deque[Generation] = deque()
+) -> list[str | None]:  # fmt: skip
+    """The answer to each example's prompt, in order; None where the prompt does not fit into the context.
+
+    As many are under way at once as the engine has slots.
+    """
+    answers: list[str | None] = []
+    under_way: deque[Generation | None] = deque()
 
     def collect() -> None:
-        answers.append(under_way.popleft().text().strip())
+        generation = under_way.popleft()
+        answers.append(generation.text().strip() if generation else None)
         tell(len(answers))
 
     for example in examples:
         prompt = engine.base.encode(engine.base.chat(example.prompt))
-        under_way.append(engine.submit(prompt, sampling, adapter))
+        try:
+            under_way.append(engine.submit(prompt, sampling, adapter))
+        except ContextTooLong:
+            under_way.append(None)
         if len(under_way) >= engine.slots + engine.queue // 2:
             collect()
     while under_way:
@@ -36,9 +44,15 @@ def answer_all(
 def evaluate(
     engine: Engine, examples: Sequence[Example], adapter: Adapter | None, choices: Sequence[str] = (),
     max_tokens: int = 128, tell: Callable[[int], None] = lambda _: None,
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """Greedy answers to `examples`, restricted to `choices` where there are any: the figures, and the answers."""
+) -> tuple[dict[str, Any], list[str | None]]:  # fmt: skip
+    """Greedy answers to `examples`, restricted to `choices` where there are any: the figures, and the answers.
+
+    Prompts that do not fit into the context count as wrong answers; `too_long` says how many. Raises DataError where
+    there are no examples.
+    """
+    if not examples:
+        raise DataError("no rows to measure")
     sampling = Sampling(max_tokens=max_tokens, constraint=choice_constraint(choices) if choices else None)
     answers = answer_all(engine, examples, adapter, sampling, tell)
-    figures = summarise(answers, [e.completion for e in examples], bool(choices))
-    return {"rows": len(answers), **figures}, answers
+    figures = summarise([a or "" for a in answers], [e.completion for e in examples], bool(choices))
+    return {"rows": len(answers), "too_long": answers.count(None), **figures}, answers

@@ -5,7 +5,7 @@
     experts/<name>/current      the number of the version that answers
 
 Notable: a version is written aside and put in place by one rename, and `current` by another; a process killed at
-any point leaves either the old state or the new one. Versions are never changed, only added and removed.
+any point leaves either the old state or the new one. Weights are never changed, only added and removed.
 """
 
 import json
@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -50,13 +51,15 @@ def write_atomic(file: Path, text: str) -> None:
 
 def write_atomic_bytes(file: Path, content: bytes) -> None:
     """Replace `file` by `content` in one step. Raises StorageError where the disk is full."""
+    scratch = file.with_name(f".tmp-{file.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=".tmp-", delete=False) as scratch:
-            scratch.write(content)
-            scratch.flush()
-            os.fsync(scratch.fileno())
-        os.replace(scratch.name, file)
+        with scratch.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, file)
     except OSError as error:
+        scratch.unlink(missing_ok=True)
         raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
 
 
@@ -86,10 +89,14 @@ class Library:
     def current(self, name: str) -> int | None:
         """The version of `name` that answers, or None. Raises ModelError where the file that says it is damaged."""
         file = self.root / name / "current"
+        if not NAME.fullmatch(name) or not file.exists():
+            return None
         try:
-            return int(file.read_text()) if NAME.fullmatch(name) and file.exists() else None
+            return int(file.read_text())
         except ValueError as error:
-            raise ModelError(f"{file}: damaged, not a version number; write one into it, or fit again") from error
+            raise ModelError(
+                f"{file}: damaged, not a version number; `coterie experts promote {name} VERSION` mends it"
+            ) from error
 
     def folder(self, name: str, version: int | None = None) -> Path:
         """The folder of a version, by default the current one. Raises UnknownExpert."""
@@ -105,7 +112,7 @@ class Library:
         """What is known of a version. Raises UnknownExpert, or ModelError where its expert.json is damaged."""
         file = self.folder(name, version) / "expert.json"
         try:
-            raw = json.loads(file.read_text())
+            raw = json.loads(file.read_text(encoding="utf-8"))
             known = {f.name for f in fields(ExpertFacts)}
             facts: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known}
             return ExpertFacts(**facts)
@@ -123,9 +130,13 @@ class Library:
         return out
 
     def evaluation(self, name: str, version: int | None = None) -> dict[str, Any]:
-        """The measurements published with a version; empty where there are none."""
+        """The measurements published with a version; empty where there are none. Raises ModelError where damaged."""
         file = self.folder(name, version) / "evaluation.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file}: damaged ({error}); delete it, and `coterie eval` measures again") from error
+        return found
 
     def publish(
         self, facts: ExpertFacts, fill: Callable[[Path], None], evaluation: dict[str, Any] | None = None
@@ -175,6 +186,14 @@ class Library:
         now = max(time.time_ns(), self.stamp() + 1)
         os.utime(self.root, ns=(now, now))
 
+    def describe(self, name: str, version: int, description: str) -> ExpertFacts:
+        """Say in other words what a version is for."""
+        facts = replace(self.facts(name, version), description=description)
+        folder = self.folder(name, version)
+        write_atomic(folder / "expert.json", json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / "README.md", card(facts, self.evaluation(name, version)))
+        return facts
+
     def record(self, name: str, version: int, evaluation: dict[str, Any]) -> None:
         """Add measurements to a version, and bring its card up to date."""
         folder = self.folder(name, version)
@@ -188,6 +207,20 @@ class Library:
         gone = Path(tempfile.mkdtemp(dir=self.root, prefix=".removed-"))
         os.rename(self.root / name, gone / name)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def export(self, name: str, target: Path, version: int | None = None) -> None:
+        """Copy a version to `target`, a new folder. Raises UnknownExpert, CoterieError, StorageError."""
+        source = self.folder(name, version)
+        if target.exists():
+            raise CoterieError(f"{target}: already there; name a new folder")
+        scratch = target.with_name(f".{target.name}.part")
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copytree(source, scratch)
+            os.rename(scratch, target)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise StorageError(f"{target}: cannot be written ({error.strerror or error})") from error
 
     def sweep(self, name: str) -> None:
         """Delete what killed runs left of versions that were never published."""

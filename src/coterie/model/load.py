@@ -139,10 +139,10 @@ def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packe
 
 def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     try:
-        hf = Facts(json.loads((path / "config.json").read_text()), path / "config.json")
+        hf = Facts(json.loads((path / "config.json").read_text("utf-8")), path / "config.json")
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         extra = path / "tokenizer_config.json"
-        settings = json.loads(extra.read_text()) if extra.exists() else {}
+        settings = json.loads(extra.read_text("utf-8")) if extra.exists() else {}
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(
             f"{path}: config.json, tokenizer.json or tokenizer_config.json cannot be read: {error}"

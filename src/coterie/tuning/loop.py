@@ -7,8 +7,11 @@ epoch alone, dropout on seed and step, and the checkpoint holds weights, both mo
 
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.data.encode import batches
-from coterie.errors import StorageError
+from coterie.errors import StorageError, TrainingError
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply
 from coterie.model.decoder import Decoder
@@ -83,12 +86,13 @@ def held_out_loss(loss: Loss, applied: Applied, sizes: Sizes, rows: list[int]) -
 def train(
     decoder: Decoder, expert: Expert, loss: Loss, sizes: Sizes, rows: list[int], held_out: list[int],
     settings: Training, checkpoint: Path, tell: Callable[[Progress], None] = lambda _: None,
-    before: Applied = Applied(),  # noqa: B008
+    say: Callable[[str], None] = lambda _: None, before: Applied | None = None,
 ) -> Outcome:  # fmt: skip
     """Train `expert` in place on `rows`, going on from `checkpoint` if that file is there.
 
-    `sizes` are the tokens of every row; `before` is what the first held-out loss measures, the base model. On Ctrl-C
-    the state is saved and KeyboardInterrupt goes on to the caller.
+    `sizes` are the tokens of every row; `before` is what the first held-out loss measures, by default the base model.
+    Ctrl-C waits for the end of the step, saves, and goes on to the caller as KeyboardInterrupt. Raises TrainingError
+    where the loss is no longer a number, and StorageError where the disk is full.
     """
     params = {k: v.to(decoder.device).requires_grad_() for k, v in sorted(expert.weights.items())}
     expert.weights = dict(params)
@@ -96,47 +100,72 @@ def train(
         params.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     lengths = sizes[rows]
-    per_epoch = math.ceil(sum(1 for _ in batches(lengths, settings.batch, 0)))
+    per_epoch = sum(1 for _ in batches(lengths, settings.batch, 0))
     steps = per_epoch * settings.epochs
     outcome = Outcome(steps, 0, 0.0, 0, 0)
-    step = outcome.resumed_at = _restore(checkpoint, params, optimizer, outcome)
-    if not step:
-        outcome.held_out.append(held_out_loss(loss, before, sizes, held_out))
+    step = _restore(checkpoint, params, optimizer, outcome, say)
     started = saved = time.monotonic()
-    earlier_s = outcome.seconds
+
+    def report() -> None:
+        seconds, left = outcome.seconds, (steps - step) * outcome.seconds / step
+        tell(Progress(step, steps, outcome.losses[-1], outcome.tokens / seconds, outcome.examples / seconds, left,
+                      outcome.held_out[-1]))  # fmt: skip
+
     try:
-        for epoch in range(step // per_epoch, settings.epochs):
+        if not outcome.held_out:
+            outcome.held_out.append(held_out_loss(loss, before or Applied(), sizes, held_out))
+        saved = time.monotonic()
+        started = saved - outcome.seconds
+        for epoch in range(step // per_epoch, settings.epochs + 1):
+            if len(outcome.held_out) <= epoch:
+                outcome.held_out.append(held_out_loss(loss, apply(expert, decoder), sizes, held_out))
+                report()
+            if epoch == settings.epochs:
+                break
             for n, batch in enumerate(batches(lengths, settings.batch, settings.seed * 1_000_003 + epoch)):
                 if epoch * per_epoch + n < step:
                     continue
                 chosen = [rows[i] for i in batch]
-                value = _step(decoder, expert, loss, sizes, chosen, optimizer, settings, step, steps)
-                step += 1
-                outcome.losses.append(value)
-                outcome.tokens += int(sizes[chosen].sum())
-                outcome.examples += len(batch)
-                if step % per_epoch == 0:
-                    outcome.held_out.append(held_out_loss(loss, apply(expert, decoder), sizes, held_out))
-                now = time.monotonic()
-                outcome.seconds = earlier_s + now - started
-                pace = outcome.seconds / step
-                tell(Progress(step, steps, value, outcome.tokens / outcome.seconds, outcome.examples / outcome.seconds,
-                              (steps - step) * pace, outcome.held_out[-1]))  # fmt: skip
-                if now - saved > settings.checkpoint_every_s:
+                with _undisturbed():
+                    value = _step(decoder, expert, loss, sizes, chosen, optimizer, settings, step, steps)
+                    step += 1
+                    outcome.losses.append(value)
+                    outcome.tokens += int(sizes[chosen].sum())
+                    outcome.examples += len(batch)
+                    outcome.seconds = time.monotonic() - started
+                report()
+                if time.monotonic() - saved > settings.checkpoint_every_s:
                     _save(checkpoint, params, optimizer, step, outcome)
-                    saved = now
+                    saved = time.monotonic()
     except KeyboardInterrupt:
         _save(checkpoint, params, optimizer, step, outcome)
         raise
+    _save(checkpoint, params, optimizer, step, outcome)  # what follows may be killed too
     expert.weights = {k: v.detach().cpu() for k, v in params.items()}
     return outcome
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: weights, moments and counters belong to one step, or to the next."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _step(
     decoder: Decoder, expert: Expert, loss: Loss, sizes: Sizes, batch: list[int], optimizer: torch.optim.Optimizer,
     settings: Training, step: int, steps: int,
 ) -> float:  # fmt: skip
-    """One update. Returns the batch's mean loss."""
+    """One update, number `step` of `steps`. Returns the batch's mean loss."""
     torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout
     total, count = 0.0, 0
     for part in _micro_batches(sizes, batch):
@@ -146,8 +175,14 @@ def _step(
     for p in expert.weights.values():
         if p.grad is not None:
             p.grad /= max(count, 1)
-    torch.nn.utils.clip_grad_norm_(expert.weights.values(), settings.clip)
-    done, warmup = step / steps, max(settings.warmup, 1 / steps)
+    norm = float(torch.nn.utils.clip_grad_norm_(expert.weights.values(), settings.clip))
+    if not math.isfinite(total + norm):
+        raise TrainingError(
+            f"training diverged at step {step + 1} of {steps}: loss {total / max(count, 1):.3g}, "
+            f"gradient norm {norm:.3g}; lower training.learning_rate in coterie.toml"
+        )
+    done = step / steps
+    warmup = max(settings.warmup, 1 / steps)
     ramp = min((done + 1 / steps) / warmup, 1.0)
     decay = 0.5 * (1 + math.cos(math.pi * max(done - warmup, 0) / max(1 - warmup, 1e-9)))
     for group in optimizer.param_groups:
@@ -177,12 +212,13 @@ def _save(file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimize
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[p]:
                 state[f"{moment}:{k}"] = optimizer.state[p][moment].cpu()
-    facts = {"step": step, "seconds": outcome.seconds, "tokens": outcome.tokens, "examples": outcome.examples}
+    facts = {"step": step, "steps": outcome.steps, "seconds": outcome.seconds, "tokens": outcome.tokens,
+             "examples": outcome.examples}  # fmt: skip
     state["losses"] = torch.tensor(outcome.losses, dtype=torch.float64)
     state["held_out"] = torch.tensor(outcome.held_out, dtype=torch.float64)
-    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, scratch, {k: str(v) for k, v in facts.items()})
         os.replace(scratch, file)
     except Exception as error:  # safetensors raises its own kind for a full disk
@@ -190,23 +226,38 @@ def _save(file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimize
         raise StorageError(f"{file}: the checkpoint cannot be written: {error}") from error
 
 
-def _restore(file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, outcome: Outcome) -> int:
-    """Bring everything back as `_save` left it; the step to go on from, 0 without a checkpoint."""
+def _restore(
+    file: Path, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, outcome: Outcome,
+    say: Callable[[str], None],
+) -> int:  # fmt: skip
+    """Bring everything back as `_save` left it. The step to go on from: 0 without a checkpoint that can be used."""
     if not file.exists():
         return 0
-    with safe_open(file, framework="pt") as f:
-        facts = f.metadata()
+    try:
+        with safe_open(file, framework="pt") as f:
+            facts, state = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         step = int(facts["step"])
-        with torch.no_grad():
-            for k, p in params.items():
-                p.copy_(f.get_tensor(f"weight:{k}"))
-                if step:
-                    optimizer.state[p] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": f.get_tensor(f"exp_avg:{k}").to(p.device),
-                        "exp_avg_sq": f.get_tensor(f"exp_avg_sq:{k}").to(p.device),
-                    }
-        outcome.losses, outcome.held_out = f.get_tensor("losses").tolist(), f.get_tensor("held_out").tolist()
-        outcome.seconds, outcome.tokens = float(facts["seconds"]), int(facts["tokens"])
-        outcome.examples = int(facts["examples"])
+        if int(facts["steps"]) != outcome.steps:
+            raise ValueError(f"it is of a run of {facts['steps']} steps")
+        for k, p in params.items():
+            moments = [state[f"{part}:{k}"] for part in ("weight", *(("exp_avg", "exp_avg_sq") if step else ()))]
+            if any(m.shape != p.shape for m in moments):
+                raise ValueError(f"{k} is of another shape")
+        seconds, tokens, examples = float(facts["seconds"]), int(facts["tokens"]), int(facts["examples"])
+        losses, held_out = state["losses"].tolist(), state["held_out"].tolist()
+    except Exception as error:  # whatever is wrong with it, training can start anew
+        say(f"{file}: the checkpoint cannot be used ({error}); training starts anew")
+        return 0
+    with torch.no_grad():
+        for k, p in params.items():
+            p.copy_(state[f"weight:{k}"])
+            if step:
+                optimizer.state[p] = {
+                    "step": torch.tensor(float(step), device=p.device),
+                    "exp_avg": state[f"exp_avg:{k}"].to(p.device), "exp_avg_sq": state[f"exp_avg_sq:{k}"].to(p.device),
+                }  # fmt: skip
+    outcome.losses, outcome.held_out = losses, held_out
+    outcome.seconds, outcome.tokens, outcome.examples, outcome.resumed_at = seconds, tokens, examples, step
+    if step:
+        say(f"going on at step {step} of {outcome.steps}")
     return step
