@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coterie.cli import data as data_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
@@ -17,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
+app.add_typer(data_commands.app, name="data")
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -20,7 +20,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from coterie.data import neighbours
-from coterie.data.features import Embed, TfIdf
+from coterie.data.features import TfIdf
 from coterie.data.insults import Insults
 from coterie.data.language import is_foreign, language
 from coterie.data.private import Finder, finder
@@ -47,7 +47,6 @@ class Checks:
     language: str = ""  # expected language; empty: that of most rows
     private: Finder = field(default_factory=finder)
     insults: Insults = field(default_factory=Insults)
-    embed: Embed | None = None  # vectors for the classifier; None: TF-IDF
 
 
 @dataclass
@@ -96,7 +95,7 @@ def check(source: Source, test: Source | None = None, how: Checks | None = None)
         *_repeated(prompts, labels, classify),
         _near(source, prompts, labels, np.frombuffer(seen.bands, np.uint64).reshape(-1, neighbours.BANDS)),
         *_of_rows(seen, how, _common(seen.languages)),
-        *(_of_labels(seen, how) if classify else []),
+        *(_of_labels(seen) if classify else []),
     ]  # fmt: skip
     findings = [f for f in findings if f.count or len(f.rows)]
     _name_rows(source, findings)
@@ -261,7 +260,7 @@ def _of_rows(seen: _Seen, how: Checks, main: str) -> list[Finding]:
     ]
 
 
-def _of_labels(seen: _Seen, how: Checks) -> list[Finding]:
+def _of_labels(seen: _Seen) -> list[Finding]:
     """Small classes, imbalance and likely label errors."""
     rows = np.array(seen.labels, np.uint64)
     counts = {seen.label_names[h]: c for h, c in seen.label_rows.items() if h in seen.label_names}
@@ -276,7 +275,7 @@ def _of_labels(seen: _Seen, how: Checks) -> list[Finding]:
         out.append(Finding("imbalance", f"The largest label has {most // least} times the rows of the smallest", False,
                            f"{name!r} has {least} rows; look at macro-F1 beside accuracy, and add rows to the small.",
                            count=len(counts)))  # fmt: skip
-    errors = label_errors([s[1] for s in seen.sample], [s[2] for s in seen.sample], how.embed)
+    errors = label_errors([s[1] for s in seen.sample], [s[2] for s in seen.sample])
     likely = {seen.sample[i][0]: f"labelled {seen.sample[i][2]!r}; reads like {name!r}" for i, name in errors}
     scope = "" if len(rows) <= SAMPLE else f", in a sample of {SAMPLE} rows"
     out.append(Finding("label-errors", f"Likely label errors{scope}", True,
@@ -285,7 +284,7 @@ def _of_labels(seen: _Seen, how: Checks) -> list[Finding]:
     return out
 
 
-def label_errors(texts: Sequence[str], labels: Sequence[str], embed: Embed | None = None) -> list[tuple[int, str]]:
+def label_errors(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
     """Likely wrong labels by confident learning over leave-one-out probabilities, the surest first: row, better label.
 
     Classes of one row cannot be judged and are left out.
@@ -295,7 +294,7 @@ def label_errors(texts: Sequence[str], labels: Sequence[str], embed: Embed | Non
     if len({labels[i] for i in rows}) < 2:
         return []
     kept = [texts[i] for i in rows]
-    probe, alone = fit(embed(kept) if embed else TfIdf.learn(kept)(kept), [labels[i] for i in rows])
+    probe, alone = fit(TfIdf.learn(kept)(kept), [labels[i] for i in rows])
     place = {c: j for j, c in enumerate(probe.classes)}
     found, likely = confident_errors(alone, np.array([place[labels[i]] for i in rows], np.int64))
     return [(rows[i], probe.classes[j]) for i, j in zip(found.tolist(), likely.tolist(), strict=True)]
