@@ -1,20 +1,19 @@
 """`coterie data`: look at data, mend it, ask whether it is enough and like production, and make more of it."""
 
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from coterie.business import Business
 from coterie.cli.show import bars, result, table, tell
-from coterie.data.curve import Measure
-from coterie.data.quality import question
-from coterie.data.read import Example, Source, read_inputs
-from coterie.data.report import Report
-from coterie.data.split import hold_out, leaks
+from coterie.data.read import Example, Source, question, read_inputs
 from coterie.errors import CoterieError, DataError
+
+if TYPE_CHECKING:  # loaded when a command needs them, so that --help is quick
+    from coterie.business import Business
+    from coterie.data.curve import Measure
+    from coterie.data.report import Report
 
 app = typer.Typer(help="Check data, mend it, and ask whether it is enough.", no_args_is_help=True)
 What = Annotated[Path, typer.Argument(help="A data file, or the folder of a business.")]
@@ -24,7 +23,7 @@ Prompt = Annotated[str, typer.Option("--prompt", help="Column of the file that h
 Completion = Annotated[str, typer.Option("--completion", help="Column of the file that holds the answer or label.")]
 Words = Annotated[bool, typer.Option("--words", help="Compare words instead of the base model's vectors: faster.")]
 Train = Annotated[bool, typer.Option("--train", help="Train the expert itself for each measurement: slow, and exact.")]
-Limit = Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all.")]
+Limit = Annotated[int, typer.Option(min=0, help="Only so many rows, by chance; 0: all.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -35,13 +34,15 @@ class Target:
     title: str
     source: Source
     test: Source | None
-    business: Business | None = None
+    business: Optional["Business"] = None
     expert: str = ""
 
 
 def targets(paths: list[Path], expert: str, test: list[Path] | None, prompt: str, completion: str) -> list[Target]:
     """The data sets that the arguments name. Raises CoterieError."""
     columns = {k: v for k, v in (("prompt", prompt), ("completion", completion)) if v}
+    from coterie.business import Business
+
     if len(paths) == 1 and paths[0].is_dir():
         business = Business.open(paths[0])
         if not business.config.experts:
@@ -77,7 +78,9 @@ def check(
     fix: Annotated[list[str] | None, typer.Option(help="Mend this fault; may be repeated. Needs --out.")] = None,
     out: Annotated[Path | None, typer.Option(help="New file (.jsonl, .csv) for the mended rows.")] = None,
     context: Annotated[int, typer.Option(min=16, help="Tokens that a row may have, where no expert says.")] = 1024,
-    labels: Annotated[bool | None, typer.Option("--labels/--free-text", help="What answers are; default: seen from the data.")] = None,
+    labels: Annotated[
+        bool | None, typer.Option("--labels/--free-text", help="What answers are; default: seen from the data.")
+    ] = None,
     language: Annotated[str, typer.Option(help="Expected language, as 'en'; default: that of most rows.")] = "",
     terms: Annotated[Path | None, typer.Option(help="File of more terms to look for, one a line.")] = None,
     region: Annotated[str, typer.Option(help="Region of phone numbers without a country code.")] = "GB",
@@ -86,6 +89,7 @@ def check(
 ) -> None:  # fmt: skip
     """Report duplicates, conflicts, label errors, leaks, private data and more, and write mended copies."""
     from coterie.curation import token_counter
+    from coterie.data.fix import check_fixes
     from coterie.data.fix import fix as mend
     from coterie.data.insults import Insults
     from coterie.data.page import write_page
@@ -98,22 +102,20 @@ def check(
         raise CoterieError("--fix NAME and --out NEWFILE go together")
     if fix and len(found) > 1:
         raise CoterieError(f"--fix mends one data set; choose with --expert: {', '.join(t.expert for t in found)}")
+    if fix and out:
+        check_fixes(fix, out)
+    if html and html.suffix != ".html":
+        raise CoterieError(f"--html {html}: the page's name ends in .html")
     private = finder(region, presidio)
     how = Checks(None, context, labels, language, private, Insults(terms))
     reports = []
     for t in found:
+        mine = how
         if t.business:
             spec = t.business.spec(t.expert)
-            kind = True if spec.choices else labels
-            count = token_counter(t.business, tell)
-            reports.append(
-                (
-                    t.title,
-                    examine(t.source, t.test, replace(how, count=count, context=spec.training.max_tokens, labels=kind)),
-                )
-            )
-        else:
-            reports.append((t.title, examine(t.source, t.test, how)))
+            mine = replace(how, count=token_counter(t.business, tell), context=spec.training.max_tokens,
+                           labels=True if spec.choices else labels)  # fmt: skip
+        reports.append((t.title, examine(t.source, t.test, mine)))
     if html:
         write_page(html, reports)
         tell(f"{html}: written")
@@ -124,7 +126,7 @@ def check(
         tell(f"{out}: {mended['written']} rows; {mended['dropped']} left out, {mended['changed']} changed")
 
 
-def _show(reports: list[tuple[str, Report]]) -> None:
+def _show(reports: list[tuple[str, "Report"]]) -> None:
     """One table for each report, and the first row of each finding."""
     for title, r in reports:
         n, labels = r.lengths, f", {len(r.labels)} labels" if r.labels else ""
@@ -140,9 +142,11 @@ def _show(reports: list[tuple[str, Report]]) -> None:
 
 def _train_and_test(t: Target, limit: int) -> tuple[list[Example], list[Example]]:
     """Rows to learn from and rows to measure on; without test data, a fifth of the rows (at most 1000)."""
-    rows = list(islice(t.source.examples(), limit or None))
+    from coterie.data.split import draw, hold_out, leaks
+
+    rows = draw(t.source.examples(), limit)
     if t.test:
-        tests = list(islice(t.test.examples(), limit or None))
+        tests = draw(t.test.examples(), limit)
         bad = set(leaks([question(e) for e in rows], [question(e) for e in tests]))
         rows = [e for i, e in enumerate(rows) if i not in bad]
     else:
@@ -155,7 +159,7 @@ def _train_and_test(t: Target, limit: int) -> tuple[list[Example], list[Example]
     return rows, tests
 
 
-def _measure(t: Target, rows: list[Example], tests: list[Example], words: bool, train: bool) -> tuple[Measure, str]:
+def _measure(t: Target, rows: list[Example], tests: list[Example], words: bool, train: bool) -> tuple["Measure", str]:
     """What scores a subset of `rows` on `tests`, and its name. Raises CoterieError."""
     from coterie.curation import embedder, expert_measure
     from coterie.data.curve import probe_measure
@@ -247,12 +251,13 @@ def augment(
     from coterie.curation import paraphraser
     from coterie.data.augment import Made
     from coterie.data.augment import augment as make
+    from coterie.data.split import draw
     from coterie.data.write import check_new, write_rows
 
     t = one_target(what, expert, test, prompt, completion)
     check_new(out)
     methods = method or ["edit", "carrier", "swap"]
-    rows = list(islice(t.source.rows(), limit or None))
+    rows = draw(t.source.rows(), limit)
     tests = list(t.test.examples()) if t.test else []
     if not tests:
         tell(f"{t.title}: no test data named, so made rows may repeat it; name it with --test")
@@ -282,6 +287,7 @@ def effect(
     import numpy as np
 
     from coterie.data.effect import effect as pair
+    from coterie.data.split import leaks
 
     t = one_target(what, expert, test, prompt, completion)
     rows, tests = _train_and_test(t, limit)
@@ -292,8 +298,8 @@ def effect(
     if not more:
         raise DataError(f"{added}: no rows that could be added; all repeat test rows, or were made from rows left out")
     measure, by = _measure(t, [*rows, *more], tests, words, train)
-    both = [measure(np.arange(n)) for n in (len(rows), len(rows) + len(more))]
-    found = pair(len(rows), len(more), *both)
+    without, having = (measure(np.arange(n)) for n in (len(rows), len(rows) + len(more)))
+    found = pair(len(rows), len(more), without, having)
     result({"title": t.title, "measured_by": by, **found.json()}, as_json, f"{found}\nmeasured by {by}")
 
 

@@ -17,8 +17,7 @@ import numpy as np
 
 from coterie.data.features import TfIdf
 from coterie.data.probe import Probe, fit
-from coterie.data.quality import question
-from coterie.data.read import Example, Row
+from coterie.data.read import Example, Row, question
 from coterie.data.reword import Carriers, Swaps, edit
 from coterie.data.split import leaks, normalise
 from coterie.errors import CoterieError
@@ -56,7 +55,7 @@ def augment(
         if method not in METHODS:
             raise CoterieError(f"--method {method}: no such method; there are {', '.join(METHODS)}")
     if "model" in methods and paraphrase is None:
-        raise CoterieError("--method model needs a base model; name the folder of a business with --folder")
+        raise CoterieError("--method model needs a base model: name the folder of a business instead of a file")
     asked = [question(t) for t in tests]
     taken = {normalise(question(e)) for e, _ in rows}
     waiting: list[tuple[str, Row, str]] = []  # question, row, method

@@ -126,7 +126,7 @@ def fit_curve(scores: dict[int, Floats], seed: int = 0) -> Curve:
         for j, n in enumerate(ns):
             s = scores[int(n)]
             drawn[k, j] = s[rng.integers(0, len(s), len(s))][:, rows].mean()
-    laws = [fit_power_law(ns, d) for d in drawn]
+    laws = _fit_laws(ns, drawn)
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     points = tuple(
         Point(int(n), float(m), float(lo), float(hi)) for n, m, lo, hi in zip(ns, means, low, high, strict=True)
@@ -142,22 +142,28 @@ def _forecast(law: PowerLaw, laws: Sequence[PowerLaw], rows: int, times: int) ->
 
 
 def fit_power_law(ns: Floats, scores: Floats) -> PowerLaw:
-    """Least squares over a and b for each exponent of a grid; the best exponent wins. A falling curve is flat."""
-    flat = PowerLaw(float(scores.mean()), 0.0, 1.0)
-    best, least = flat, float(((scores - flat.a) ** 2).sum())
-    if len(ns) < 3:
-        return flat
-    for c in EXPONENTS:
+    """The law nearest to `scores` (sizes) by least squares. A falling curve, or one of two points, is flat."""
+    (law,) = _fit_laws(ns, scores[None])
+    return law
+
+
+def _fit_laws(ns: Floats, scores: Floats) -> list[PowerLaw]:
+    """A law for each row of `scores` (rows, sizes): the best a and b for each exponent of a grid, then the best."""
+    mean = scores.mean(axis=1)
+    found = np.stack([mean, np.zeros_like(mean), np.ones_like(mean)])  # a, b, c of each row
+    least = ((scores - mean[:, None]) ** 2).sum(axis=1)
+    for c in EXPONENTS if len(ns) > 2 else ():
         x = ns**-c
-        spread = ((x - x.mean()) ** 2).sum()
-        b = -float(((x - x.mean()) * (scores - scores.mean())).sum() / spread)
-        a = float(scores.mean() + b * x.mean())
-        if a > 1:  # no score passes 1: the best slope under that ceiling
-            a, b = 1.0, float(((1 - scores) * x).sum() / (x * x).sum())
-        loss = float(((scores - (a - b * x)) ** 2).sum())
-        if b >= 0 and loss < least:
-            best, least = PowerLaw(a, b, float(c)), loss
-    return best
+        b = -((x - x.mean()) * (scores - mean[:, None])).sum(axis=1) / ((x - x.mean()) ** 2).sum()
+        a = mean + b * x.mean()
+        over = a > 1  # no score passes 1: the best slope under that ceiling
+        b = np.where(over, ((1 - scores) * x).sum(axis=1) / (x * x).sum(), b)
+        a = np.where(over, 1.0, a)
+        loss = ((scores - (a[:, None] - b[:, None] * x)) ** 2).sum(axis=1)
+        better = (b >= 0) & (loss < least)
+        found[:, better] = np.stack([a, b, np.full_like(a, c)])[:, better]
+        least = np.where(better, loss, least)
+    return [PowerLaw(float(a), float(b), float(c)) for a, b, c in found.T]
 
 
 def probe_measure(

@@ -30,10 +30,7 @@ def fix(report: Report, source: Source, names: Sequence[str], out: Path, private
 
     Streams. Raises CoterieError for a fix there is not, and what `write_rows` raises.
     """
-    for name in names:
-        if name not in FIXES:
-            raise CoterieError(f"--fix {name}: no such fix; there are {', '.join(FIXES)}")
-    check_new(out)
+    check_fixes(names, out)
     found = {fix: f for f in report.findings for fix in f.fixes}
     dropped: set[int] = set()
     for name in names:
@@ -53,6 +50,14 @@ def fix(report: Report, source: Source, names: Sequence[str], out: Path, private
 
     counts["written"] = write_rows(out, mended())
     return counts
+
+
+def check_fixes(names: Sequence[str], out: Path) -> None:
+    """Raises CoterieError for a fix there is not, and for a name that cannot become a new file."""
+    for name in names:
+        if name not in FIXES:
+            raise CoterieError(f"--fix {name}: no such fix; there are {', '.join(FIXES)}")
+    check_new(out)
 
 
 def _mask(value: Any, find: Finder) -> Any:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from coterie.data.features import Vectors
 
 RIDGE = 1.0
+DOUBT = 0.03  # see confident_errors
 SHARPNESS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 Numbers = NDArray[np.int64]
@@ -53,24 +54,20 @@ def fit(x: Vectors, labels: Sequence[str], ridge: float = RIDGE) -> tuple[Probe,
     return Probe(weights, tuple(str(c) for c in classes), sharpness), softmax(alone * sharpness)
 
 
-def confident_errors(probabilities: Vectors, labels: Numbers, doubt: float = 0.1) -> tuple[Numbers, Numbers]:
+def confident_errors(probabilities: Vectors, labels: Numbers, doubt: float = DOUBT) -> tuple[Numbers, Numbers]:
     """Rows whose label is likely wrong, the surest first, and the class that each likely is.
 
-    Confident learning (Northcutt, Jiang & Chuang 2021, section 3.1): class j's threshold is the mean probability of j
-    over the rows labelled j; a row belongs to the likeliest class whose threshold it passes, and is an error where
-    that is not its label. Of these we keep the rows whose own label is less than `doubt` times as likely: measured on
-    banking77 with 5% flipped labels, this raises precision and keeps the recall.
+    Confident learning (Northcutt, Jiang & Chuang 2021) on out-of-sample probabilities, with another cut: a row is
+    named where its label is less than `doubt` times as likely as the likeliest class. With 5% of banking77's labels
+    flipped this found 93% of them where the paper's class thresholds found 76%, and 53% of what it named was
+    flipped where theirs was 40% (docs/check-your-data.md has the figures).
     """
     rows = np.arange(len(labels))
     own = probabilities[rows, labels]
-    counts = np.bincount(labels, minlength=probabilities.shape[1])
-    sums = np.bincount(labels, weights=own, minlength=probabilities.shape[1])
-    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
-    passed = np.where(probabilities >= thresholds, probabilities, -1.0)
-    likely = passed.argmax(axis=1)
-    sure = passed[rows, likely]
-    wrong = np.flatnonzero((sure > 0) & (likely != labels) & (own < doubt * sure))
-    order = wrong[np.argsort(own[wrong] - sure[wrong], kind="stable")]
+    likely = probabilities.argmax(axis=1)
+    ratio = own / probabilities[rows, likely]
+    wrong = np.flatnonzero(ratio < doubt)
+    order = wrong[np.argsort(ratio[wrong], kind="stable")].astype(np.int64)
     return order, likely[order].astype(np.int64)
 
 

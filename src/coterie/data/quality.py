@@ -25,7 +25,7 @@ from coterie.data.insults import Insults
 from coterie.data.language import is_foreign, language
 from coterie.data.private import Finder, finder
 from coterie.data.probe import confident_errors, fit
-from coterie.data.read import Example, Source
+from coterie.data.read import Example, Source, question
 from coterie.data.report import SHOWN, Finding, Report, Rows
 from coterie.data.split import leaks, normalise
 from coterie.errors import DataError
@@ -74,11 +74,6 @@ class _Seen:
             self.unusable.append(str(error))
 
 
-def question(example: Example) -> str:
-    """The text that decides the answer: the last thing asked."""
-    return example.prompt[-1]["content"] if example.prompt else ""
-
-
 def check(source: Source, test: Source | None = None, how: Checks | None = None) -> Report:
     """Examine the training data `source`, against `test` where there is one. Raises DataError."""
     how = how or Checks()
@@ -86,7 +81,8 @@ def check(source: Source, test: Source | None = None, how: Checks | None = None)
     seen = _first_pass(source, tests, how)
     if not seen.prompts:
         first = f"; the first: {seen.unusable[0]}" if seen.unusable else ""
-        raise DataError(f"{', '.join(map(str, source.paths))}: no usable rows{first}")
+        mend = "; name the columns with --prompt and --completion" if "no column" in first else ""
+        raise DataError(f"{', '.join(map(str, source.paths))}: no usable rows{first}{mend}")
     prompts, labels = np.array(seen.prompts, np.uint64), np.array(seen.labels, np.uint64)
     classify = how.labels if how.labels is not None else _are_labels(seen)
     findings = [

@@ -39,6 +39,11 @@ class Example:
         return self.messages[-1]["content"]
 
 
+def question(example: Example) -> str:
+    """The text that decides the answer: the last thing asked."""
+    return example.messages[-2]["content"] if len(example.messages) > 1 else ""
+
+
 @dataclass(frozen=True)
 class Source:
     """Data files that are read one after another, and how: see `read`."""
@@ -88,7 +93,7 @@ def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:
 
     Without `column`, the last message of the user in `messages`, or `prompt`. Answers are not needed. Raises DataError.
     """
-    if path.suffix == ".txt":
+    if path.suffix == ".txt" and path.is_file():
         with path.open(encoding="utf-8", errors="replace") as f:
             yield from ((f"{path}:{n}", line.strip()) for n, line in enumerate(f, 1) if line.strip())
         return
@@ -112,10 +117,10 @@ def _refuse(error: DataError, refuse: Refuse | None) -> None:
 
 def _rows(path: Path, refuse: Refuse | None) -> Iterator[tuple[str, Row]]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; use .jsonl, .csv or .parquet")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if path.suffix not in readers:
+        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; use .jsonl, .csv or .parquet")
     yield from readers[path.suffix](path, refuse)
 
 

@@ -1,12 +1,14 @@
 """Which rows teach and which measure: fixed, disjoint, and free of near-duplicates across the two."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+Item = TypeVar("Item")
 SIMILAR = 0.95  # normalised Indel similarity from which two prompts count as the same
 
 
@@ -32,6 +34,18 @@ def hold_out(prompts: Sequence[str], share: float, most: int, seed: int) -> tupl
         held += groups[keys[k]]
     chosen = set(held)
     return [i for i in range(len(prompts)) if i not in chosen], sorted(held)
+
+
+def draw(items: Iterable[Item], most: int, seed: int = 0) -> list[Item]:
+    """`most` of a stream by chance, in its order (reservoir sampling, Vitter 1985); 0: all of it."""
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, Item]] = []
+    for n, item in enumerate(items):
+        if not most or n < most:
+            kept.append((n, item))
+        elif (place := int(rng.integers(0, n + 1))) < most:
+            kept[place] = (n, item)
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
 def leaks(train: Sequence[str], test: Sequence[str], similar: float = SIMILAR) -> list[int]:
