@@ -257,7 +257,8 @@ def augment(
     t = one_target(what, expert, test, prompt, completion)
     check_new(out)
     methods = method or ["edit", "carrier", "swap"]
-    rows = draw(t.source.rows(), limit)
+    rows = list(t.source.rows())
+    only = set(draw(range(len(rows)), limit, seed)) if limit else None
     tests = list(t.test.examples()) if t.test else []
     if not tests:
         tell(f"{t.title}: no test data named, so made rows may repeat it; name it with --test")
@@ -265,14 +266,14 @@ def augment(
     made = Made()
     try:
         say = paraphraser(engine, seed=seed) if engine else None
-        write_rows(out, make(rows, t.source.columns, tests, methods, per_row, made, seed, say))
+        write_rows(out, make(rows, t.source.columns, tests, methods, per_row, made, seed, say, only))
     finally:
         if engine:
             engine.close()
     value = {"out": str(out), **vars(made)}
     by = ", ".join(f"{n:,} by {m}" for m, n in made.methods.items()) or "nothing to reword"
     text = (f"{out}: {made.rows:,} rows ({by}); thrown away: {made.repeats:,} repeats, {made.leaks:,} like test rows, "
-            f"{made.off_label:,} that no longer read like their label")  # fmt: skip
+            f"{made.off_label:,} that no longer say the same")  # fmt: skip
     result(value, as_json, text)
 
 

@@ -6,11 +6,12 @@ or another made row. The training rows and the test prompts are held in memory; 
 Methods: `edit` moves, drops or mistypes words (Wei & Zou 2019, EDA, without its synonyms); `carrier` puts another of
 the data's own opening phrases ("can you tell me") before what is asked, where the data has seen the two together;
 `swap` exchanges names and gendered words (counterfactual data augmentation, Lu et al. 2018); `model` asks a model for
-paraphrases (self-instruct, Wang et al. 2022), kept only where a probe trained on the data gives them the same label.
+paraphrases (self-instruct, Wang et al. 2022). What carriers and models make is kept only where it still says the same
+as far as rules and a probe on the data can tell.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,7 @@ from coterie.errors import CoterieError
 METHODS = ("edit", "carrier", "swap", "model")
 TRIES = 4  # attempts for each row wanted
 AGREES = 0.5  # the row's label must be at least this likely to the probe, against the likeliest label
+EVERYBODYS = 0.1  # share of the rows from which a word says nothing of what a row is about
 CHUNK = 256  # made rows that are compared with the test set at once
 
 # Given questions of one label (the one to say differently first), other wordings of the first.
@@ -38,18 +40,18 @@ class Made:
     rows: int = 0
     repeats: int = 0  # of a training row or of another made row
     leaks: int = 0  # of a test row
-    off_label: int = 0  # the probe gives them another label
+    off_label: int = 0  # they no longer say the same: see Agreement
     methods: Counter[str] = field(default_factory=Counter)
 
 
 def augment(
     rows: Sequence[tuple[Example, Row]], columns: Mapping[str, str], tests: Sequence[Example], methods: Sequence[str],
-    per_row: int, made: Made, seed: int = 0, paraphrase: Paraphrase | None = None,
+    per_row: int, made: Made, seed: int = 0, paraphrase: Paraphrase | None = None, only: Collection[int] | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Up to `per_row` new rows by each method for each of `rows`; counts go to `made`. Raises CoterieError.
 
     A made row has the columns of the row it came from, so that it is read in the same way; made rows are not reworded
-    again. `rows` and `columns` are those of a Source.
+    again. `rows` and `columns` are those of a Source; `only`: the numbers of the rows to reword, where not all.
     """
     for method in methods:
         if method not in METHODS:
@@ -71,7 +73,9 @@ def augment(
             yield row
         waiting.clear()
 
-    for method, i, text, answer in _candidates([e for e, _ in rows], methods, per_row, seed, paraphrase, made):
+    for method, i, text, answer in _candidates(
+        [e for e, _ in rows], methods, per_row, seed, paraphrase, range(len(rows)) if only is None else only, made
+    ):
         key = normalise(text)
         if key in taken or not key:
             made.repeats += 1
@@ -96,7 +100,7 @@ def _row(source: tuple[Example, Row], columns: Mapping[str, str], text: str, ans
 
 def _candidates(
     examples: Sequence[Example], methods: Sequence[str], per_row: int, seed: int,
-    paraphrase: Paraphrase | None, made: Made,
+    paraphrase: Paraphrase | None, only: Collection[int], made: Made,
 ) -> Iterator[tuple[str, int, str, str]]:  # fmt: skip
     """Method, number of the source row, question and answer of every row that keeps its label."""
     rng = np.random.default_rng(seed)
@@ -105,7 +109,7 @@ def _candidates(
     agrees = Agreement(texts, labels) if {"carrier", "model"} & set(methods) else None
     for i, (example, text, answer) in enumerate(zip(examples, texts, labels, strict=True)):
         turns = [m["role"] for m in example.messages]
-        if example.facts.get("synthetic") or turns[-2:] != ["user", "assistant"]:
+        if i not in only or example.facts.get("synthetic") or turns[-2:] != ["user", "assistant"]:
             continue
         if "edit" in methods:
             for new in _several(lambda t=text: edit(t, rng), per_row):  # type: ignore[misc]
@@ -120,7 +124,7 @@ def _candidates(
         for method, new in reworded:
             if counts[method] == per_row:
                 continue
-            if 0.4 < len(new) / len(text) < 2.5 and agrees and agrees(new, answer):
+            if agrees and agrees(new, text, answer):
                 counts[method] += 1
                 yield method, i, new, answer
             else:
@@ -137,18 +141,27 @@ def _several(make: Callable[[], str], wanted: int) -> list[str]:
 
 
 class Agreement:
-    """Whether a new wording still reads like its row's label, by a probe on the data; always, for free text."""
+    """Whether a new wording still says the same, as far as rules can tell.
+
+    It is of like length, shares a word with its source that is not everybody's word, and a probe on the data gives it
+    its row's label (where there are labels).
+    """
 
     def __init__(self, texts: Sequence[str], labels: Sequence[str]) -> None:
+        counts = Counter(word for text in texts for word in set(normalise(text).split()))
+        self._everybodys = {w for w, n in counts.items() if n > max(1, EVERYBODYS * len(texts))}
         self._probe: Probe | None = None
         if 1 < len(set(labels)) <= len(labels) // 3:
             self._vectors = TfIdf.learn(texts)
             self._probe, _ = fit(self._vectors(texts), labels)
 
-    def __call__(self, text: str, label: str) -> bool:
+    def __call__(self, new: str, text: str, label: str) -> bool:
+        shared = set(normalise(new).split()) & set(normalise(text).split()) - self._everybodys
+        if not shared or not 0.4 < len(new) / len(text) < 2.5:
+            return False
         if self._probe is None:
             return True
-        p = self._probe.probabilities(self._vectors([text]))[0]
+        p = self._probe.probabilities(self._vectors([new]))[0]
         return float(p[self._probe.classes.index(label)]) >= AGREES * float(p.max())
 
 
