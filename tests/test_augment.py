@@ -22,7 +22,10 @@ from coterie.data.split import leaks, normalise
 from coterie.errors import CoterieError
 
 OPENINGS = ("can you tell me where", "i would like to know where", "where")
-THINGS = ("kettle", "lamp", "carpet", "mirror", "bicycle", "violin", "sofa", "helmet")
+THINGS = (
+    "kettle", "lamp", "carpet", "mirror", "bicycle", "violin", "sofa", "helmet", "tent", "printer", "boiler", "camera",
+    "drill", "mattress", "fridge", "tractor",
+)  # fmt: skip
 LABELS = {"delivery": "my {} is now", "refund": "my money for the {} is", "repair": "you mend a broken {}"}
 
 
