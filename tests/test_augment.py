@@ -228,6 +228,9 @@ def test_data_is_measured_augmented_and_measured_again_from_the_command_line(
     assert made["rows"] == len(list(read(new))) > 50
     effect = run(capsys, monkeypatch, "effect", train, "--with", new, "--test", test)
     assert (effect["rows"], effect["added"], effect["test_rows"]) == (len(rows()), made["rows"], 2)
+    monkeypatch.chdir(tmp_path)  # the same rows by another path
+    elsewhere = run(capsys, monkeypatch, "effect", train.name, "--with", new, "--test", test)
+    assert elsewhere == effect
     held_out = run(capsys, monkeypatch, "effect", train, "--with", new)
     assert held_out["added"] < made["rows"]  # rows made from held-out rows would give the answers away
     curve = run(capsys, monkeypatch, "curve", train, "--test", test, "--steps", 3, "--repeats", 2)

@@ -292,7 +292,7 @@ def effect(
 
     t = one_target(what, expert, test, prompt, completion)
     rows, tests = _train_and_test(t, limit)
-    kept = {e.where for e in rows}
+    kept = {Path(e.where).name for e in rows}
     more = [e for e in replace(t.source, paths=(added,)).examples() if _origin(e) is None or _origin(e) in kept]
     bad = set(leaks([question(e) for e in more], [question(e) for e in tests]))
     more = [e for i, e in enumerate(more) if i not in bad]
@@ -305,6 +305,9 @@ def effect(
 
 
 def _origin(example: Example) -> str | None:
-    """The row that a made row came from; None for others. A row made from a held-out one would be a leak."""
+    """File and line that a made row came from, None for others: a row made from a held-out one would be a leak.
+
+    Without the folders, which are other ones where the command is run elsewhere.
+    """
     mark = example.facts.get("synthetic")
-    return str(mark["from"]) if isinstance(mark, dict) and "from" in mark else None
+    return Path(str(mark["from"])).name if isinstance(mark, dict) and "from" in mark else None

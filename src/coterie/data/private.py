@@ -29,6 +29,7 @@ IBAN_LENGTHS = {
     "LI": 21, "LT": 20, "LU": 20, "LV": 21, "MC": 27, "MT": 31, "NL": 18, "NO": 15, "PL": 28, "PT": 25, "RO": 24,
     "SA": 24, "SE": 24, "SI": 19, "SK": 24, "SM": 27, "TR": 26,
 }  # fmt: skip
+ROUNDS = 8  # masking brings numbers apart, and may so uncover another; twice has been enough
 MOST_GROUPS = 8  # groups of digits that one card number may be written in
 
 
@@ -87,7 +88,8 @@ def finder(region: str = "GB", presidio: bool = False) -> Finder:
 
 def mask(text: str, find: Finder) -> str:
     """`text` with [EMAIL], [CARD], ... in place of private data, until nothing is found any more."""
-    while spans := find(text):
+    for _ in range(ROUNDS):
+        spans = find(text)
         for span in reversed(spans):
             text = f"{text[: span.start]}[{span.kind.upper()}]{text[span.end :]}"
     return text
