@@ -19,9 +19,9 @@ def language(text: str) -> str:
     return str(_identifier().classify(text)[0]) if _long_enough(text) else ""
 
 
-def is_foreign(text: str, expected: str) -> str:
-    """The language of a text that is surely not in `expected`; empty for all others."""
-    found = language(text)
+def is_foreign(text: str, expected: str, found: str | None = None) -> str:
+    """The language of a text that is surely not in `expected`; empty for all others. `found`: its `language`."""
+    found = language(text) if found is None else found
     if not found or found == expected:
         return ""
     return found if dict(_identifier().rank(text)).get(expected, 0.0) < UNLIKELY else ""

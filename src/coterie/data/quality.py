@@ -136,8 +136,9 @@ def _first_pass(source: Source, tests: Sequence[Example], how: Checks) -> _Seen:
         seen.tokens.append(how.count(example) if how.count else -(-len(whole) // 4))
         if seen.tokens[-1] > how.context:
             seen.found["too-long"][n] = f"{seen.tokens[-1]} tokens"
-        seen.languages[language(asks) or "too short to say"] += 1
-        if foreign := is_foreign(asks, expected):
+        spoken = language(asks)
+        seen.languages[spoken or "too short to say"] += 1
+        if foreign := is_foreign(asks, expected, spoken):
             seen.found["language"][n] = foreign
         if kinds := sorted({s.kind for m in example.messages for s in how.private(m["content"])}):
             seen.found["private"][n] = ", ".join(kinds)
