@@ -86,14 +86,23 @@ def import_expert(
 @app.command()
 def export(
     name: Name,
-    target: Annotated[Path, typer.Argument(help="A new folder, which PEFT can load.")],
+    target: Annotated[Path, typer.Argument(help="A new folder; with --format gguf-lora a new file.")],
     folder: Folder = Path(),
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
+    form: Annotated[str, typer.Option("--format", help="peft, or gguf-lora for llama.cpp's --lora.")] = "peft",
     as_json: Json = False,
 ) -> None:
     """Copy a version out in PEFT's format."""
     from coterie.business import Business
 
+    if form not in ("peft", "gguf-lora"):
+        raise CoterieError(f"--format {form}: known are peft and gguf-lora")
+    if form == "gguf-lora":
+        from coterie.export import export_gguf_lora
+
+        path = export_gguf_lora(Business.open(folder), name, target, version)
+        result({"path": str(path)}, as_json, str(path))
+        return
     source = Business.open(folder).library.folder(name, version)
     if target.exists():
         raise CoterieError(f"{target}: already there; name a new folder")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coterie.cli import experts as expert_commands
+from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
 

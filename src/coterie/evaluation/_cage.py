@@ -4,7 +4,8 @@
 
 Each lock that the kernel grants is reported on the file descriptor REPORT, one letter: n (no network: a network
 namespace of its own), f (files: Landlock, only FOLDER is written and only it, Python and the system's libraries are
-read); and "!" when PROGRAM has run to its last line, so that code which merely exits early is not taken for code that passed.
+read); and "!" when PROGRAM has run to its last line, so that code which merely exits early is not taken for code that
+passed.
 """
 
 import contextlib
