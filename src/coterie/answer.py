@@ -7,6 +7,7 @@ from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Callback, Generation, Sampling
+from coterie.experts.instruction import frame, weights_of
 from coterie.experts.library import ExpertFacts
 from coterie.routing.nearest import Profile, load_profile, route
 
@@ -44,8 +45,7 @@ class Answerer:
         question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         facts, similarity = self._choose(who, question)
         if facts:
-            if facts.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": facts.system}, *messages]
+            messages = frame(facts, messages)
             if facts.choices and sampling.constraint is None:
                 sampling = replace(sampling, constraint=choices(facts.choices))
         prompt = self.engine.base.encode(self.engine.base.chat(messages))
@@ -77,7 +77,7 @@ class Answerer:
         self, prompt: list[int], sampling: Sampling, facts: ExpertFacts | None, who: str,
         similarity: float | None, on_piece: Callback | None,
     ) -> Answer:  # fmt: skip
-        adapter = (facts.name, facts.version) if facts else None
+        adapter = weights_of(facts) if facts else None
         generation = self.engine.submit(prompt, sampling, adapter, on_piece)
         return Answer(
             generation, facts.name if facts else None, facts.version if facts else None, who == "auto", similarity

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError
 from coterie.evaluation.run import evaluate
 from coterie.experts import lora as loras
+from coterie.experts.instruction import posed, weights_of
 from coterie.experts.library import ExpertFacts, Library
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
@@ -196,16 +197,17 @@ def compare(
     engine = business.engine(slots=64, context=business.config.business.context, queue=128)
     out: dict[str, Any] = {}
     try:
-        for who, adapter in (("base", None), (name, (name, facts.version))):
+        framed = [replace(e, messages=(*posed(facts, e.prompt), e.messages[-1])) for e in examples]
+        for who, rows, adapter in (("base", examples, None), (name, framed, weights_of(facts))):
             figures, _ = evaluate(
                 engine,
-                examples,
+                rows,
                 adapter,
                 facts.choices,
                 longest + 8,
                 lambda i, who=who: tell(who, i),  # type: ignore[misc]
             )
-            out["base" if adapter is None else "expert"] = figures
+            out["base" if who == "base" else "expert"] = figures
     finally:
         engine.close()
     return {what: out}

@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
+from coterie.cli.prompts import optimise_prompt
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
 
@@ -18,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
+app.command("optimise-prompt")(optimise_prompt)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -105,9 +107,14 @@ def evaluate(
     done = []
     with bars() as shown:
         for name in expert or business.library.names():
-            facts, spec = business.library.facts(name), business.spec(name)
+            facts = business.library.facts(name)
+            task = str(facts.training.get("task", name))  # a searched prompt is measured on its task's data
+            if task not in business.config.experts and not expert:
+                tell(f"{name}: not declared in coterie.toml, so there is no test data; skipped")
+                continue
+            spec = business.spec(task)
             listed = [str(data.resolve())] if data else spec.test
-            examples = list(islice(business.examples(name, listed), limit or None))
+            examples = list(islice(business.examples(task, listed), limit or None))
             if not examples:
                 if data or expert:
                     raise DataError(f'{name}: no test rows; declare test = "..." in coterie.toml, or give --data')

@@ -1,35 +1,42 @@
 """Let the base model or an expert answer examples, and measure the answers."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from coterie.data.read import Example
+from coterie.data.read import Example, Message
 from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
 from coterie.evaluation.metrics import summarise
 
 
+def answer_each(
+    engine: Engine, prompts: Iterable[list[Message]], adapter: Adapter | None, sampling: Sampling
+) -> Iterator[str]:
+    """The answer to each conversation, in order; as many at once as the engine has slots."""
+    under_way: deque[Generation] = deque()
+    try:
+        for messages in prompts:
+            under_way.append(engine.submit(engine.base.encode(engine.base.chat(messages)), sampling, adapter))
+            if len(under_way) >= engine.slots + engine.queue // 2:
+                yield under_way.popleft().text().strip()
+        while under_way:
+            yield under_way.popleft().text().strip()
+    finally:
+        for generation in under_way:
+            generation.cancel()
+
+
 def answer_all(
     engine: Engine, examples: Iterable[Example], adapter: Adapter | None, sampling: Sampling,
     tell: Callable[[int], None] = lambda _: None,
 ) -> list[str]:  # fmt: skip
-    """The answer to each example's prompt, in order; as many at once as the engine has slots."""
+    """The answer to each example's prompt, in order."""
     answers: list[str] = []
-    under_way: deque[Generation] = deque()
-
-    def collect() -> None:
-        answers.append(under_way.popleft().text().strip())
+    for answer in answer_each(engine, (e.prompt for e in examples), adapter, sampling):
+        answers.append(answer)
         tell(len(answers))
-
-    for example in examples:
-        prompt = engine.base.encode(engine.base.chat(example.prompt))
-        under_way.append(engine.submit(prompt, sampling, adapter))
-        if len(under_way) >= engine.slots + engine.queue // 2:
-            collect()
-    while under_way:
-        collect()
     return answers
 
 
