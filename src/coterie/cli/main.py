@@ -124,7 +124,7 @@ def evaluate(
             figures = compare(business, name, examples, "test", lambda who, i, c=count: c(f"{who} answers", i))  # type: ignore[misc]
             if not data and not limit:
                 business.library.record(name, facts.version, figures)
-            done.append({"expert": name, "version": facts.version, **figures["test"]})
+            done.append({"name": name, "version": facts.version, **figures["test"]})
     rows = []
     for d in done:
         for who in ("base", "expert"):
@@ -132,7 +132,7 @@ def evaluate(
             said = [
                 _figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in parts.items()
             ]
-            rows.append([d["expert"] if who == "expert" else "base model", str(d[who]["rows"]), ", ".join(said)])
+            rows.append([d["name"] if who == "expert" else "base model", str(d[who]["rows"]), ", ".join(said)])
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 
