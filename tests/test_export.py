@@ -27,7 +27,6 @@ from coterie.model.load import BaseModel, load
 from coterie.model.save import save_model
 from support import logits_of, random_rows, reference_model
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is in the group of test dependencies")
 ALL = tuple(loras.BLOCKS)
 
 
@@ -141,6 +140,7 @@ def test_a_saved_model_is_the_same_in_transformers_and_here(
 
 def llama_cpp(model: Path, prompt: str, tokens: int, lora: Path | None = None) -> str:
     """What llama.cpp says after `prompt`, always taking the likeliest token."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's wheel is among the test dependencies")
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, -1

@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
+from coterie.cli import suite as suite_commands
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
@@ -19,6 +20,8 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
+app.add_typer(suite_commands.app, name="suite")
+app.command()(suite_commands.compare)
 app.command("optimise-prompt")(optimise_prompt)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
