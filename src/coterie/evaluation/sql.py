@@ -43,6 +43,8 @@ def rows_of(database: Path, query: str, seconds: float = SECONDS) -> list[Row]:
         connection.set_progress_handler(lambda: int(time.monotonic() > end), 1000)
         try:
             cursor = connection.execute(query.strip().rstrip(";"))
+            if cursor.description is None:  # nothing, or a comment: no rows is not what it answered
+                raise QueryFailed("not a query")
             found: list[Row] = cursor.fetchmany(ROWS + 1)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
             raise QueryFailed(str(error)) from error
