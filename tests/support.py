@@ -1,6 +1,10 @@
 """What several tests need: a tokenizer trained on the spot, a GGUF writer, and plain forward passes."""
 
 import json
+import threading
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from coterie.experts.lora import Lora, training_change
 from coterie.model.decoder import Change, attend_packed, packed_positions
 from coterie.model.load import BaseModel
 
@@ -100,3 +105,46 @@ def reference_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     """The same model's tokenizer in transformers."""
     ggufs = list(path.glob("*.gguf"))
     return transformers.AutoTokenizer.from_pretrained(path, **({"gguf_file": ggufs[0].name} if ggufs else {}))
+
+
+def greedy(base: BaseModel, prompt: list[int], count: int, lora: Lora | None = None) -> tuple[list[int], float]:
+    """At most `count` tokens, each by a whole forward pass, and the least lead of a chosen score over the next.
+
+    Where the lead is clear, rounding cannot turn a choice, and whoever computes the same chooses the same.
+    """
+    change = training_change(lora, base.decoder) if lora else None
+    ids, lead = list(prompt), float("inf")
+    while len(ids) < len(prompt) + count:
+        top = logits_of(base, [ids], change)[0][-1].topk(2)
+        lead = min(lead, float(top.values[0] - top.values[1]))
+        if int(top.indices[0]) in base.eos:
+            break
+        ids.append(int(top.indices[0]))
+    return ids[len(prompt) :], lead
+
+
+class Gate:
+    """A base model whose decoder waits for `leave` before each forward, and fails where `fails` says so of its ids."""
+
+    def __init__(self, base: BaseModel) -> None:
+        decoder = copy(base.decoder)
+        self._forward, decoder.forward = decoder.forward, self._wait  # type: ignore[method-assign]
+        self.base = replace(base, decoder=decoder)
+        self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
+        self.sizes: list[int] = []  # tokens of each forward
+        self.fails: Callable[[Tensor], bool] = lambda _ids: False
+        self.opened = False
+
+    def open(self) -> None:
+        """Wait no more."""
+        self.opened = True
+        self.leave.release()
+
+    def _wait(self, ids: Tensor, *args: Any) -> Tensor:
+        self.sizes.append(len(ids))
+        self.begun.release()
+        if not self.opened:
+            assert self.leave.acquire(timeout=60)
+        if self.fails(ids):
+            raise RuntimeError("the forward fails, as the test asked")
+        return self._forward(ids, *args)

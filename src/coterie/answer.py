@@ -1,15 +1,19 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
+import logging
 from dataclasses import dataclass, field, replace
 
 from coterie.business import Business, Tell
 from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
-from coterie.engine.request import Adapter, Callback, Generation, Sampling
+from coterie.engine.request import Callback, Generation, Sampling
+from coterie.errors import CoterieError, ModelError, UnknownExpert
 from coterie.experts.instruction import frame, weights_of
 from coterie.experts.library import ExpertFacts
 from coterie.routing.nearest import Profile, load_profile, route
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Answerer:
 
     business: Business
     engine: Engine
-    _profiles: dict[Adapter, Profile | None] = field(default_factory=dict)
+    _profiles: dict[str, tuple[ExpertFacts, Profile | None]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, business: Business, tell: Tell = lambda _: None) -> "Answerer":
@@ -51,10 +55,22 @@ class Answerer:
         prompt = self.engine.base.encode(self.engine.base.chat(messages))
         return self._submit(prompt, sampling, facts, who, similarity, on_piece)
 
-    def complete(self, who: str, text: str, sampling: Sampling, on_piece: Callback | None = None) -> Answer:
-        """Go on from `text` as it stands, without a chat template."""
+    def complete(
+        self, who: str, prompt: str | list[int], sampling: Sampling, on_piece: Callback | None = None
+    ) -> Answer:
+        """Go on from a text, or tokens, as they stand, without a chat template. Raises CoterieError for a token that
+        the model does not have."""
+        base = self.engine.base
+        if isinstance(prompt, str):
+            text, tokens = prompt, base.encode(prompt)
+        else:
+            vocab = base.decoder.config.vocab
+            wrong = next((t for t in prompt if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise CoterieError(f"prompt: there is no token {wrong}; the model has tokens 0 to {vocab - 1}")
+            text, tokens = base.tokenizer.decode(prompt, skip_special_tokens=False) if who == "auto" else "", prompt
         facts, similarity = self._choose(who, text)
-        return self._submit(self.engine.base.encode(text), sampling, facts, who, similarity, on_piece)
+        return self._submit(tokens, sampling, facts, who, similarity, on_piece)
 
     def _choose(self, who: str, question: str) -> tuple[ExpertFacts | None, float | None]:
         library = self.business.library
@@ -62,16 +78,25 @@ class Answerer:
             return None, None
         if who != "auto":
             return library.facts(who), None
-        profiles: dict[str, Profile] = {}
-        for name in library.names():
-            key = (name, library.current(name) or 0)
-            if key not in self._profiles:
-                self._profiles[key] = load_profile(library.folder(*key))
-            profile = self._profiles[key]
-            if profile:
-                profiles[name] = profile
+        shelf = {facts.name: facts for facts in library.shelf()}
+        kept = self._profiles
+        self._profiles = {
+            name: kept[name] if name in kept and kept[name][0] == facts else (facts, self._profile(facts))
+            for name, facts in shelf.items()
+        }
+        profiles = {name: profile for name, (_, profile) in self._profiles.items() if profile}
         nearest, similarity = route(self.engine.base, profiles, question)
-        return (library.facts(nearest) if nearest else None), similarity
+        return (shelf[nearest] if nearest else None), similarity
+
+    def _profile(self, facts: ExpertFacts) -> Profile | None:
+        """What the router knows of an expert; None where it has none, or one that is damaged or of another base."""
+        try:
+            profile = load_profile(self.business.library.folder(facts.name, facts.version))
+        except (ModelError, UnknownExpert) as error:
+            log.warning("left out of routing: %s", error)
+            return None
+        fits = profile and len(profile.centre) == self.engine.base.decoder.config.width
+        return profile if fits else None
 
     def _submit(
         self, prompt: list[int], sampling: Sampling, facts: ExpertFacts | None, who: str,

@@ -21,6 +21,7 @@ class DataError(CoterieError):
 class ModelError(CoterieError):
     """A base model or weight file that is missing, truncated or of an unknown kind."""
 
+    status = 500  # the file is ours to mend, not the client's
     code = "invalid_model"
 
 
@@ -43,6 +44,14 @@ class Busy(CoterieError):
     status = 429
     code = "rate_limit_exceeded"
     retry_after_s = 2
+
+
+class Stopped(CoterieError):
+    """The engine has been closed."""
+
+    exit_code = 1
+    status = 503
+    code = "stopped"
 
 
 class StorageError(CoterieError):

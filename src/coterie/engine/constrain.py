@@ -14,6 +14,8 @@ from torch import Tensor
 from coterie.errors import CoterieError
 from coterie.model.load import BaseModel
 
+SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -35,25 +37,26 @@ def regex(pattern: str) -> Constraint:
 
 
 def json_schema(schema: dict[str, Any]) -> Constraint:
-    """A JSON text that fits `schema`."""
-    return Constraint(LLMatcher.grammar_from_json_schema(schema))
+    """A JSON text that fits `schema`, spaced as json.dumps does: a small model left free may write spaces on end."""
+    try:  # as text, because llguidance overflows the stack on a deep dict
+        return Constraint(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACING))
+    except (ValueError, RecursionError) as error:
+        raise CoterieError(f"the JSON schema cannot be used: {error}") from error
 
 
 class Grammars:
     """Compiled grammars over one model's vocabulary."""
 
     def __init__(self, base: BaseModel) -> None:
-        self.vocab = base.decoder.config.vocab
         known = base.tokenizer.get_vocab_size(with_added_tokens=True)
-        self.tokenizer = LLTokenizer(
-            base.tokenizer.to_str(), n_vocab=max(self.vocab, known), eos_token=sorted(base.eos)
-        )
+        size = max(base.decoder.config.vocab, known)
+        self.tokenizer = LLTokenizer(base.tokenizer.to_str(), n_vocab=size, eos_token=sorted(base.eos) or None)
         self._compile = lru_cache(maxsize=64)(self._compile_new)
 
     def _compile_new(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self.tokenizer, grammar)
-        if matcher.is_error():
-            raise CoterieError(f"the constraint cannot be used: {matcher.get_error().splitlines()[0]}")
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+        if error := failure(matcher):
+            raise error
         return matcher
 
     def matcher(self, constraint: Constraint) -> LLMatcher:
@@ -64,3 +67,11 @@ class Grammars:
         """Set the scores (vocab) of tokens that may not come next to minus infinity."""
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
         scores.masked_fill_(torch.from_numpy(bits[: len(scores)] == 0).to(scores.device), float("-inf"))
+
+
+def failure(matcher: LLMatcher) -> CoterieError | None:
+    """Why `matcher` cannot go on: its grammar is not valid, or proved too complex on the way."""
+    if not matcher.is_error():
+        return None
+    words = matcher.get_error().partition("<state>")[0].split()
+    return CoterieError(f"the constraint cannot be used: {' '.join(words)[:300]}")

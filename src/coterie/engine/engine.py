@@ -7,29 +7,33 @@ step reads the cache without gathering.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
-from coterie.engine.constrain import Grammars
+from coterie.engine.constrain import Grammars, failure
 from coterie.engine.request import Adapter, Callback, Generation, Piece, Sampling, TokenChoice
 from coterie.engine.sampling import sample
 from coterie.engine.text import TextStream
-from coterie.errors import Busy, ContextTooLong
+from coterie.errors import Busy, ContextTooLong, Stopped, UnknownExpert
 from coterie.experts.library import Library
-from coterie.experts.lora import Lora, LoraStack
+from coterie.experts.lora import WEIGHTS, Lora, LoraStack
 from coterie.experts.lora import load as load_lora
-from coterie.model.decoder import KVCache, packed_positions
+from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 
 PREFILL_TOKENS = 2048  # prompt tokens taken in one step: bounds the pause of those already streaming
-STACK = 8  # experts kept side by side though idle; beyond, only those in use
+ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
+STACK = 8  # experts kept in memory though idle; beyond, only those in use
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +55,7 @@ class _Running:
     """A request that holds a cache slot."""
 
     request: Generation
+    lora: Lora | None
     stream: TextStream
     rng: np.random.Generator
     matcher: LLMatcher | None
@@ -68,9 +73,8 @@ class Engine:
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self.grammars: Grammars | None = None
-        self._loras: dict[Adapter, Lora] = {}
-        self._stack: tuple[list[Adapter], LoraStack] = ([], LoraStack([], base.decoder))
+        self._read = lru_cache(STACK)(lambda folder, _written: load_lora(folder, config))
+        self._stack: tuple[list[Lora], LoraStack] = ([], LoraStack([], base.decoder))
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
@@ -84,31 +88,26 @@ class Engine:
     ) -> Generation:  # fmt: skip
         """Queue a request; pieces of the answer arrive on the handle, or at `on_piece` in the engine's thread.
 
-        Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint).
+        Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint), Stopped.
         """
-        if not prompt:
-            prompt = self.base.encode(self.base.bos_token or self.base.eos_token)
+        prompt = prompt or self.base.encode(self.base.bos_token or self.base.eos_token) or [0]
         if len(prompt) >= self.context:
             raise ContextTooLong(
                 f"the prompt has {len(prompt)} tokens; the context holds {self.context}, answer included: shorten it"
             )
-        if adapter is not None:
-            self._load(adapter)
-        matcher = None
-        if sampling.constraint:
-            if self.grammars is None:
-                self.grammars = Grammars(self.base)
-            matcher = self.grammars.matcher(sampling.constraint)
+        lora = self._lora(adapter) if adapter else None
+        matcher = self.grammars.matcher(sampling.constraint) if sampling.constraint else None
+        stream = TextStream(self.base.tokenizer, sampling.stop)
+        rng = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
         request = Generation(prompt, sampling, adapter, on_piece)
-        row = _Running(
-            request, TextStream(self.base.tokenizer, sampling.stop), np.random.default_rng(sampling.seed), matcher
-        )
         with self._wake:
+            if self._closing:
+                raise Stopped("the engine has stopped")
             if len(self._waiting) >= self.queue:
                 self.stats.rejected += 1
                 raise Busy(f"{self.queue} requests wait already; try again in {Busy.retry_after_s} seconds")
             self.stats.requests += 1
-            self._waiting.append(row)
+            self._waiting.append(_Running(request, lora, stream, rng, matcher))
             self._wake.notify()
         return request
 
@@ -128,32 +127,51 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
-    def _load(self, adapter: Adapter) -> None:
-        if adapter not in self._loras:
-            assert self.library is not None, "an engine without a library serves the base model only"
-            self._loras[adapter] = load_lora(self.library.folder(*adapter), self.base.decoder.config)
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiled when the first constrained request comes."""
+        return Grammars(self.base)
+
+    def _lora(self, adapter: Adapter) -> Lora:
+        """The weights of a version; read anew where an expert was removed and its numbers given again."""
+        if self.library is None:
+            raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
+        folder = self.library.folder(*adapter)
+        file = folder / WEIGHTS
+        return self._read(folder, file.stat().st_mtime_ns if file.exists() else 0)
 
     @torch.inference_mode()
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
-                if self._closing:
-                    break
-            started = time.monotonic()
-            try:
+        try:
+            while self._work_comes():
+                started = time.monotonic()
                 self._drop_cancelled()
-                self._admit()
-                if self._running:
-                    self._decode()
-            except Exception as error:
-                log.exception("a step of the engine failed; its requests end with an error")
-                for row in self._running:
-                    row.request.emit(Piece("", finish="error", error=error))
-                self._running.clear()
-            self.stats.busy_seconds += time.monotonic() - started
-        for row in [*self._running, *self._waiting]:
-            row.request.emit(Piece("", finish="cancelled"))
+                self._step(self._admit(), self._prefill)
+                self._step(list(self._running), self._decode)
+                self.stats.busy_seconds += time.monotonic() - started
+        finally:
+            with self._wake:
+                self._closing = True
+            for row in [*self._running, *self._waiting]:
+                row.request.emit(Piece("", finish="cancelled"))
+
+    def _work_comes(self) -> bool:
+        """Wait for work; False once the engine closes."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
+            return not self._closing
+
+    def _step(self, rows: list[_Running], forward: Callable[[list[_Running]], Tensor]) -> None:
+        """One more token for `rows`. Where that fails, they end with the error, and the others go on."""
+        if not rows:
+            return
+        try:
+            self._choose(rows, forward(rows))
+        except Exception as error:
+            log.exception("a step of the engine failed; the requests in it end with an error")
+            for row in rows:
+                if row in self._running:
+                    self._finish(row, "error", error=error)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -165,8 +183,8 @@ class Engine:
         for row in [r for r in self._running if r.request.cancelled]:
             self._finish(row, "cancelled", row.stream.flush())
 
-    def _admit(self) -> None:
-        """Prefill waiting requests into free slots, all their prompts packed in one forward."""
+    def _admit(self) -> list[_Running]:
+        """Give waiting requests the free slots, as many as one step may take the prompts of."""
         new: list[_Running] = []
         with self._wake:
             room, tokens = self.slots - len(self._running), 0
@@ -175,52 +193,53 @@ class Engine:
                 if new and tokens > PREFILL_TOKENS:
                     break
                 new.append(self._waiting.popleft())
-        if not new:
-            return
-        slots = torch.arange(len(self._running), len(self._running) + len(new))
-        self._running += new
-        lengths = [len(row.request.prompt) for row in new]
+            self._running += new
+        return new
+
+    def _prefill(self, new: list[_Running]) -> Tensor:
+        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward."""
+        lengths, device = [len(row.request.prompt) for row in new], self.base.decoder.device
         for row, length in zip(new, lengths, strict=True):
             row.length = length
-        device = self.base.decoder.device
+        slots = torch.arange(len(self._running) - len(new), len(self._running))
         ids = torch.tensor([t for row in new for t in row.request.prompt], device=device)
-        positions = packed_positions(lengths, device)
-        repeats = torch.tensor(lengths)
+        positions, repeats = packed_positions(lengths, device), torch.tensor(lengths)
         attend = self.cache.attend_prefill(slots.repeat_interleave(repeats).to(device), positions, lengths)
-        owners = self._owners(new).repeat_interleave(repeats)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._stack[1].change(owners))
-        last = hidden[repeats.cumsum(0).to(device) - 1]
+        hidden = self.base.decoder.forward(ids, positions, attend, self._change(new, repeats))
         self.stats.prompt_tokens += sum(lengths)
-        self._choose(new, self.base.decoder.logits(last))
+        for row, part in zip(new, hidden.split(lengths), strict=True):
+            if row.request.sampling.echo:
+                self._echo(row.request, part)
+        return self.base.decoder.logits(hidden[repeats.cumsum(0).to(device) - 1])
 
-    def _decode(self) -> None:
-        """One more token for every running request."""
-        rows, device = list(self._running), self.base.decoder.device
+    def _decode(self, rows: list[_Running]) -> Tensor:
+        """Scores (rows, vocab) after the last token of every running request."""
+        device = self.base.decoder.device
         ids = torch.tensor([row.request.generated[-1] for row in rows], device=device)
         positions = torch.tensor([row.length for row in rows], device=device)
         for row in rows:
             row.length += 1
         attend = self.cache.attend_decode(torch.arange(len(rows), device=device), positions)
-        change = self._stack[1].change(self._owners(rows))
-        hidden = self.base.decoder.forward(ids, positions, attend, change)
+        hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
         self.stats.steps += 1
-        self._choose(rows, self.base.decoder.logits(hidden))
+        return self.base.decoder.logits(hidden)
 
-    def _owners(self, rows: list[_Running]) -> Tensor:
-        """The place in the stack of each row's expert, -1 for the base (rows); rebuilds the stack where it must."""
-        needed = dict.fromkeys(row.request.adapter for row in self._running if row.request.adapter)
-        names = self._stack[0]
-        if not needed.keys() <= set(names):
-            wanted = list(dict.fromkeys([*needed, *names]))
-            names = wanted if len(wanted) <= STACK else list(needed)
-            self._stack = (names, LoraStack([self._loras[name] for name in names], self.base.decoder))
-        place = {name: i for i, name in enumerate(names)}
-        return torch.tensor([place[row.request.adapter] if row.request.adapter else -1 for row in rows])
+    def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
+        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the stack where it must."""
+        needed = dict.fromkeys(row.lora for row in self._running if row.lora)
+        loras = self._stack[0]
+        if not needed.keys() <= set(loras):
+            wanted = list(dict.fromkeys([*needed, *loras]))
+            loras = wanted if len(wanted) <= STACK else list(needed)
+            self._stack = (loras, LoraStack(loras, self.base.decoder))
+        place = {lora: i for i, lora in enumerate(loras)}
+        owners = torch.tensor([place[row.lora] if row.lora else -1 for row in rows])
+        return self._stack[1].change(owners.repeat_interleave(repeats))
 
     def _choose(self, rows: list[_Running], logits: Tensor) -> None:
         """Choose each row's next token from its scores (rows, vocab), and send out what became certain."""
         for i, row in enumerate(rows):
-            if row.matcher and self.grammars:
+            if row.matcher:
                 self.grammars.mask(row.matcher, logits[i])
         greedy = logits.argmax(dim=-1).tolist()
         for i, row in enumerate(rows):
@@ -234,22 +253,29 @@ class Engine:
         if request.first_at is None:
             request.first_at = time.monotonic()
             self.stats.first_token_seconds.append(request.first_at - request.asked_at)
-        if token in self.base.eos:
-            self._finish(row, "stop", row.stream.flush())
-            return
-        request.generated.append(token)
-        self.stats.generated_tokens += 1
-        text = row.stream.push(token)
-        if row.matcher:
-            row.matcher.consume_token(token)
-        if row.stream.stopped or (row.matcher and row.matcher.is_stopped()):
-            self._finish(row, "stop", text + row.stream.flush(), detail)
+        text, ended = "", token in self.base.eos
+        if not ended:
+            request.generated.append(token)
+            self.stats.generated_tokens += 1
+            text = row.stream.push(token)
+            if row.matcher:
+                row.matcher.consume_token(token)
+        if row.matcher and (broken := failure(row.matcher)):
+            self._finish(row, "error", error=broken)
+        elif ended or row.stream.stopped or (row.matcher and row.matcher.is_stopped()):
+            # After an echo the end mark is told too: who scores a prompt counts on one token more than it has.
+            told = () if ended and not request.sampling.echo else detail
+            self._finish(row, "stop", text + row.stream.flush(), told)
         elif len(request.generated) >= request.sampling.max_tokens or row.length + 1 >= self.context:
-            self._finish(row, "length", text + row.stream.flush(), detail)
+            text += row.stream.flush()
+            self._finish(row, "stop" if row.stream.stopped else "length", text, detail)
         elif text or detail:
             request.emit(Piece(text, detail))
 
-    def _finish(self, row: _Running, why: str, text: str, detail: tuple[TokenChoice, ...] = ()) -> None:
+    def _finish(
+        self, row: _Running, why: str, text: str = "", detail: tuple[TokenChoice, ...] = (),
+        error: Exception | None = None,
+    ) -> None:  # fmt: skip
         """End a request; the last running one moves into its slot."""
         place, last = self._running.index(row), self._running[-1]
         if last is not row:
@@ -258,7 +284,20 @@ class Engine:
                 store[:, place, :, : last.length] = store[:, end, :, : last.length]
             self._running[place] = last
         self._running.pop()
-        row.request.emit(Piece(text, detail, finish=why))
+        row.request.emit(Piece(text, detail, why, error))
+
+    def _echo(self, request: Generation, hidden: Tensor) -> None:
+        """Send out the prompt, and how likely each of its tokens (N) was, from their hidden states (N, width)."""
+        text = self.base.tokenizer.decode(request.prompt, skip_special_tokens=False)
+        top, detail = request.sampling.logprobs, list[TokenChoice]()
+        if top is not None:
+            first = self.base.tokenizer.decode(request.prompt[:1], skip_special_tokens=False)
+            detail.append(TokenChoice(request.prompt[0], first, None))
+            for start in range(0, len(hidden) - 1, ECHOED):
+                following = request.prompt[start + 1 : start + 1 + ECHOED]
+                scores = self.base.decoder.logits(hidden[start : start + len(following)])
+                detail += [self._detail(s, t, top) for s, t in zip(scores, following, strict=True)]
+        request.emit(Piece(text, tuple(detail)))
 
     def _detail(self, scores: Tensor, token: int, top: int) -> TokenChoice:
         log_probs = torch.log_softmax(scores, dim=-1)
@@ -268,4 +307,5 @@ class Engine:
             return self.base.tokenizer.decode([i], skip_special_tokens=False)
 
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        return TokenChoice(token, text(token), float(log_probs[token]), tuple((text(i), v) for i, v in pairs))
+        likeliest = tuple((text(i), v) for i, v in pairs if v > -math.inf)  # a constraint may leave fewer than asked
+        return TokenChoice(token, text(token), float(log_probs[token]), likeliest)

@@ -1,5 +1,6 @@
 """What a caller asks of the engine, and the handle on which the answer arrives."""
 
+import logging
 import queue
 import threading
 import time
@@ -11,11 +12,15 @@ from coterie.errors import CoterieError
 
 Adapter = tuple[str, int]  # name and version of an expert
 Callback = Callable[["Piece"], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave all tokens in."""
+    """How to choose tokens. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave all tokens in.
+
+    The same `seed`, any whole number, gives the same text, whatever else runs in the batch.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -25,6 +30,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no log-probabilities
     constraint: Constraint | None = None
+    echo: bool = False  # report the prompt first, its tokens with log-probabilities where `logprobs` asks for them
 
     def __post_init__(self) -> None:
         """Raises CoterieError, naming the field and what it may be."""
@@ -42,11 +48,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """One generated token, its log-probability in nats, and the likeliest alternatives."""
+    """One token, its log-probability in nats, and the likeliest alternatives; a prompt's first token has neither."""
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[str, float], ...] = ()
 
 
@@ -62,7 +68,10 @@ class Piece:
 
 @dataclass(eq=False)
 class Generation:
-    """A request under way. Iterate over it for its pieces, or call `text()` to wait for all of it."""
+    """A request under way. Iterate over it, once, for its pieces; or call `text()`, once, to wait for all of it.
+
+    Raises the error that ended it, where one did.
+    """
 
     prompt: list[int]
     sampling: Sampling
@@ -84,10 +93,13 @@ class Generation:
         return self._cancelled.is_set()
 
     def emit(self, piece: Piece) -> None:
-        """Called by the engine's thread."""
-        if piece.finish:
-            self.finish = piece.finish
-        (self.on_piece or self._pieces.put)(piece)
+        """Called by the engine's thread, which a callback that raises must not take down."""
+        self.finish = piece.finish
+        try:
+            (self.on_piece or self._pieces.put)(piece)
+        except Exception:
+            log.exception("a callback failed; its request is cancelled")
+            self.cancel()
 
     def __iter__(self) -> Iterator[Piece]:
         while True:

@@ -7,21 +7,24 @@ from torch import Tensor
 from coterie.engine.request import Sampling
 
 SHORTLIST = 256
+COLDEST = 1e-6  # temperatures below would overflow, and already choose as greedily as can be
 
 
 def sample(scores: Tensor, sampling: Sampling, rng: np.random.Generator) -> int:
     """One token id from scores (vocab), float32. `rng` is drawn from once, unless the choice is greedy."""
     if sampling.temperature == 0:
         return int(scores.argmax())
-    probs = torch.softmax(scores / sampling.temperature, dim=-1)
+    probs = torch.softmax(scores / max(sampling.temperature, COLDEST), dim=-1)
     if sampling.top_k:
         top, ids = probs.topk(min(sampling.top_k, len(probs)))
         top = top / top.sum()
+    elif sampling.top_p == 1:
+        top, ids = probs, torch.arange(len(probs))
     else:
         # Sorting 49,152 numbers costs more than the model's own step; the head of the list nearly always suffices.
         top, ids = probs.topk(min(SHORTLIST, len(probs)))
-        if sampling.top_p == 1 or float(top.sum()) < sampling.top_p:
-            top, ids = (probs, torch.arange(len(probs))) if sampling.top_p == 1 else probs.sort(descending=True)
+        if float(top.sum()) < sampling.top_p:
+            top, ids = probs.sort(descending=True)
     if sampling.top_p < 1:
         before = top.cumsum(0) - top
         keep = int((before < sampling.top_p).sum())  # the token that crosses top_p stays in

@@ -9,6 +9,7 @@ any point leaves either the old state or the new one. Versions are never changed
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED = ("base", "auto")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,12 @@ class Library:
         return sorted(int(p.name) for p in (self.root / name).glob("*") if p.name.isdigit())
 
     def current(self, name: str) -> int | None:
-        """The version of `name` that answers, or None."""
+        """The version of `name` that answers, or None. Raises ModelError where the file that says it is damaged."""
         file = self.root / name / "current"
-        return int(file.read_text()) if NAME.fullmatch(name) and file.exists() else None
+        try:
+            return int(file.read_text()) if NAME.fullmatch(name) and file.exists() else None
+        except ValueError as error:
+            raise ModelError(f"{file}: damaged, not a version number; write one into it, or fit again") from error
 
     def folder(self, name: str, version: int | None = None) -> Path:
         """The folder of a version, by default the current one. Raises UnknownExpert."""
@@ -102,6 +107,16 @@ class Library:
             return ExpertFacts(**facts)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{file}: damaged ({error}); remove this version or import it again") from error
+
+    def shelf(self) -> list[ExpertFacts]:
+        """Facts of all current versions. Damaged ones are left out, and named in the log."""
+        out = []
+        for name in self.names():
+            try:
+                out.append(self.facts(name))
+            except CoterieError as error:
+                log.warning("left out: %s", error)
+        return out
 
     def evaluation(self, name: str, version: int | None = None) -> dict[str, Any]:
         """The measurements published with a version; empty where there are none."""

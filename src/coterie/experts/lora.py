@@ -45,7 +45,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@dataclass
+@dataclass(eq=False)
 class Lora:
     """The weights of one expert: for each target, `lora_A` (rank, in) and `lora_B` (out, rank), by PEFT name."""
 

@@ -1,32 +1,36 @@
-"""The HTTP API, OpenAI-compatible, and the chat page."""
+"""The HTTP API, OpenAI-compatible, and the chat page.
+
+Notable: a request's pieces come from the engine's thread through an asyncio queue. Whoever stops reading, streamed
+or not, cancels the generation, so that its slot is free at the engine's next step.
+"""
 
 import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from coterie.answer import Answer, Answerer
 from coterie.engine.engine import Engine
-from coterie.engine.request import Piece, TokenChoice
-from coterie.errors import Busy, CoterieError
+from coterie.engine.request import Generation, Piece, TokenChoice
+from coterie.errors import CoterieError
+from coterie.experts.library import ExpertFacts
+from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
 
 HERE = Path(__file__).parent
-LARGEST_BODY = 8 << 20  # bytes
-ANSWER_TOKENS = 1024  # of a chat answer whose request does not say
 Start = Callable[[Callable[[Piece], None]], Answer]
 
 
@@ -38,23 +42,13 @@ def create_app(answerer: Answerer) -> FastAPI:
     registry = CollectorRegistry()
     registry.register(_EngineMetrics(answerer.engine))
     business, started = answerer.business, int(time.time())
-    _handle_errors(app)
-
-    @app.middleware("http")
-    async def guard(request: Request, following: Callable[[Request], Awaitable[Response]]) -> Response:
-        if int(request.headers.get("content-length") or 0) > LARGEST_BODY:
-            return _error(413, f"the body is larger than {LARGEST_BODY >> 20} MiB", "request_too_large")
-        response = await following(request)
-        response.headers["Content-Security-Policy"] = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'"
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
+    app.add_middleware(Guard)
+    handle_errors(app)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        library = business.library
-        experts = [library.facts(name) for name in library.names()]
         return pages.get_template("chat.html").render(
-            business=business.config.business, base=answerer.engine.base.name, experts=experts
+            business=business.config.business, base=answerer.engine.base.name, experts=business.library.shelf()
         )
 
     @app.get("/healthz")
@@ -70,36 +64,37 @@ def create_app(answerer: Answerer) -> FastAPI:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model("base"), _model("auto"), *map(_model, business.library.names())]}
+        return {"object": "list", "data": [_model("base"), _model("auto"), *map(_expert, business.library.shelf())]}
 
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict[str, Any]:
-        if name not in ("base", "auto"):
-            business.library.folder(name)
-        return _model(name)
+        return _model(name) if name in ("base", "auto") else _expert(business.library.facts(name))
 
     def _model(name: str) -> dict[str, Any]:
-        about = {"id": name, "object": "model", "created": started, "owned_by": "coterie"}
-        if name in ("base", "auto"):
-            return {**about, "root": business.config.business.base}
-        facts = business.library.facts(name)
-        return {**about, "parent": "base", "version": facts.version, "kind": facts.kind,
+        return {"id": name, "object": "model", "created": started, "owned_by": "coterie",
+                "root": business.config.business.base}  # fmt: skip
+
+    def _expert(facts: ExpertFacts) -> dict[str, Any]:
+        return {**_model(facts.name), "parent": "base", "version": facts.version, "kind": facts.kind,
                 "description": facts.description}  # fmt: skip
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [m.plain() for m in body.messages]
-        sampling = body.settings(ANSWER_TOKENS)
+        sampling = body.settings()
         return await _reply(
             request, body, lambda on_piece: answerer.chat(body.model, messages, sampling, on_piece), _ChatShape()
         )
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        sampling = body.settings(ANSWER_TOKENS)
-        return await _reply(
-            request, body, lambda on_piece: answerer.complete(body.model, body.prompt, sampling, on_piece), _TextShape()
-        )
+        sampling = body.settings()
+        starts: list[Start] = [partial(answerer.complete, body.model, prompt, sampling) for prompt in body.prompt]
+        if len(starts) == 1:
+            return await _reply(request, body, starts[0], _TextShape())
+        if body.stream:
+            raise CoterieError("stream: several prompts cannot be streamed; send them one by one")
+        return await _reply_all(request, starts, _TextShape())
 
     return app
 
@@ -119,8 +114,9 @@ class _ChatShape:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, **self._logprobs(tokens)}
 
     def _logprobs(self, tokens: list[TokenChoice]) -> dict[str, Any]:
-        def entry(text: str, logprob: float) -> dict[str, Any]:
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def entry(text: str, logprob: float | None) -> dict[str, Any]:
+            part = "\ufffd" in text  # of a character that takes several tokens
+            return {"token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
 
         content = [{**entry(t.text, t.logprob), "top_logprobs": [entry(*other) for other in t.top]} for t in tokens]
         return {"logprobs": {"content": content} if content else None}
@@ -137,23 +133,29 @@ class _TextShape:
     def part(self, text: str, tokens: list[TokenChoice]) -> dict[str, Any]:
         log_probs = {
             "tokens": [t.text for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens], "text_offset": [],
+            "top_logprobs": [None if t.logprob is None else dict(t.top) for t in tokens],
         }  # fmt: skip
         return {"text": text, "logprobs": log_probs if tokens else None}
 
     all = part
 
 
-async def _reply(
-    request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape
-) -> Response:
-    """Start the generation and answer with all of it, or with a stream of events."""
-    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+def _handing_over(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece]) -> Callable[[Piece], None]:
+    """What the engine's thread calls with a piece, to put it in line for the event loop."""
 
     def arrived(piece: Piece) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    answer = await asyncio.to_thread(start, arrived)
+    return arrived
+
+
+async def _reply(
+    request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape
+) -> Response:
+    """Start the generation and answer with all of it, or with a stream of events."""
+    pieces = asyncio.Queue[Piece]()
+    answer = await asyncio.to_thread(start, _handing_over(asyncio.get_running_loop(), pieces))
+    generation = answer.generation
     head = {
         "id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": answer.expert or "base",
         "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
@@ -161,7 +163,7 @@ async def _reply(
     }  # fmt: skip
 
     def usage() -> dict[str, int]:
-        asked, said = len(answer.generation.prompt), len(answer.generation.generated)
+        asked, said = len(generation.prompt), len(generation.generated)
         return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
     async def events() -> AsyncIterator[str]:
@@ -169,83 +171,87 @@ async def _reply(
             choices = [{"index": 0, "finish_reason": None, **c} for c in choices]
             return f"data: {json.dumps({**head, 'object': shape.chunk, 'choices': choices, **more})}\n\n"
 
-        try:
-            opening = shape.opening()
-            if opening:
-                yield event([opening])
-            while True:
-                piece = await pieces.get()
-                if piece.error:
-                    yield f"data: {json.dumps(_error_body(str(piece.error), 'engine', 'server_error'))}\n\n"
-                    break
-                yield event([{**shape.part(piece.text, list(piece.tokens)), "finish_reason": piece.finish}])
-                if piece.finish:
-                    break
-            if body.stream_options.include_usage:
-                yield event([], usage=usage())
-            yield "data: [DONE]\n\n"
-        finally:
-            answer.generation.cancel()  # does nothing once it is finished
+        opening = shape.opening()
+        if opening:
+            yield event([opening])
+        finish = None
+        while not finish:
+            piece = await pieces.get()
+            if failed := broken_off(piece):
+                yield f"data: {bytes(failed.body).decode()}\n\n"
+                return
+            finish = piece.finish
+            yield event([{**shape.part(piece.text, list(piece.tokens)), "finish_reason": finish}])
+        if body.stream_options.include_usage:
+            yield event([], usage=usage())
+        yield "data: [DONE]\n\n"
 
     if body.stream:
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    text, tokens = "", list[TokenChoice]()
+        return _Events(events(), generation)
+    watch = asyncio.create_task(_cancel_when_left(request, [answer]))
+    text, tokens, finish = "", list[TokenChoice](), None
     try:
-        while True:
-            try:
-                piece = await asyncio.wait_for(pieces.get(), 0.5)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    return Response(status_code=499)
-                continue
-            if piece.error:
-                return _error(500, f"generation failed: {piece.error}", "engine", "server_error")
-            text, tokens = text + piece.text, [*tokens, *piece.tokens]
-            if piece.finish:
-                break
+        while not finish:
+            piece = await pieces.get()
+            if failed := broken_off(piece):
+                return failed
+            text, finish = text + piece.text, piece.finish
+            tokens += piece.tokens
     finally:
-        answer.generation.cancel()
-    choice = {"index": 0, "finish_reason": piece.finish, **shape.all(text, tokens)}
+        watch.cancel()
+        generation.cancel()  # does nothing once it is finished
+    choice = {"index": 0, "finish_reason": finish, **shape.all(text, tokens)}
     return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()})
 
 
-def _error_body(
-    message: str, code: str, kind: str = "invalid_request_error", param: str | None = None
-) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+async def _reply_all(request: Request, starts: list[Start], shape: _TextShape) -> Response:
+    """Start several generations and answer with all of them, in the order of their prompts."""
+    loop, arrived = asyncio.get_running_loop(), [asyncio.Queue[Piece]() for _ in starts]
+    answers: list[Answer] = []
+    choices: list[dict[str, Any]] = []
+    watch = asyncio.create_task(_cancel_when_left(request, answers))
+    try:
+        for start, pieces in zip(starts, arrived, strict=True):
+            answers.append(await asyncio.to_thread(start, _handing_over(loop, pieces)))
+        for index, pieces in enumerate(arrived):
+            text, tokens, finish = "", list[TokenChoice](), None
+            while not finish:
+                piece = await pieces.get()
+                if failed := broken_off(piece):
+                    return failed
+                text, finish = text + piece.text, piece.finish
+                tokens += piece.tokens
+            choices.append({"index": index, "finish_reason": finish, **shape.all(text, tokens)})
+    finally:
+        watch.cancel()
+        for answer in answers:
+            answer.generation.cancel()
+    asked, said = (sum(len(getattr(a.generation, part)) for a in answers) for part in ("prompt", "generated"))
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return JSONResponse({"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "object": shape.whole,
+                         "model": answers[0].expert or "base", "choices": choices, "usage": usage})  # fmt: skip
 
 
-def _error(
-    status: int, message: str, code: str, kind: str = "invalid_request_error", param: str | None = None
-) -> JSONResponse:
-    return JSONResponse(_error_body(message, code, kind, param), status)
+class _Events(StreamingResponse):
+    """Server-sent events. However the response ends, even before its first event, the generation ends too."""
+
+    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.cancel()
 
 
-def _handle_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
-
-    @app.exception_handler(CoterieError)
-    async def ours(_request: Request, error: CoterieError) -> JSONResponse:
-        response = _error(error.status, str(error), error.code)
-        if isinstance(error, Busy):
-            response.headers["Retry-After"] = str(error.retry_after_s)
-        return response
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        if first["type"] == "json_invalid":
-            return _error(400, f"the body is not valid JSON: {first['ctx']['error']}", "invalid_json")
-        return _error(400, f"{place}: {first['msg'].lower()}", "invalid_request", param=place)
-
-    @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), "not_found" if error.status_code == 404 else "http")
-
-    @app.exception_handler(Exception)
-    async def fault(_request: Request, _error_: Exception) -> JSONResponse:
-        return _error(500, "a fault of ours; the server's log says more", "internal", "server_error")
+async def _cancel_when_left(request: Request, answers: list[Answer]) -> None:
+    """Cancel the answers when the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    for answer in answers:
+        answer.generation.cancel()
 
 
 class _EngineMetrics:

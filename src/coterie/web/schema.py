@@ -1,28 +1,63 @@
-"""What the API takes, in OpenAI's words. Unknown fields are ignored, as OpenAI's clients expect."""
+"""What the API takes, in OpenAI's words. Unknown fields are ignored, and null means absent, as OpenAI's clients expect.
 
-from typing import Any, Literal
+Where we differ: temperature is 0 where a request does not say (OpenAI: 1), because a business wants the same answer
+to the same question; and n is 1.
+"""
 
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic import BaseModel as Record
-from pydantic import ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from coterie.data.read import Message
 from coterie.engine import constrain
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError
 
+ANSWER_TOKENS, COMPLETION_TOKENS = 1024, 16  # most tokens where a request does not say; 16 is OpenAI's own
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("half_character", "holds half a character, a surrogate without its other") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """One prompt or several, each a text or tokens."""
+    several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    for one in several:
+        if isinstance(one, str):
+            _whole(one)
+        elif not isinstance(one, list) or not one or not all(type(t) is int for t in one):
+            raise PydanticCustomError("prompt", "must be a text or a list of tokens, or a list of these")
+    return several
+
 
 class _Lenient(Record):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class TextPart(_Lenient):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     def plain(self) -> Message:
         """Role and text, as the chat template wants them."""
@@ -31,7 +66,6 @@ class ChatMessage(_Lenient):
 
 
 class JsonSchema(_Lenient):
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
     schema_: dict[str, Any] = Field(alias="schema")
 
 
@@ -43,8 +77,8 @@ class ResponseFormat(_Lenient):
 class StructuredOutputs(_Lenient):
     """vLLM's extension: one of a list of choices, a regex, or a JSON schema."""
 
-    choice: list[str] | None = None
-    regex: str | None = None
+    choice: list[Text] | None = None
+    regex: Text | None = None
     json_: dict[str, Any] | None = Field(None, alias="json")
 
 
@@ -53,26 +87,24 @@ class StreamOptions(_Lenient):
 
 
 class _Request(_Lenient):
-    model: str
+    model: Text
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(None, ge=1, strict=True)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = Field(None, ge=0)
-    stop: str | list[str] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: Text | list[Text] | None = None
     n: Literal[1] = 1
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
-        """The engine's settings. Raises CoterieError, naming the field."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
-            max_tokens, self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.top_k or 0,
-            self.seed, stop, logprobs, self._constraint(),
-        )  # fmt: skip
+            max_tokens, self.temperature, self.top_p, self.top_k, self.seed, stop, logprobs, self._constraint()
+        )
 
     def _constraint(self) -> constrain.Constraint | None:
         form, extra = self.response_format, self.structured_outputs
@@ -93,23 +125,23 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, strict=True)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
-    def settings(self, room: int) -> Sampling:
-        """Sampling, with at most `room` tokens where the request does not say."""
-        most = self.max_completion_tokens or self.max_tokens or room
+    def settings(self) -> Sampling:
+        """The engine's settings. Raises CoterieError, naming the field."""
+        most = self.max_completion_tokens or self.max_tokens or ANSWER_TOKENS
         return self.sampling(most, self.top_logprobs if self.logprobs else None)
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str
-    max_tokens: int | None = Field(16, ge=1, strict=True)
+    prompt: Annotated[Any, AfterValidator(_prompts)]  # of every form a list[str | list[int]] is made
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
 
-    def settings(self, room: int) -> Sampling:
-        """Sampling, with at most `room` tokens where the request does not say."""
-        return self.sampling(self.max_tokens or room, self.logprobs)
+    def settings(self) -> Sampling:
+        """The engine's settings. Raises CoterieError, naming the field."""
+        return replace(self.sampling(self.max_tokens or COMPLETION_TOKENS, self.logprobs), echo=self.echo)

@@ -1,0 +1,779 @@
+"""The engine gives each request what it would get alone, whoever shares its steps, and nobody can take it down."""
+
+import gc
+import json
+import math
+import re
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+
+from coterie.engine import constrain
+from coterie.engine.engine import Engine
+from coterie.engine.request import Adapter, Generation, Piece, Sampling
+from coterie.engine.sampling import SHORTLIST, sample
+from coterie.engine.text import TextStream
+from coterie.errors import Busy, ContextTooLong, CoterieError, ModelError, Stopped, UnknownExpert
+from coterie.experts import lora as loras
+from coterie.experts.library import ExpertFacts, Library
+from coterie.experts.lora import LoraConfig
+from coterie.model.load import BaseModel
+from support import Gate, greedy, logits_of, random_rows, train_tokenizer
+
+CONTEXT = 256
+LONGEST = 24  # tokens of the answers that are compared
+SHAPES = (LoraConfig(8, 32), LoraConfig(4, 32, ("q_proj", "v_proj")), LoraConfig(2, 32, ("down_proj",)))
+
+
+def publish(library: Library, base: BaseModel, name: str, seed: int) -> loras.Lora:
+    """Put an expert on the shelf that changes a lot, as if it had been trained."""
+    lora = loras.fresh(SHAPES[seed % len(SHAPES)], base.decoder.config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for key, w in lora.weights.items():
+        if ".lora_B." in key:
+            w.copy_(torch.randn(w.shape, generator=generator) * 0.1)
+    library.publish(ExpertFacts(name), lambda folder: loras.save(lora, folder, "tiny"))
+    return lora
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, who answers, and the greedy answer that plain forward passes give."""
+
+    prompt: list[int]
+    adapter: Adapter | None
+    answer: list[int]
+
+
+@pytest.fixture(scope="module")
+def library(tiny_base: BaseModel, fitted_shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The fitted shop's experts, and three that change more."""
+    root = tmp_path_factory.mktemp("library") / "experts"
+    shutil.copytree(fitted_shop / "experts", root)
+    for seed in range(len(SHAPES)):
+        publish(Library(root), tiny_base, f"loud{seed}", seed)
+    return Library(root)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: BaseModel, library: Library) -> Iterator[Engine]:
+    engine = Engine(tiny_base, library, slots=4, context=CONTEXT)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def cases(tiny_base: BaseModel, library: Library) -> list[Case]:
+    """Short and long prompts for the base and every expert, as far as each choice is clear of rounding."""
+    out = []
+    for name in (None, *library.names()):
+        lora = loras.load(library.folder(name), tiny_base.decoder.config) if name else None
+        for row in random_rows(tiny_base, [1, 3, 20, 60, 100], seed=7):
+            answer, lead = greedy(tiny_base, row, LONGEST, lora)
+            if lead > 1e-3:
+                out.append(Case(row, (name, 1) if name else None, answer))
+    assert len(out) > 20
+    assert len({tuple(c.answer) for c in out if c.prompt == out[0].prompt}) > 3  # the experts do differ
+    return out
+
+
+@pytest.fixture
+def gate(tiny_base: BaseModel) -> Iterator[Gate]:
+    gate = Gate(tiny_base)
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def start(gate: Gate, library: Library) -> Iterator[Callable[..., Engine]]:
+    """Starts engines behind the gate, and closes them."""
+    engines: list[Engine] = []
+
+    def begin(**options: Any) -> Engine:
+        engines.append(Engine(gate.base, options.pop("library", library), context=CONTEXT, **options))
+        return engines[-1]
+
+    yield begin
+    gate.open()
+    for engine in engines:
+        engine.close()
+
+
+def text_of(base: BaseModel, tokens: list[int]) -> str:
+    return base.tokenizer.decode(tokens)
+
+
+def check(generation: Generation, case: Case, base: BaseModel, most: int = LONGEST) -> None:
+    """The answer is the case's own, cut at `most` tokens."""
+    text = generation.text()
+    assert generation.generated == case.answer[:most]
+    assert text == text_of(base, case.answer[:most])
+    assert generation.finish == ("length" if len(case.answer) >= most else "stop")
+
+
+# Batching
+
+
+@given(data=st.data())
+def test_greedy_answers_are_the_same_alone_and_in_any_batch(
+    engine: Engine, cases: list[Case], data: st.DataObject
+) -> None:
+    """Any mix of prompts, experts, lengths and arrivals, more of them than slots; some leave early."""
+    asked = data.draw(
+        st.lists(
+            st.tuples(
+                st.integers(0, len(cases) - 1), st.integers(1, LONGEST),
+                st.sampled_from(["at once", "a moment later"]), st.sampled_from(["stays", "stays", "leaves"]),
+            ),
+            min_size=1, max_size=12,
+        )
+    )  # fmt: skip
+    under_way = []
+    for place, most, when, how in asked:
+        if when == "a moment later":
+            time.sleep(0.002)
+        generation = engine.submit(cases[place].prompt, Sampling(max_tokens=most), cases[place].adapter)
+        if how == "leaves":
+            generation.cancel()
+        under_way.append((generation, cases[place], most))
+    for generation, case, most in under_way:
+        if not generation.cancelled:
+            check(generation, case, engine.base, most)
+        elif generation.text():
+            assert generation.generated == case.answer[: len(generation.generated)]
+    assert engine.load_numbers() == (0, 0)
+
+
+def test_base_and_experts_share_one_step(gate: Gate, start: Callable[..., Engine], cases: list[Case]) -> None:
+    mixed = list({case.adapter: case for case in cases}.values())
+    engine = start(slots=8)
+    first = engine.submit(mixed[0].prompt, Sampling(max_tokens=LONGEST), mixed[0].adapter)
+    gate.begun.acquire()  # the first is alone in its prompt's forward; the others come meanwhile
+    others = [engine.submit(case.prompt, Sampling(max_tokens=LONGEST), case.adapter) for case in mixed[1:]]
+    gate.open()
+    for generation, case in zip([first, *others], mixed, strict=True):
+        check(generation, case, gate.base)
+    assert max(gate.sizes[2:]) >= len(mixed)
+    assert engine.stats.steps < 2 * LONGEST  # together, not one after the other
+
+
+def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base: BaseModel, tmp_path: Path) -> None:
+    library, count = Library(tmp_path), 20
+    made = {f"e{i}": publish(library, tiny_base, f"e{i}", i) for i in range(count)}
+    (prompt,) = random_rows(tiny_base, [9], seed=3)
+    wanted = {name: greedy(tiny_base, prompt, 4, lora)[0] for name, lora in made.items()}
+    gc.collect()
+    before = sum(type(o) is loras.Lora for o in gc.get_objects())
+    engine = Engine(tiny_base, library, slots=12, context=CONTEXT)
+    try:
+        for names in (list(made), list(made)[::-1]):
+            asked = {name: engine.submit(prompt, Sampling(max_tokens=4), (name, 1)) for name in names}
+            for name, generation in asked.items():
+                generation.text()
+                assert generation.generated == wanted[name]
+        for name in made:
+            engine.submit(prompt, Sampling(max_tokens=1), (name, 1)).text()
+        gc.collect()
+        assert sum(type(o) is loras.Lora for o in gc.get_objects()) - before <= 16
+    finally:
+        engine.close()
+
+
+def test_prompts_beyond_what_one_step_takes_are_answered_in_turn(
+    gate: Gate, start: Callable[..., Engine], cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 64
+    monkeypatch.setattr("coterie.engine.engine.PREFILL_TOKENS", most)
+    engine = start(slots=6)
+    many = [case for case in cases if len(case.prompt) >= 20][:12]
+    assert max(len(case.prompt) for case in many) > most
+    asked = [engine.submit(case.prompt, Sampling(max_tokens=LONGEST), case.adapter) for case in many]
+    gate.open()
+    for generation, case in zip(asked, many, strict=True):
+        check(generation, case, gate.base)
+    alone = {len(case.prompt) for case in many}
+    assert all(size <= most or size in alone for size in gate.sizes)
+
+
+# Limits
+
+
+@pytest.mark.parametrize("left", [1, 2, 5])
+def test_an_answer_ends_where_the_context_does(engine: Engine, left: int) -> None:
+    (prompt,) = random_rows(engine.base, [CONTEXT - left], seed=left)
+    wanted, lead = greedy(engine.base, prompt, left)
+    assert lead > 1e-3
+    generation = engine.submit(prompt, Sampling(max_tokens=100))
+    generation.text()
+    assert generation.generated == wanted
+    assert len(prompt) + len(generation.generated) == CONTEXT
+    assert generation.finish == "length"
+
+
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 5000])
+def test_a_prompt_that_leaves_no_room_is_refused(engine: Engine, length: int) -> None:
+    with pytest.raises(ContextTooLong, match=f"{length} tokens; the context holds {CONTEXT}"):
+        engine.submit([5] * length, Sampling())
+
+
+def test_the_context_is_never_longer_than_the_models_own(tiny_base: BaseModel) -> None:
+    engine = Engine(tiny_base, context=10_000, slots=1)
+    engine.close()
+    assert engine.context == tiny_base.decoder.config.context
+
+
+def test_an_empty_prompt_goes_on_from_the_start_of_a_text(engine: Engine) -> None:
+    begin = engine.base.encode(engine.base.bos_token)
+    assert len(begin) == 1
+    texts = [engine.submit(prompt, Sampling(max_tokens=5)).text() for prompt in ([], begin)]
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -1}, "max_tokens"), ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"), ({"top_p": math.nan}, "top_p"), ({"top_k": -1}, "top_k"),
+        ({"logprobs": -1}, "logprobs"), ({"logprobs": 21}, "logprobs"), ({"stop": ("a", "")}, "stop"),
+        ({"stop": ("a",) * 17}, "stop"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any], field: str) -> None:
+    with pytest.raises(CoterieError, match=f"^{field} must be"):
+        Sampling(**wrong)
+
+
+# Text
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2's: words begin with ▁, rare characters are spelt in bytes, the first space of a text is dropped."""
+    spelt = {f"<0x{i:02X}>": i + 1 for i in range(256)}
+    letters = {c: 257 + i for i, c in enumerate("▁abcdefghijklmnopqrstuvwxyz")}
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, **spelt, **letters}, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+TOKENIZERS = {"bytes": train_tokenizer(), "byte fallback": byte_fallback_tokenizer()}
+WORDS = st.text(
+    alphabet=st.one_of(st.sampled_from("abc é你🙂\n"), st.characters(codec="utf-8", exclude_characters="�"))
+)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=WORDS)
+@settings(max_examples=100)
+def test_pieces_of_any_text_add_up_to_it_and_never_show_half_a_character(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    stream = TextStream(tokenizer, ())
+    pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("�" in piece for piece in pieces)
+
+
+@given(tokens=st.lists(st.integers(0, TOKENIZERS["bytes"].get_vocab_size() - 1)))
+@settings(max_examples=200)
+def test_pieces_of_any_tokens_add_up_to_what_the_tokenizer_makes_of_them(tokens: list[int]) -> None:
+    """Half characters, impossible bytes and special tokens too, as a model may write them."""
+    stream = TextStream(TOKENIZERS["bytes"], ())
+    assert "".join(stream.push(t) for t in tokens) + stream.flush() == TOKENIZERS["bytes"].decode(tokens)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=WORDS, data=st.data())
+@settings(max_examples=200)
+def test_text_ends_before_the_first_stop_text(kind: str, text: str, data: st.DataObject) -> None:
+    """Stop texts from anywhere in the text, across its tokens, or not in it at all."""
+    tokenizer, stops = TOKENIZERS[kind], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        at, size = data.draw(st.integers(0, len(text))), data.draw(st.integers(1, 5))
+        stops.append(text[at : at + size] or data.draw(WORDS.filter(bool)))
+    stream, tokens = TextStream(tokenizer, tuple(stops)), tokenizer.encode(text).ids
+    out = so_far = ""
+    for taken, token in enumerate(tokens, 1):
+        out += stream.push(token)
+        whole = tokenizer.decode(tokens[:taken]).rstrip("�")
+        so_far = whole if text.startswith(whole) and len(whole) > len(so_far) else so_far
+        assert stream.stopped == any(s in so_far for s in stops)
+        if stream.stopped:
+            break
+        waiting = so_far.removeprefix(out)
+        assert out + waiting == so_far
+        assert not waiting or any(s.startswith(waiting) for s in stops)  # no more is held back than must be
+    out += stream.flush()
+    found = [so_far.find(s) for s in stops if s in so_far]
+    assert out == (so_far[: min(found)] if found else text)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streamed_pieces_add_up_to_the_whole_answer(engine: Engine, seed: int) -> None:
+    """A hot random model writes broken characters at will."""
+    generation = engine.submit([5, 6, 7], Sampling(max_tokens=60, temperature=2, seed=seed))
+    pieces = list(generation)
+    assert "".join(p.text for p in pieces) == text_of(engine.base, generation.generated)
+    assert [p.finish for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish == generation.finish in ("stop", "length")
+    assert len(pieces) > 3
+
+
+def test_an_answer_stops_before_its_stop_text(engine: Engine, cases: list[Case]) -> None:
+    for case in cases[:10]:
+        whole = text_of(engine.base, case.answer)
+        stop = whole[len(whole) // 2 :][:4]
+        sampling = Sampling(max_tokens=LONGEST, stop=("never in it", stop))
+        generation = engine.submit(case.prompt, sampling, case.adapter)
+        assert generation.text() == whole[: whole.find(stop)]
+        assert generation.finish == "stop"
+        assert generation.generated == case.answer[: len(generation.generated)]
+
+
+# Sampling
+
+SCORES = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=60)
+CHILD = np.random.default_rng
+
+
+@given(
+    scores=SCORES, masked=st.sets(st.integers(0, 59)), temperature=st.sampled_from([1e-40, 1e-9, 0.01, 0.7, 1, 2]),
+    top_k=st.integers(0, 70), top_p=st.floats(0.01, 1), seed=st.integers(0, 2**32),
+)  # fmt: skip
+@settings(max_examples=300)
+def test_no_token_outside_the_nucleus_is_ever_chosen(
+    scores: list[float], masked: set[int], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    row = torch.tensor([-math.inf if i in masked and i else s for i, s in enumerate(scores)])
+    exact = (row.double() - row.max()) / temperature
+    probs = (exact.exp() / exact.exp().sum()).numpy()
+    order = np.argsort(-probs, kind="stable")
+    ranked = probs[order]
+    if top_k:
+        ranked = ranked[:top_k] / ranked[:top_k].sum()
+    before = np.cumsum(ranked) - ranked
+    least = ranked[before < top_p + 1e-5].min()  # rounding may let one more in
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    chosen = sample(row, sampling, CHILD(seed))
+    assert probs[chosen] > 0
+    assert probs[chosen] >= least * probs[order][: top_k or None].sum() * (1 - 1e-3)
+    assert chosen == sample(row, sampling, CHILD(seed))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}, {"top_p": 0.999},
+        {"temperature": 1.5, "top_k": 6, "top_p": 0.7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tokens_are_drawn_in_proportion_to_their_probability(how: dict[str, Any]) -> None:
+    scores = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0])
+    sampling, draws, rng = Sampling(**{"temperature": 1.0, **how}), 4000, CHILD(0)
+    probs = torch.softmax(scores.double() / sampling.temperature, 0).numpy()
+    if sampling.top_k:
+        probs[sampling.top_k :] = 0
+        probs /= probs.sum()
+    probs[np.cumsum(probs) - probs >= sampling.top_p] = 0  # the scores stand in order
+    probs /= probs.sum()
+    drawn = Counter(sample(scores, sampling, rng) for _ in range(draws))
+    found = np.array([drawn[i] for i in range(len(probs))]) / draws
+    assert abs(found - probs).max() < 4 * math.sqrt(0.25 / draws)
+    assert set(drawn) <= set(np.flatnonzero(probs))
+
+
+def test_a_nucleus_wider_than_the_shortlist_is_sampled_whole() -> None:
+    wide = 4 * SHORTLIST
+    rng = CHILD(1)
+    drawn = {sample(torch.zeros(wide), Sampling(temperature=1, top_p=0.9), rng) for _ in range(5000)}
+    assert 0.85 * wide < len(drawn) <= 0.9 * wide + 1
+
+
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) -> None:
+    def ask(seed: int | None, prompt: int = 9) -> Generation:
+        return engine.submit([prompt, 8], Sampling(max_tokens=20, temperature=1, top_p=0.95, seed=seed), ("loud0", 1))
+
+    seeds = [1, 2, -1, -2, 2**70 + 9, 0]
+    alone = [ask(seed).text() for seed in seeds]
+    together = [ask(seed) for seed in seeds] + [ask(None, prompt) for prompt in range(10, 20)]
+    assert [g.text() for g in together][: len(seeds)] == alone
+    assert len(set(alone)) == len(seeds)
+    assert ask(None).text() != ask(None).text()
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 4}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", [None, "loud0"])
+def test_log_probabilities_are_those_of_a_plain_forward_pass(
+    how: dict[str, Any], name: str | None, engine: Engine, library: Library
+) -> None:
+    base, prompt, top = engine.base, [5, 6, 7, 8], 5
+    generation = engine.submit(prompt, Sampling(max_tokens=15, logprobs=top, **how), (name, 1) if name else None)
+    found = [token for piece in generation for token in piece.tokens]
+    assert [t.id for t in found] == generation.generated
+    assert len(found) > 3
+    lora = loras.load(library.folder(name), base.decoder.config) if name else None
+    change = loras.training_change(lora, base.decoder) if lora else None
+    scores = logits_of(base, [prompt + generation.generated], change)[0][len(prompt) - 1 : -1]
+    for token, wanted in zip(found, torch.log_softmax(scores, -1), strict=True):
+        assert token.logprob == pytest.approx(float(wanted[token.id]), abs=1e-4)
+        assert [v for _, v in token.top] == pytest.approx(wanted.topk(top).values.tolist(), abs=1e-4)
+        assert token.text == base.tokenizer.decode([token.id], skip_special_tokens=False)
+
+
+def test_log_probabilities_come_only_when_asked_for(engine: Engine) -> None:
+    assert not any(p.tokens for p in engine.submit([5], Sampling(max_tokens=5)))
+    assert all(t.top == () for p in engine.submit([5], Sampling(max_tokens=5, logprobs=0)) for t in p.tokens)
+
+
+def test_alternatives_that_a_constraint_forbids_are_not_reported(engine: Engine) -> None:
+    sampling = Sampling(max_tokens=20, logprobs=20, constraint=constrain.choices(["red", "green"]))
+    tokens = [t for p in engine.submit([5], sampling) for t in p.tokens]
+    assert tokens
+    for token in tokens:
+        assert 1 <= len(token.top) < 20
+        assert all(math.isfinite(v) for _, v in token.top)
+        assert sum(math.exp(v) for _, v in token.top) == pytest.approx(1, abs=1e-4)
+
+
+# Constraints
+
+PATTERNS = [
+    r"[0-9]{3}-[0-9]{4}", r"(red|green)( and (red|green)){0,2}", r"[äöü]{2,4}", r"\$[1-9][0-9]{0,3}\.[0-9]{2}", r"a?b?",
+    r"(yes|no|你好|🙂)!{1,3}", r'"[^"\\]{0,8}"', r"",
+]  # fmt: skip
+
+
+@given(pattern=st.sampled_from(PATTERNS), seed=st.integers(0, 99), expert=st.sampled_from([None, ("loud1", 1)]))
+def test_an_answer_under_a_regex_always_matches_it(
+    engine: Engine, pattern: str, seed: int, expert: Adapter | None
+) -> None:
+    sampling = Sampling(max_tokens=100, temperature=1.5, seed=seed, constraint=constrain.regex(pattern))
+    generation = engine.submit([7, 8], sampling, expert)
+    text = generation.text()
+    assert re.fullmatch(pattern, text), text
+    assert generation.finish == "stop"
+
+
+@given(
+    options=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=12), min_size=1, max_size=6),
+    temperature=st.sampled_from([0, 1.5]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_an_answer_under_choices_is_one_of_them(
+    engine: Engine, options: list[str], temperature: float, seed: int
+) -> None:
+    """Quotes, control characters, emoji, one the start of another."""
+    sampling = Sampling(max_tokens=100, temperature=temperature, seed=seed, constraint=constrain.choices(options))
+    generation = engine.submit([7, 8], sampling)
+    assert generation.text() in options
+    assert generation.finish == "stop"
+
+
+LEAVES = st.one_of(
+    st.integers(-50, 50).flatmap(
+        lambda low: st.integers(low, 60).map(lambda high: {"type": "integer", "minimum": low, "maximum": high})
+    ),
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.lists(st.text("aé\"\\\n", max_size=4), min_size=1, unique=True).map(lambda some: {"enum": some}),
+    st.integers(0, 4).map(lambda most: {"type": "string", "maxLength": most}),
+)  # fmt: skip
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.tuples(inner, st.integers(0, 2)).map(lambda x: {"type": "array", "items": x[0], "maxItems": x[1]}),
+        st.dictionaries(st.text("abc d", min_size=1, max_size=3), inner, min_size=1, max_size=2).map(
+            lambda fields: {
+                "type": "object", "properties": fields, "required": sorted(fields), "additionalProperties": False
+            }
+        ),
+    ),
+    max_leaves=3,
+)  # fmt: skip
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a JSON value fits one of SCHEMAS."""
+    if "enum" in schema:
+        return value in schema["enum"]
+    kind = schema["type"]
+    if kind == "integer":
+        return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+    if kind == "string":
+        return isinstance(value, str) and len(value) <= schema["maxLength"]
+    if kind == "array":
+        return len(value) <= schema["maxItems"] and all(fits(v, schema["items"]) for v in value)
+    if kind == "object":
+        return value.keys() == schema["properties"].keys() and all(
+            fits(v, schema["properties"][k]) for k, v in value.items()
+        )
+    return type(value) is (bool if kind == "boolean" else type(None))
+
+
+@given(schema=SCHEMAS, seed=st.integers(0, 99))
+@settings(max_examples=40)
+def test_an_answer_under_a_json_schema_always_fits_it(engine: Engine, schema: dict[str, Any], seed: int) -> None:
+    sampling = Sampling(max_tokens=240, temperature=1.5, seed=seed, constraint=constrain.json_schema(schema))
+    generation = engine.submit([7, 8], sampling)
+    text = generation.text()
+    assert fits(json.loads(text), schema), text
+    assert text == json.dumps(json.loads(text), ensure_ascii=False) or "\\" in text  # no idle spaces
+    assert generation.finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: constrain.regex("(a"), "regex"), (lambda: constrain.regex("(?=a)b"), "regex"),
+        (lambda: constrain.choices([]), "choices"), (lambda: constrain.choices(["a", ""]), "choices"),
+        (lambda: constrain.choices(["\ud800"]), "constraint"),
+        (lambda: constrain.json_schema({"type": "nonsense"}), "nonsense"),
+        (lambda: constrain.json_schema({"$ref": "#/nowhere"}), "nowhere"),
+        (lambda: constrain.json_schema({"$ref": "http://localhost/x"}), "localhost"),
+        (lambda: constrain.json_schema({"not": {"type": "string"}}), "not"),
+        (lambda: constrain.json_schema({"allOf": [{"type": "string"}, {"type": "null"}]}), "nsatisfiable"),
+        (lambda: constrain.json_schema(nested(150)), "schema"),
+        (lambda: constrain.json_schema(nested(100_000)), "schema"),
+    ],
+)  # fmt: skip
+def test_a_constraint_that_cannot_be_used_is_refused_before_anything_runs(
+    make: Callable[[], constrain.Constraint], word: str, engine: Engine
+) -> None:
+    with pytest.raises(CoterieError, match=word) as caught:
+        engine.submit([5], Sampling(constraint=make()))
+    assert "\n" not in str(caught.value)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def test_a_constraint_that_proves_too_complex_ends_its_own_request_with_an_error(smol: BaseModel) -> None:
+    """On a real vocabulary some regexes outgrow every limit; the answer so far does not match, so it is no answer."""
+    engine = Engine(smol, slots=2, context=CONTEXT)
+    try:
+        hard = Sampling(max_tokens=60, temperature=1, seed=0, constraint=constrain.regex("(.*[a-m].{30}){5}x"))
+        broken, beside = engine.submit([5], hard), engine.submit([5], Sampling(max_tokens=3))
+        with pytest.raises(CoterieError, match="constraint"):
+            broken.text()
+        assert broken.finish == "error"
+        assert beside.text()
+    finally:
+        engine.close()
+
+
+# Leaving, failing, closing
+
+
+def test_a_request_that_leaves_frees_its_slot(gate: Gate, start: Callable[..., Engine], cases: list[Case]) -> None:
+    engine = start(slots=1)
+    leaving = engine.submit(cases[0].prompt, Sampling(max_tokens=200), cases[0].adapter)
+    gate.begun.acquire()
+    waiting = engine.submit(cases[1].prompt, Sampling(max_tokens=LONGEST), cases[1].adapter)
+    leaving.cancel()
+    gate.open()
+    check(waiting, cases[1], gate.base)
+    leaving.text()
+    assert leaving.finish == "cancelled"
+    assert len(leaving.generated) < 5
+
+
+def test_a_request_that_leaves_the_queue_never_runs(gate: Gate, start: Callable[..., Engine]) -> None:
+    engine = start(slots=1)
+    running = engine.submit([5], Sampling(max_tokens=3))
+    gate.begun.acquire()
+    waiting = [engine.submit([6], Sampling()) for _ in range(3)]
+    for generation in waiting:
+        generation.cancel()
+    gate.open()
+    assert running.text()
+    assert [(g.text(), g.finish, g.generated) for g in waiting] == [("", "cancelled", [])] * 3
+    assert engine.stats.prompt_tokens == 1
+
+
+def test_a_full_queue_refuses_and_recovers(gate: Gate, start: Callable[..., Engine], cases: list[Case]) -> None:
+    engine = start(slots=1, queue=2)
+    running = engine.submit(cases[0].prompt, Sampling(max_tokens=LONGEST), cases[0].adapter)
+    gate.begun.acquire()
+    waiting = [engine.submit(c.prompt, Sampling(max_tokens=LONGEST), c.adapter) for c in cases[1:3]]
+    assert engine.load_numbers() == (1, 2)
+    for _ in range(3):
+        with pytest.raises(Busy, match="2 requests wait already"):
+            engine.submit([5], Sampling())
+    assert (engine.stats.requests, engine.stats.rejected) == (3, 3)
+    gate.open()
+    for generation, case in zip([running, *waiting], cases, strict=False):
+        check(generation, case, gate.base)
+    check(engine.submit(cases[3].prompt, Sampling(max_tokens=LONGEST), cases[3].adapter), cases[3], gate.base)
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
+    gate: Gate, start: Callable[..., Engine], cases: list[Case]
+) -> None:
+    engine = start(slots=2)
+    gate.open()
+    gate.fails = lambda _ids: True
+    for generation in [engine.submit(case.prompt, Sampling(), case.adapter) for case in cases[:5]]:
+        with pytest.raises(RuntimeError, match="as the test asked"):
+            generation.text()
+        assert generation.finish == "error"
+    gate.fails = lambda _ids: False
+    check(engine.submit(cases[0].prompt, Sampling(max_tokens=LONGEST), cases[0].adapter), cases[0], gate.base)
+    assert engine.load_numbers() == (0, 0)
+
+
+def test_a_prompt_that_fails_takes_nobody_else_with_it(
+    gate: Gate, start: Callable[..., Engine], cases: list[Case]
+) -> None:
+    engine = start(slots=3)
+    poison = 3
+    gate.fails = lambda ids: ids[0] == poison and len(ids) == 2
+    good = [case for case in cases if poison not in case.prompt + case.answer]
+    running = [engine.submit(c.prompt, Sampling(max_tokens=LONGEST), c.adapter) for c in good[:2]]
+    for _ in range(4):
+        gate.begun.acquire()
+        gate.leave.release()
+    failing = engine.submit([poison, poison], Sampling())
+    gate.open()
+    with pytest.raises(RuntimeError):
+        failing.text()
+    for generation, case in zip(running, good, strict=False):
+        check(generation, case, gate.base)
+
+
+def test_a_callback_that_fails_harms_only_its_own_request(engine: Engine, cases: list[Case]) -> None:
+    def broken(_piece: Piece) -> None:
+        raise RuntimeError("nobody listens")
+
+    broken_one = engine.submit(cases[0].prompt, Sampling(max_tokens=200), cases[0].adapter, broken)
+    check(engine.submit(cases[1].prompt, Sampling(max_tokens=LONGEST), cases[1].adapter), cases[1], engine.base)
+    ended = [engine.submit([5], Sampling(max_tokens=1)) for _ in range(9)]  # nine requests through four slots
+    assert all(g.text() is not None for g in ended)
+    assert broken_one.cancelled
+
+
+def test_closing_ends_everything(gate: Gate, start: Callable[..., Engine]) -> None:
+    engine = start(slots=1)
+    under_way = [engine.submit([5], Sampling(max_tokens=200)) for _ in range(3)]
+    gate.begun.acquire()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    gate.open()
+    closing.join()
+    for generation in under_way:
+        generation.text()
+        assert generation.finish == "cancelled"
+    assert not engine.alive
+    with pytest.raises(Stopped):
+        engine.submit([5], Sampling())
+    engine.close()
+
+
+# Experts that change while the engine runs
+
+
+def test_an_expert_removed_meanwhile_ends_no_answer_and_takes_no_new_question(
+    gate: Gate, start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    library = Library(tmp_path)
+    lora = publish(library, gate.base, "tea", 0)
+    engine = start(slots=1, library=library)
+    (prompt,) = random_rows(gate.base, [9], seed=3)
+    running, waiting = (engine.submit(prompt, Sampling(max_tokens=5), ("tea", 1)) for _ in range(2))
+    gate.begun.acquire()
+    library.remove("tea")
+    with pytest.raises(UnknownExpert, match="tea"):
+        engine.submit(prompt, Sampling(), ("tea", 1))
+    gate.open()
+    running.text(), waiting.text()
+    assert running.generated == waiting.generated == greedy(gate.base, prompt, 5, lora)[0]
+
+
+def test_a_version_number_given_again_serves_the_new_weights(tiny_base: BaseModel, tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    (prompt,) = random_rows(tiny_base, [9], seed=3)
+    answers = []
+    try:
+        for seed in (0, 3):
+            lora = publish(library, tiny_base, "tea", seed)
+            generation = engine.submit(prompt, Sampling(max_tokens=5), ("tea", 1))
+            generation.text()
+            assert generation.generated == greedy(tiny_base, prompt, 5, lora)[0]
+            answers.append(generation.generated)
+            library.remove("tea")
+    finally:
+        engine.close()
+    assert answers[0] != answers[1]
+
+
+def test_versions_of_an_expert_are_served_side_by_side(tiny_base: BaseModel, tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    made = [publish(library, tiny_base, "tea", seed) for seed in (0, 3)]
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    (prompt,) = random_rows(tiny_base, [9], seed=3)
+    try:
+        asked = [engine.submit(prompt, Sampling(max_tokens=5), ("tea", version)) for version in (1, 2)]
+        for generation, lora in zip(asked, made, strict=True):
+            generation.text()
+            assert generation.generated == greedy(tiny_base, prompt, 5, lora)[0]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error"),
+    [(("nobody", 1), UnknownExpert), (("loud0", 7), UnknownExpert), (("../loud0", 1), UnknownExpert)],
+)
+def test_an_expert_that_is_not_there_is_refused(adapter: Adapter, error: type[Exception], engine: Engine) -> None:
+    with pytest.raises(error, match=re.escape(adapter[0])):
+        engine.submit([5], Sampling(), adapter)
+
+
+def test_a_damaged_expert_is_refused_and_the_others_answer(
+    tiny_base: BaseModel, cases: list[Case], tmp_path: Path
+) -> None:
+    library = Library(tmp_path)
+    publish(library, tiny_base, "tea", 0)
+    publish(library, tiny_base, "cake", 1)
+    (library.folder("tea") / loras.WEIGHTS).write_bytes(b"cut")
+    (library.folder("cake") / loras.WEIGHTS).unlink()
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    try:
+        for name in ("tea", "cake"):
+            with pytest.raises(ModelError, match=loras.WEIGHTS):
+                engine.submit([5], Sampling(), (name, 1))
+        plain = next(case for case in cases if case.adapter is None)
+        check(engine.submit(plain.prompt, Sampling(max_tokens=LONGEST)), plain, tiny_base)
+    finally:
+        engine.close()
+
+
+def test_an_engine_without_a_library_serves_the_base_model_only(tiny_base: BaseModel) -> None:
+    engine = Engine(tiny_base, slots=1, context=CONTEXT)
+    try:
+        with pytest.raises(UnknownExpert, match="base model only"):
+            engine.submit([5], Sampling(), ("tea", 1))
+        assert engine.submit([5], Sampling(max_tokens=3)).text()
+    finally:
+        engine.close()
