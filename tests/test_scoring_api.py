@@ -127,20 +127,26 @@ def test_lm_eval_gets_from_our_api_what_it_gets_from_transformers(
     rows = [{"question": f"Which color has {thing}?", "options": ["red", "dark green", "blue"], "answer": i % 3}
             for i, thing in enumerate(("the sky", "blood", "the grass", "a lemon", "the sea", "a frog"))]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    choices = 'doc_to_choice: "{{options}}"\ndoc_to_target: answer\nmetric_list:\n- {metric: acc}\n- {metric: acc_norm}'
-    free = 'doc_to_target: "{{options[answer]}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 6}\nmetric_list:\n- {metric: exact_match}'
-    rolling = 'doc_to_target: "{{question}} {{question}}"\nmetric_list:\n- {metric: word_perplexity}\n- {metric: bits_per_byte}'
-    for name, kind, more in (("pick", "multiple_choice", choices), ("say", "generate_until", free),
-                             ("flow", "loglikelihood_rolling", rolling)):  # fmt: skip
+    metrics = "\nmetric_list: [{{metric: {}}}, {{metric: {}}}]"
+    choices = 'doc_to_choice: "{{options}}"\ndoc_to_target: answer' + metrics.format("acc", "acc_norm")
+    free = (
+        'doc_to_target: "{{options[answer]}}"\ngeneration_kwargs: {until: ["?"], max_gen_toks: 6}\n'
+        "metric_list: [{metric: exact_match}]"
+    )
+    rolling = 'doc_to_target: "{{question}} {{question}}"' + metrics.format("word_perplexity", "bits_per_byte")
+    for name, kind, more in (
+        ("pick", "multiple_choice", choices),
+        ("say", "generate_until", free),
+        ("flow", "loglikelihood_rolling", rolling),
+    ):
         text = LM_EVAL_TASK.format(name=name, data=tmp_path / "rows.jsonl", kind=kind, more=more)
-        (tmp_path / f"{name}.yaml").write_text(
-            text.replace('doc_to_text: "{{question}}"', 'doc_to_text: ""', name == "flow")
-        )
+        asks = text.replace('doc_to_text: "{{question}}"', 'doc_to_text: ""') if name == "flow" else text
+        (tmp_path / f"{name}.yaml").write_text(asks)
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = {}
     for model, arguments in (
-        ("local-completions", f"model=base,base_url={url}/v1/completions,tokenizer={tiny},tokenizer_backend=huggingface,"
-                              "num_concurrent=1,max_length=256"),
+        ("local-completions", f"model=base,base_url={url}/v1/completions,tokenizer={tiny},max_length=256,"
+                              "tokenizer_backend=huggingface,num_concurrent=1"),
         ("hf", f"pretrained={tiny},dtype=float32,device=cpu,max_length=256"),
     ):  # fmt: skip
         report = lm_eval.simple_evaluate(
