@@ -248,6 +248,16 @@ def test_bars_stand_on_the_zero_line_and_grow_with_their_values(values: dict[str
     assert all(b.y >= 0 and b.y + b.height <= chart.height for b in boxes)
 
 
+def test_the_loss_of_an_experts_training_is_a_picture(fitted_shop: Path, tmp_path: Path) -> None:
+    assert call("experts", "chart", "colors", tmp_path / "loss.svg", "-f", fitted_shop, "--json") == {
+        "path": str(tmp_path / "loss.svg")
+    }
+    root = Xml.parse(tmp_path / "loss.svg").getroot()
+    assert {"training", "held out", "colors, version 1"} <= set(root.itertext())
+    run = CliRunner().invoke(app, ["experts", "chart", "nobody", str(tmp_path / "x.svg"), "-f", str(fitted_shop)])
+    assert "no expert 'nobody'" in str(run.exception)
+
+
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         charts.curves("a", "b", "c", [Series("x", [(0, float("nan"))])])

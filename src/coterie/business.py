@@ -175,6 +175,8 @@ def _fit_one(business: Business, name: str, mark: str, tell: Tell, progress: Cal
     def fill(folder: Path) -> None:
         loras.save(expert, folder, facts.base)
         profile.save(folder)
+        curve = {"losses": outcome.losses, "held_out": outcome.held_out}
+        (folder / "losses.json").write_text(json.dumps(curve) + "\n")
 
     facts = business.library.publish(facts, fill, evaluation)
     tell(f"{name}: version {facts.version} published; answering held-out rows")

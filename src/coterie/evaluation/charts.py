@@ -98,6 +98,16 @@ def curves(title: str, x: str, y: str, series: Sequence[Series]) -> Chart:
     return Chart(f"{title}. {y} over {x}: {said}", tuple(shapes))
 
 
+def losses(title: str, training: Sequence[float], held_out: Sequence[float]) -> Chart:
+    """Loss of each step and, spread evenly over them, of the held-out rows at the start and after each epoch."""
+    steps = len(training)
+    apart = steps / max(len(held_out) - 1, 1)
+    return curves(title, "step", "nats per token", [
+        Series("training", [(i, v) for i, v in enumerate(training, 1)]),
+        Series("held out", [(i * apart, v) for i, v in enumerate(held_out)]),
+    ])  # fmt: skip
+
+
 def bars(title: str, y: str, groups: dict[str, dict[str, Bar]]) -> Chart:
     """Groups of bars side by side, as of tasks before and after. Raises ValueError where there are none."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
