@@ -59,6 +59,17 @@ def test_a_merged_expert_computes_what_base_and_expert_do(config: LoraConfig, ti
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+def test_merging_leaves_biases_and_families_right(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Qwen2 has biases; Qwen3 has norms of q and k."""
+    for family in ("qwen2", "qwen3"):
+        base = load(families(family), torch.float32)
+        change = training_change(expert_of(base, LoraConfig(4, 16, ALL)), base.decoder)
+        (row,) = random_rows(base, [30])
+        wanted, found = logits_of(base, [row], change)[0], logits_of(merge(base, change), [row])[0]
+        assert (wanted - logits_of(base, [row])[0]).abs().max() > 0.05
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
 def test_transformers_loads_a_merged_expert_with_the_logits_of_base_and_expert(
     shop_with_expert: Business, tiny_base: BaseModel, tmp_path: Path
 ) -> None:

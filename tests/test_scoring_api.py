@@ -102,6 +102,14 @@ def test_an_echo_without_logprobs_is_the_prompt_and_its_continuation(url: str) -
     assert "".join(x["choices"][0]["text"] for x in lines) == echoed["text"]
 
 
+def test_the_page_gets_an_experts_loss_as_a_picture(url: str) -> None:
+    answer = httpx.get(url + "/experts/colors/loss.svg")
+    assert answer.headers["content-type"] == "image/svg+xml"
+    assert answer.text.startswith("<svg")
+    assert "colors, version 1" in answer.text
+    assert httpx.get(url + "/experts/nobody/loss.svg").status_code == 404
+
+
 LM_EVAL_TASK = """
 task: {name}
 dataset_path: json

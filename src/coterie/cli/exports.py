@@ -1,6 +1,5 @@
 """`coterie experts merge` and `chart`: an expert as a whole model, and its training as a picture."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,6 @@ import typer
 
 from coterie.cli.experts import Folder, Json, Name, app
 from coterie.cli.show import result
-from coterie.errors import CoterieError
 
 
 @app.command()
@@ -39,12 +37,7 @@ def chart(
     """Draw how an expert's loss fell while it was trained."""
     from coterie.business import Business
     from coterie.evaluation import charts
+    from coterie.evaluation.suite import loss_chart
 
-    library = Business.open(folder).library
-    facts = library.facts(name, version)
-    file = library.folder(name, version) / "losses.json"
-    if not file.exists():
-        raise CoterieError(f"{name}, version {facts.version}: no losses are kept of it; it was not trained here")
-    kept = json.loads(file.read_text())
-    charts.save(charts.losses(f"{name}, version {facts.version}", kept["losses"], kept["held_out"]), target)
+    charts.save(loss_chart(Business.open(folder).library, name, version), target)
     result({"path": str(target)}, as_json, str(target))

@@ -1,5 +1,6 @@
 """Run tasks: let the base model and experts answer the same rows, and measure them alike."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,19 @@ def chart(measured: Sequence[Measured]) -> charts.Chart:
         groups.setdefault(m.task, {})[m.who] = charts.Bar(value["value"], value["low"], value["high"])
     kinds = {m.figures["metric"] for m in measured}
     return charts.bars("Tasks", kinds.pop().replace("_", " ") if len(kinds) == 1 else "score", groups)
+
+
+def loss_chart(library: Library, name: str, version: int | None = None) -> charts.Chart:
+    """How an expert's loss fell in training. Raises UnknownExpert, CoterieError where no losses are kept of it."""
+    facts = library.facts(name, version)
+    file = library.folder(name, version) / "losses.json"
+    try:
+        kept = json.loads(file.read_text())
+        return charts.losses(f"{name}, version {facts.version}", kept["losses"], kept["held_out"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CoterieError(
+            f"{name}, version {facts.version}: no losses are kept of it; was it trained elsewhere?"
+        ) from error
 
 
 def parse_task(text: str) -> tuple[str, Path]:

@@ -26,6 +26,8 @@ from coterie.answer import Answer, Answerer
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
+from coterie.evaluation import charts
+from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import ExpertFacts
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
@@ -69,6 +71,10 @@ def create_app(answerer: Answerer) -> FastAPI:
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict[str, Any]:
         return _model(name) if name in ("base", "auto") else _expert(business.library.facts(name))
+
+    @app.get("/experts/{name}/loss.svg")
+    def loss(name: str) -> Response:
+        return Response(charts.svg(loss_chart(business.library, name)), media_type="image/svg+xml")
 
     def _model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "coterie",
