@@ -17,8 +17,8 @@ from coterie.engine.request import Sampling
 from coterie.errors import CoterieError, DataError
 from coterie.experts.instruction import frame, posed
 from coterie.experts.library import ExpertFacts
-from coterie.optimise import optimise
-from coterie.tuning.prompts import Candidate, candidates, cleaned, field_size, instructions, race
+from coterie.optimise import METRICS, optimise
+from coterie.tuning.prompts import Candidate, Tried, candidates, cleaned, field_size, instructions, race
 
 # The search by itself, with scores that are known
 
@@ -188,6 +188,21 @@ def test_a_search_publishes_what_wins_on_rows_it_never_saw(shop: Path, monkeypat
     assert json.loads(run.stdout)[0]["expert"]["rows"] == 24
     # rows shown, raced on and measured on are apart: no row shown is among those it was measured on
     assert found.final["rows"] + len(found.tried[0].scores) < 24
+
+
+def test_a_search_races_on_a_sample_of_a_file_that_is_sorted_by_class(
+    shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"thing {c} number {i},{c}\n" for c in ("red", "green", "blue", "yellow") for i in range(40))
+    (shop / "colors.csv").write_text("text,color\n" + rows)
+    rig(monkeypatch)
+    seen: list[str] = []
+    monkeypatch.setattr("coterie.optimise.prompts.race", lambda field, _rows, score, *_: [
+        (seen.extend(str(s) for s in score([(field[0], i) for i in range(12)])), Tried(field[0]))[1]
+    ])  # fmt: skip
+    monkeypatch.setitem(METRICS, "exact_match", lambda _answer, wanted: float(len(wanted)))
+    optimise(Business.open(shop), "colors", budget=200)
+    assert len(set(seen)) >= 3  # of the four lengths of the classes' names
 
 
 def test_a_search_that_was_stopped_goes_on_without_asking_again(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ def test_a_task_reads_its_data_into_splits_that_share_nothing_and_scores_the_wan
     assert len(splits.test) <= 1000
     assert leaks([asked(e) for e in splits.train], [asked(e) for e in splits.test]) == []
     assert [e.where for e in task.splits(path).test] == [e.where for e in splits.test]
+    if name in CHOICES:  # published files are sorted by class; the first rows must be a sample nonetheless
+        assert len({e.completion for e in splits.test[:100]}) > 0.4 * min(CHOICES[name], 100)
     assert len(task.options(splits)) == CHOICES.get(name, 0)
     score = task.score(path)
     assert sum(score(e.completion, e) for e in splits.test[:60]) == 60
@@ -91,9 +93,10 @@ def test_a_task_of_ones_own_is_a_toml_file(own_task: Path) -> None:
     task = find(str(own_task))
     splits = task.splits(own_task.parent)
     assert (task.name, task.options(splits)) == ("hue", ("blue", "green", "red", "yellow"))
-    assert [asked(e) for e in splits.test] == [
+    assert {asked(e) for e in splits.test} == {
         "Q: What is the color of snow at dusk?", "Q: The color of lava please?", "Q: A canary has which color?"
-    ]  # fmt: skip
+    }  # fmt: skip
+    assert len(splits.test) == 3
 
 
 @pytest.mark.parametrize(

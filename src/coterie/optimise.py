@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from coterie.business import Business, Tell
 from coterie.data.read import Example, Message
 from coterie.data.split import hold_out, leaks
@@ -168,7 +170,12 @@ def _split(business: Business, name: str, most_final: int, seed: int) -> _Data:
         kept, held = hold_out([e.prompt[-1]["content"] for e in examples], share, most, seed)
         parts.append([examples[i] for i in held])
         examples = [examples[i] for i in kept]
-    return _Data(examples, parts[0], (tests or parts[1])[:most_final])
+    rng = np.random.default_rng(seed)  # files are often sorted by class, and every use takes the first rows
+
+    def shuffled(rows: list[Example]) -> list[Example]:
+        return [rows[i] for i in rng.permutation(len(rows))]
+
+    return _Data(shuffled(examples), shuffled(parts[0]), shuffled(tests or parts[1])[:most_final])
 
 
 def _framed(candidate: Candidate, example: Example) -> list[Message]:

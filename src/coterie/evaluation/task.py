@@ -65,8 +65,9 @@ class Task:
         return lambda answer, example: metric(answer, example.completion)
 
     def splits(self, path: Path, seed: int = 0) -> Splits:
-        """Disjoint rows: a fixed draw of at most `test_most` to measure on, and training rows that do not (nearly)
-        repeat any of them. Rows to measure on that repeat one another count once. Raises DataError."""
+        """Disjoint rows: a fixed draw of at most `test_most` to measure on, in an order in which the first few are a
+        fair sample too, and training rows that do not (nearly) repeat any of them. Rows to measure on that repeat one
+        another count once. Raises DataError."""
         if not path.exists():
             raise DataError(f"{path}: no such file or folder (data of the task {self.name})")
         train, test = self.read(path)
@@ -116,9 +117,8 @@ def find(name: str) -> Task:
 
 
 def _draw(rows: list[Example], most: int, seed: int) -> list[Example]:
-    if len(rows) <= most:
-        return rows
-    return [rows[i] for i in sorted(np.random.default_rng(seed).permutation(len(rows))[:most])]
+    """At most `most` rows, shuffled: published files are often sorted by class."""
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
 
 
 def _from_toml(file: Path) -> Task:
