@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError, ModelError, StorageError
 from coterie.evaluation.run import evaluate
 from coterie.experts import kinds
+from coterie.experts.instruction import posed, weights_of
 from coterie.experts.library import ExpertFacts, Library
 from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
@@ -68,6 +69,14 @@ class Business:
         b = self.config.business
         sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
         return Engine(self.base(tell), library or self.library, **sizes)
+
+    def own_engine(self, facts: ExpertFacts, library: Library | None = None, **options: int) -> Engine | None:
+        """The engine of an expert that is a model of its own (`full`); None for all others."""
+        if facts.kind != "full":
+            return None
+        b, folder = self.config.business, (library or self.library).folder(facts.name, facts.version)
+        sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
+        return Engine(load(folder / "model", packed=True), None, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:
         """The declaration of one expert. Raises CoterieError."""
@@ -223,6 +232,8 @@ def _fit_one(
     def fill(folder: Path) -> None:
         save_expert(base, expert, folder, facts.base)
         statistics.save(folder)
+        curve = {"losses": outcome.losses, "held_out": outcome.held_out}
+        (folder / "losses.json").write_text(json.dumps(curve) + "\n")
 
     trial = Library(work / "trial")
     shutil.rmtree(trial.root, ignore_errors=True)
@@ -261,16 +272,24 @@ def compare(
     base = business.base()
     longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
     engine = business.engine(library=library, slots=64, queue=128)
+    own = business.own_engine(facts, library, slots=64, queue=128)
     out: dict[str, Any] = {}
     try:
-        for who, adapter in (("base", None), ("expert", (facts.name, facts.version))):
-            label = f"{facts.name if adapter else 'base model'} answers"
+        framed = [replace(e, messages=(*posed(facts, e.prompt), e.messages[-1])) for e in examples]
+        asked = (
+            ("base", examples, engine, None),
+            ("expert", framed, own or engine, None if own else weights_of(facts)),
+        )
+        for who, rows, served, adapter in asked:
+            label = f"{facts.name if who == 'expert' else 'base model'} answers"
             out[who], _ = evaluate(
-                engine, examples, adapter, facts.choices, longest,
+                served, rows, adapter, facts.choices, longest,
                 lambda done, label=label: count(label, done, len(examples)),  # type: ignore[misc]
             )  # fmt: skip
     finally:
         engine.close()
+        if own:
+            own.close()
     return out
 
 
@@ -286,9 +305,11 @@ def measure(
     if not names and not library.names():
         raise CoterieError(f"{business.folder}: no experts in the library yet; `coterie fit` trains them")
     for name in names or library.names():
-        facts, spec = library.facts(name), business.config.experts.get(name)
+        facts = library.facts(name)
+        task = str(facts.training.get("task", name))  # a searched prompt is measured on its task's data
+        spec = business.config.experts.get(task)
         listed = [str(data.resolve())] if data else spec.test if spec else []
-        examples = list(islice(business.examples(name, listed), limit or None))
+        examples = list(islice(business.examples(task, listed), limit or None))
         if not examples:
             if data or names:
                 raise DataError(f'{data or name}: no test rows; declare test = "..." in coterie.toml, or give --data')

@@ -38,6 +38,7 @@ class ExpertFacts:
     description: str = ""
     system: str = ""  # the instruction it was trained with, given to requests that bring none
     choices: tuple[str, ...] = ()  # the answers it may give; empty for free text
+    examples: tuple[tuple[str, str], ...] = ()  # questions and answers shown before the conversation
     base: str = ""
     fingerprint: str = ""  # of base, data and settings: `fit` trains again only when it changes
     created: str = ""
@@ -115,6 +116,7 @@ class Library:
             raw = json.loads(file.read_text(encoding="utf-8"))
             known = {f.name for f in fields(ExpertFacts)}
             facts: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known}
+            facts["examples"] = tuple((asked, answered) for asked, answered in raw.get("examples", ()))
             return ExpertFacts(**facts)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{file}: damaged ({error}); remove this version or import it again") from error
@@ -231,11 +233,14 @@ class Library:
 def card(facts: ExpertFacts, evaluation: dict[str, Any]) -> str:
     """The model card of a version, in Markdown: what it is for, how it was made, how good it is."""
     lines = [
-        "---", f"base_model: {facts.base}", "library_name: peft", "tags: [coterie, " + facts.kind + "]", "---", "",
+        "---", f"base_model: {facts.base}", *(["library_name: peft"] if facts.kind == "lora" else []),
+        "tags: [coterie, " + facts.kind + "]", "---", "",
         f"# {facts.name}, version {facts.version}", "", facts.description or "No description was given.", "",
         f"- Kind: {facts.kind}, on {facts.base}", f"- Made: {facts.created}",
         f"- Instruction: {facts.system or 'none'}",
     ]  # fmt: skip
+    if facts.examples:
+        lines.append(f"- Shows the base model {len(facts.examples)} worked examples first")
     if facts.choices:
         lines.append(f"- Answers with one of {len(facts.choices)} choices")
     lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.training.items()]
