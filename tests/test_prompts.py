@@ -140,7 +140,7 @@ def test_an_instruction_expert_answers_as_the_base_does_with_its_prompt(shop: Pa
     finally:
         answerer.engine.close()
     rows = list(business.examples("colors", ["colors.csv"]))[:4]
-    assert compare(business, "kind", rows, "test")["test"]["expert"]["rows"] == 4
+    assert compare(business, business.library.facts("kind"), rows)["expert"]["rows"] == 4
 
 
 # The whole search, on the tiny model
