@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.model.decoder import SITES, Change, Decoder, ModelConfig
+from coterie.model.gradients import low_rank
 
 BLOCKS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
@@ -98,16 +99,21 @@ def site_matrices(lora: Lora, model: ModelConfig, layer: int, site: str, like: T
 
 
 def training_change(lora: Lora, decoder: Decoder) -> Change:
-    """What `lora` makes of every row, differentiable in its weights. Build it anew for each step."""
-    like = decoder.weights["final_norm"]
-    sites = {
-        (layer, site): site_matrices(lora, decoder.config, layer, site, like)
-        for layer in range(decoder.config.layers) for site in SITES
-    }  # fmt: skip
+    """What `lora` makes of every row, differentiable in its weights."""
+    sites: dict[str, list[tuple[str, slice]]] = {}  # projections that the expert changes, and their columns
+    for site in SITES:
+        sites[site], start = [], 0
+        for projection, size in decoder.config.site_outputs(site):
+            if projection in lora.config.targets:
+                sites[site].append((projection, slice(start, start + size)))
+            start += size
 
     def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
-        found = sites.get((layer, site))
-        return out if found is None else out + (x @ found[0].T) @ found[1].T
+        found = sites.get(site)
+        if not found:
+            return out
+        downs, ups = ([lora.weights[weight_name(layer, p, side)] for p, _ in found] for side in "AB")
+        return low_rank(out, x, downs, ups, [span for _, span in found], lora.config.scale)
 
     return change
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.model.gradients import Padded, rms_norm, rotate, swiglu, written_out_attention
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
 Change = Callable[[int, str, Tensor, Tensor], Tensor]  # layer, site, x (N,in), out (N,out) -> what out becomes
 SHORT = 256  # tokens; up to here training writes attention out
@@ -137,13 +139,8 @@ class Decoder:
         out = self.linear(x, f"{layer}.{site}")
         return change(layer, site, x, out) if change else out
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of x (N, H, D) by cos and sin (N, 1, D/2)."""
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weights[name], self.config.eps)
+        return rms_norm(x, self.weights[name], self.config.eps)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Where the residual stream begins, (N, width), for token ids (N)."""
@@ -155,6 +152,7 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """The residual stream (N, width) of packed tokens at `positions` (N) after `layers`, by default all."""
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (N, 1, D), as `rotate` wants them
         for layer in range(self.config.layers) if layers is None else layers:
             mixed = self._attention(layer, hidden, cos, sin, attend, change)
             hidden = hidden + (change(layer, "attn", hidden, mixed) if change else mixed)
@@ -168,18 +166,18 @@ class Decoder:
         c, n = self.config, len(hidden)
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
         x = self.norm(hidden, f"{layer}.attn_norm")
-        q, k, v = self.project(layer, "qkv", x, change).split([q_size, kv_size, kv_size], dim=-1)
-        q, k = q.view(n, c.heads, c.head_dim), k.view(n, c.kv_heads, c.head_dim)
+        qk, v = self.project(layer, "qkv", x, change).split([q_size + kv_size, kv_size], dim=-1)
+        qk = qk.view(n, c.heads + c.kv_heads, c.head_dim)
         if c.qk_norm:
-            q, k = self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")
-        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+            q, k = qk.split([c.heads, c.kv_heads], dim=1)
+            qk = torch.cat((self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")), dim=1)
+        q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], dim=1)
         mixed = attend(layer, q, k, v.view(n, c.kv_heads, c.head_dim)).reshape(n, q_size)
         return self.project(layer, "o", mixed, change)
 
     def _feed_forward(self, layer: int, hidden: Tensor, change: Change | None) -> Tensor:
         x = self.norm(hidden, f"{layer}.ffn_norm")
-        gate, up = self.project(layer, "gate_up", x, change).chunk(2, dim=-1)
-        return self.project(layer, "down", F.silu(gate) * up, change)
+        return self.project(layer, "down", swiglu(self.project(layer, "gate_up", x, change)), change)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The residual stream after the last layer, normed for `logits`, (N, width)."""
@@ -199,34 +197,60 @@ def packed_positions(lengths: list[int], device: torch.device | str = "cpu") -> 
     return torch.cat([torch.arange(n, device=device) for n in lengths])
 
 
-def attend_packed(lengths: list[int]) -> Attend:
-    """Causal attention within each packed sequence.
+def attend_packed(lengths: list[int], shared: int = 0) -> Attend:
+    """Causal attention within each packed sequence; the first `shared` tokens of all stand before every sequence.
 
     Only here are sequences padded, on the right, where a causal mask already hides the padding.
     """
     longest, count = max(lengths), len(lengths)
-    rows = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    place = rows * longest + packed_positions(lengths)  # (N) where a token lies in the padded batch
+    rows = torch.arange(count).repeat_interleave(torch.tensor(lengths))
+    places = packed_positions(lengths)
+    first = attend_packed([shared]) if shared else None
+    layout: list[Padded] = []  # made when the first layer says how many heads there are
 
-    hidden_future = torch.full((longest, longest), -math.inf).triu(1) if longest <= SHORT else torch.empty(0)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if first is None:
+            return each(q, k, v, None)
+        parts = [t.split([shared, len(t) - shared]) for t in (q, k, v)]
+        (q0, q), (k0, k), (v0, v) = parts
+        return torch.cat([first(layer, q0, k0, v0), each(q, k, v, (k0, v0))])
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def each(q: Tensor, k: Tensor, v: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+        if longest <= SHORT and (q.requires_grad or k.requires_grad):
+            if not layout:
+                layout.append(_padded(rows, places, longest, count, shared, q.shape[1], k.shape[1], q.device))
+            return written_out_attention(q, k, v, before, layout[0])
+        place = (rows * longest + places).to(q.device)  # (N) where a token lies in the padded batch
+
         def pad(x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
-            out = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, place.to(x.device), x)
+            out = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, place, x)
             return out.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
+        keys, values = pad(k), pad(v)
+        mask = None
+        if before is not None:
+            seen = [t.transpose(0, 1).expand(count, -1, -1, -1) for t in before]  # (B, Hkv, P, D)
+            keys, values = torch.cat([seen[0], keys], dim=2), torch.cat([seen[1], values], dim=2)
+            mask = torch.ones(longest, shared + longest, dtype=torch.bool, device=q.device).tril(shared)
         group = q.shape[1] // k.shape[1]
-        if longest <= SHORT and q.requires_grad:
-            # The CPU's fused backward takes 18 ms where three small products take 2.
-            grouped = pad(q).reshape(count, k.shape[1], group, longest, -1)
-            scores = (grouped @ pad(k).unsqueeze(2).transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + hidden_future
-            out: Tensor = (scores.softmax(-1).to(q.dtype) @ pad(v).unsqueeze(2)).view(count, q.shape[1], longest, -1)
-        else:
-            keys, values = (pad(t).repeat_interleave(group, dim=1) for t in (k, v))
-            out = F.scaled_dot_product_attention(pad(q), keys, values, is_causal=True)
-        return out.transpose(1, 2).reshape(count * longest, *q.shape[1:])[place.to(q.device)]
+        keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+        out = F.scaled_dot_product_attention(pad(q), keys, values, attn_mask=mask, is_causal=mask is None)
+        return out.transpose(1, 2).reshape(count * longest, *q.shape[1:])[place]
 
     return attend
+
+
+def _padded(
+    rows: Tensor, places: Tensor, longest: int, count: int, shared: int, heads: int, kv_heads: int,
+    device: torch.device,
+) -> Padded:  # fmt: skip
+    """Where the heads of each token (row, place) go, with the queries of a group side by side."""
+    group, span = heads // kv_heads, shared + longest
+    h, kv = torch.arange(heads), torch.arange(kv_heads)
+    queries = ((rows[:, None] * kv_heads + h // group) * longest + places[:, None]) * group + h % group
+    keys = (rows[:, None] * kv_heads + kv) * span + shared + places[:, None]
+    mask = torch.full((longest, span), -math.inf).triu(1 + shared).repeat_interleave(group, 0)
+    return Padded(queries.flatten().to(device), keys.flatten().to(device), mask.to(device), count)
 
 
 class KVCache:
