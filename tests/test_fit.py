@@ -199,8 +199,29 @@ def test_a_run_stopped_at_any_steps_ends_in_the_same_weights(
     assert found[1].resumed_at == (stops[-1] if stops else 0)
 
 
-@given(delays_ms=st.lists(st.floats(1, 150), max_size=3))
-@settings(max_examples=8)
+@pytest.mark.parametrize("stop", [1, 7, 18])
+def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(
+    stop: int, tiny_base: BaseModel, data: TokenSet, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, updates = torch.optim.AdamW.step, 0
+
+    def press_after(self: torch.optim.AdamW) -> None:
+        nonlocal updates
+        update(self)
+        updates += 1
+        if updates == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", press_after)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny_base, data, tmp_path / "checkpoint", replace(FAST, checkpoint_every_s=1e9))
+    found = learn(tiny_base, data, tmp_path / "checkpoint")
+    assert_same(found, unbroken)
+    assert (found[1].resumed_at, updates) == (stop, 18)
+
+
+@given(delays_ms=st.lists(st.floats(1, 150), min_size=1, max_size=3))
+@settings(max_examples=5)
 def test_ctrl_c_at_any_moment_never_leaves_half_a_step(
     delays_ms: list[float], tiny_base: BaseModel, data: TokenSet, unbroken: Any,
     tmp_path_factory: pytest.TempPathFactory,
