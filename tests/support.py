@@ -15,9 +15,11 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from coterie.experts.lora import Lora, training_change
+from coterie.experts.expert import Applied, Expert
+from coterie.experts.kinds import KINDS, apply
 from coterie.model.decoder import Change, attend_packed, packed_positions
 from coterie.model.load import BaseModel
+from coterie.tuning.forward import hidden_states
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -107,15 +109,39 @@ def reference_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     return transformers.AutoTokenizer.from_pretrained(path, **({"gguf_file": ggufs[0].name} if ggufs else {}))
 
 
-def greedy(base: BaseModel, prompt: list[int], count: int, lora: Lora | None = None) -> tuple[list[int], float]:
+def fresh(config: Any, base: BaseModel, seed: int = 0) -> Expert:
+    """A new expert of any kind but full."""
+    module = KINDS[config.kind]
+    words = base.encode("Hello, Ada") if config.kind in ("prompt", "prefix") else seed
+    expert: Expert = module.fresh(config, base.decoder, words)
+    return expert
+
+
+def trained(config: Any, base: BaseModel, seed: int = 0) -> Expert:
+    """An expert as if it had been trained: no matrix is zero."""
+    expert = fresh(config, base, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for w in expert.weights.values():
+        w.add_(torch.randn(w.shape, generator=generator) * 0.1)
+    return expert
+
+
+def logits_with(base: BaseModel, rows: list[list[int]], expert: Expert | None) -> list[torch.Tensor]:
+    """Scores (tokens, vocab) of each row with an expert applied as in training, without gradients."""
+    applied = apply(expert, base.decoder) if expert else Applied()
+    with torch.no_grad():
+        hidden = hidden_states(base.decoder, applied, [torch.tensor(row) for row in rows])
+        return list(base.decoder.logits(hidden).cpu().split([len(row) for row in rows]))
+
+
+def greedy(base: BaseModel, prompt: list[int], count: int, expert: Expert | None = None) -> tuple[list[int], float]:
     """At most `count` tokens, each by a whole forward pass, and the least lead of a chosen score over the next.
 
     Where the lead is clear, rounding cannot turn a choice, and whoever computes the same chooses the same.
     """
-    change = training_change(lora, base.decoder) if lora else None
     ids, lead = list(prompt), float("inf")
     while len(ids) < len(prompt) + count:
-        top = logits_of(base, [ids], change)[0][-1].topk(2)
+        top = logits_with(base, [ids], expert)[0][-1].topk(2)
         lead = min(lead, float(top.values[0] - top.values[1]))
         if int(top.indices[0]) in base.eos:
             break
@@ -128,7 +154,8 @@ class Gate:
 
     def __init__(self, base: BaseModel) -> None:
         decoder = copy(base.decoder)
-        self._forward, decoder.forward = decoder.forward, self._wait  # type: ignore[method-assign]
+        self._embed, decoder.embed = decoder.embed, self._look  # type: ignore[method-assign]
+        self._run, decoder.run = decoder.run, self._wait  # type: ignore[method-assign]
         self.base = replace(base, decoder=decoder)
         self.begun, self.leave = threading.Semaphore(0), threading.Semaphore(0)
         self.sizes: list[int] = []  # tokens of each forward
@@ -140,11 +167,14 @@ class Gate:
         self.opened = True
         self.leave.release()
 
-    def _wait(self, ids: Tensor, *args: Any) -> Tensor:
-        self.sizes.append(len(ids))
+    def _look(self, ids: Tensor) -> Tensor:
+        if self.fails(ids):
+            raise RuntimeError("the forward fails, as the test asked")
+        return self._embed(ids)
+
+    def _wait(self, hidden: Tensor, *args: Any) -> Tensor:
+        self.sizes.append(len(hidden))
         self.begun.release()
         if not self.opened:
             assert self.leave.acquire(timeout=60)
-        if self.fails(ids):
-            raise RuntimeError("the forward fails, as the test asked")
-        return self._forward(ids, *args)
+        return self._run(hidden, *args)

@@ -21,6 +21,7 @@ from conftest import COLORS
 from coterie.answer import Answer, Answerer
 from coterie.business import Business
 from coterie.experts import lora as loras
+from coterie.experts.expert import CONFIG
 from coterie.model.load import BaseModel
 from coterie.routing import nearest
 from coterie.web.app import create_app
@@ -659,7 +660,7 @@ def test_a_fault_of_ours_is_an_error_without_our_secrets(fitted_shop: Path, tiny
     ("file", "content"),
     [
         ("1/expert.json", b"{"), ("1/expert.json", None), ("current", b"one"), ("current", b""), ("current", b"7"),
-        ("1/" + loras.WEIGHTS, b"cut"), ("1/" + loras.WEIGHTS, None), ("1/" + loras.CONFIG, b"[]"),
+        ("1/" + loras.WEIGHTS, b"cut"), ("1/" + loras.WEIGHTS, None), ("1/" + CONFIG, b"[]"),
         ("1/" + nearest.FILE, b"cut"),
     ],
 )  # fmt: skip

@@ -28,14 +28,25 @@ from coterie.cli.main import main
 from coterie.data.encode import TokenSet, encode_all
 from coterie.data.read import Example
 from coterie.errors import CoterieError, DataError, StorageError, TrainingError
-from coterie.experts import lora as loras
-from coterie.experts.lora import Lora, LoraConfig
+from coterie.experts import adapter, full, kinds, lora, prefix, prompt
+from coterie.experts.expert import Applied, Expert
+from coterie.experts.lora import LoraConfig
 from coterie.model.load import BaseModel, load
-from coterie.tuning import loop
-from coterie.tuning.loop import Progress, Training, completion_loss, held_out_loss, train
+from coterie.tuning import forward, loop, objective
+from coterie.tuning.forward import completion_loss
+from coterie.tuning.loop import Progress, Training, held_out_loss, train
+from coterie.tuning.objective import completions
 
 FAST = Training(epochs=3, batch=4, checkpoint_every_s=-1)  # a checkpoint after every step
 SHAPE = LoraConfig(4, 8)
+KINDS: dict[str, Callable[[BaseModel], Expert]] = {
+    "lora": lambda base: lora.fresh(SHAPE, base.decoder, seed=1),
+    "dora with dropout": lambda base: lora.fresh(LoraConfig(4, 8, dora=True, dropout=0.2), base.decoder),
+    "adapter": lambda base: adapter.fresh(adapter.BottleneckConfig(8), base.decoder),
+    "prompt": lambda base: prompt.fresh(prompt.PromptConfig(4), base.decoder, base.encode("Be kind.")),
+    "prefix": lambda base: prefix.fresh(prefix.PrefixConfig(4), base.decoder, base.encode("Be kind.")),
+    "full": lambda base: full.fresh(full.FullConfig(), base.decoder),
+}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -56,20 +67,22 @@ ROWS, HELD = list(range(3, 24)), [0, 1, 2]
 def learn(
     base: BaseModel, data: TokenSet, checkpoint: Path, settings: Training = FAST,
     tell: Callable[[Progress], None] = lambda _: None, say: Callable[[str], None] = lambda _: None,
-) -> tuple[Lora, loop.Outcome]:  # fmt: skip
-    lora = loras.fresh(SHAPE, base.decoder.config, seed=1)
-    return lora, train(base.decoder, lora, data, ROWS, HELD, settings, checkpoint, tell, say)
+    kind: str = "lora",
+) -> tuple[Expert, loop.Outcome]:  # fmt: skip
+    expert, loss = KINDS[kind](base), completions(base.decoder, data)
+    outcome = train(base.decoder, expert, loss, data.lengths(), ROWS, HELD, settings, checkpoint, tell, say=say)
+    return expert, outcome
 
 
 @pytest.fixture(scope="module")
 def unbroken(
     tiny_base: BaseModel, data: TokenSet, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Lora, loop.Outcome]:
+) -> tuple[Expert, loop.Outcome]:
     """What training gives when nothing disturbs it."""
     return learn(tiny_base, data, tmp_path_factory.mktemp("unbroken") / "checkpoint")
 
 
-def assert_same(found: tuple[Lora, loop.Outcome], wanted: tuple[Lora, loop.Outcome]) -> None:
+def assert_same(found: tuple[Expert, loop.Outcome], wanted: tuple[Expert, loop.Outcome]) -> None:
     assert found[0].weights.keys() == wanted[0].weights.keys()
     for name, weight in wanted[0].weights.items():
         assert torch.equal(found[0].weights[name], weight), name
@@ -80,21 +93,22 @@ def assert_same(found: tuple[Lora, loop.Outcome], wanted: tuple[Lora, loop.Outco
 # What is learned
 
 
-def trained_a_little(base: BaseModel, data: TokenSet) -> Lora:
-    lora = loras.fresh(SHAPE, base.decoder.config)
+def trained_a_little(base: BaseModel) -> Expert:
+    """A LoRA expert none of whose matrices is zero."""
+    expert = lora.fresh(SHAPE, base.decoder)
     generator = torch.Generator().manual_seed(0)
-    for name, w in lora.weights.items():
+    for name, w in expert.weights.items():
         if ".lora_B." in name:
             w.copy_(torch.randn(w.shape, generator=generator) * 0.1)
-    return lora
+    return expert
 
 
 def plain_loss(
-    folder: Path, adapter: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]
+    folder: Path, saved: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients by transformers and peft, one row at a time, of cross-entropy on the marked tokens."""
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expert = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+    expert = peft.PeftModel.from_pretrained(model, saved, is_trainable=True).train()
     total = torch.zeros(())
     for tokens, marks in rows:
         scores = expert(tokens[None].long()).logits[0, :-1]
@@ -114,21 +128,21 @@ def test_loss_and_gradients_are_those_of_cross_entropy_on_the_marked_tokens(
     dtype: torch.dtype, close: float, tiny: Path, tiny_base: BaseModel, data: TokenSet, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(loop, "CHUNK", 5)
+    monkeypatch.setattr(forward, "CHUNK", 5)
     base = load(tiny, dtype, packed=True)
-    lora = trained_a_little(base, data)
-    loras.save(lora, tmp_path, str(tiny))
+    expert = trained_a_little(base)
+    kinds.save(expert, tmp_path, str(tiny), base.decoder.config)
     rows = rows_of(data, [0, 5, 7, 20])
     wanted, slopes = plain_loss(tiny, tmp_path, rows)
-    for w in lora.weights.values():
+    for w in expert.weights.values():
         w.requires_grad_()
-    loss, count = completion_loss(base.decoder, lora, rows)
+    loss, count = completion_loss(base.decoder, kinds.apply(expert, base.decoder, training=True), rows)
     loss.backward()
     assert count == sum(int(marks.sum()) for _, marks in rows)
     torch.testing.assert_close(loss.detach().float(), wanted, rtol=close, atol=close)
-    assert slopes.keys() == lora.weights.keys()
+    assert slopes.keys() == expert.weights.keys()
     for name, slope in slopes.items():
-        found = lora.weights[name].grad
+        found = expert.weights[name].grad
         assert found is not None
         assert (found.float() - slope).norm() <= close * slope.norm() + 1e-6, name
 
@@ -137,9 +151,10 @@ def test_a_batch_in_several_forwards_is_the_same_batch(
     tiny_base: BaseModel, data: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
 ) -> None:
     monkeypatch.setattr(loop, "MICRO_TOKENS", 40)
-    lora, outcome = learn(tiny_base, data, tmp_path / "checkpoint")
+    expert, outcome = learn(tiny_base, data, tmp_path / "checkpoint")
     assert outcome.losses == pytest.approx(unbroken[1].losses, abs=2e-3)
-    assert held_out_loss(tiny_base.decoder, lora, data, HELD) == pytest.approx(outcome.held_out[-1], abs=1e-5)
+    loss, applied = completions(tiny_base.decoder, data), kinds.apply(expert, tiny_base.decoder)
+    assert held_out_loss(loss, applied, data.lengths(), HELD) == pytest.approx(outcome.held_out[-1], abs=1e-5)
 
 
 def test_training_lowers_the_loss_and_says_how_far_it_is(tiny_base: BaseModel, data: TokenSet, tmp_path: Path) -> None:
@@ -149,7 +164,9 @@ def test_training_lowers_the_loss_and_says_how_far_it_is(tiny_base: BaseModel, d
     assert outcome.steps == len(outcome.losses) == 3 * per_epoch
     assert outcome.examples == 3 * len(ROWS)
     assert outcome.tokens == 3 * data.lengths()[ROWS].sum()
-    assert outcome.held_out[0] == pytest.approx(held_out_loss(tiny_base.decoder, None, data, HELD))
+    assert outcome.held_out[0] == pytest.approx(
+        held_out_loss(completions(tiny_base.decoder, data), Applied(), data.lengths(), HELD)
+    )
     assert outcome.held_out[-1] < outcome.held_out[0] - 0.3
     assert len(outcome.held_out) == 1 + 3
     assert [p.step for p in news] == sorted(p.step for p in news)
@@ -197,6 +214,24 @@ def test_a_run_stopped_at_any_steps_ends_in_the_same_weights(
     assert_same(found, unbroken)
     assert said == [f"going on at step {stop} of 18" for stop in stops]
     assert found[1].resumed_at == (stops[-1] if stops else 0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+def test_every_kind_of_expert_goes_on_to_the_same_weights(
+    kind: str, tiny_base: BaseModel, data: TokenSet, tmp_path: Path
+) -> None:
+    def press(p: Progress) -> None:
+        if p.step == 4:
+            raise KeyboardInterrupt
+
+    short = replace(FAST, epochs=1, checkpoint_every_s=1e9)
+    wanted = learn(tiny_base, data, tmp_path / "unbroken", short, kind=kind)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny_base, data, tmp_path / "broken", short, press, kind=kind)
+    found = learn(tiny_base, data, tmp_path / "broken", short, kind=kind)
+    assert_same(found, wanted)
+    assert found[1].resumed_at == 4
+    assert found[1].losses[0] > found[1].losses[-1]
 
 
 @pytest.mark.parametrize("stop", [1, 7, 18])
@@ -296,9 +331,7 @@ def test_training_that_diverges_stops_before_it_spoils_the_checkpoint(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     done: list[int] = []
-    with pytest.raises(
-        TrainingError, match=r"diverged at step (\d+) of 18: loss .*; lower training\.learning_rate"
-    ) as e:
+    with pytest.raises(TrainingError, match=r"diverged at step (\d+) of 18: loss .*; lower the learning rate") as e:
         learn(tiny_base, data, checkpoint, replace(FAST, learning_rate=rate, clip=1e9), lambda p: done.append(p.step))
     assert f"at step {done[-1] + 1} of" in str(e.value)
     if rate == 1e30:
@@ -446,12 +479,12 @@ def test_held_out_rows_and_test_rows_are_never_learned(shop: Path, monkeypatch: 
     learned: set[str] = set()
     measured: set[str] = set()
 
-    def watch(decoder: Any, lora: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    def watch(decoder: Any, applied: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         seen = {business.base().tokenizer.decode(tokens.tolist(), skip_special_tokens=True) for tokens, _ in rows}
         (learned if torch.is_grad_enabled() else measured).update(seen)
-        return completion_loss(decoder, lora, rows)
+        return completion_loss(decoder, applied, rows)
 
-    monkeypatch.setattr(loop, "completion_loss", watch)
+    monkeypatch.setattr(objective, "completion_loss", watch)
     found = next(fit(business, ["greet"]))
     training, held = found.facts.training, found.evaluation["held_out_rows"]
     assert (training["left_out_as_test_rows"], training["rows"], held) == (1, 16, 7)
@@ -484,6 +517,27 @@ def test_a_stopped_fit_goes_on_where_it_stopped(
     assert weights(folder) == wanted
     assert {name: business.library.versions(name) for name in wanted} == {"colors": [1], "greet": [1]}
     assert not [(name, step) for name, step in steps if step != 3 and steps.count((name, step)) > 1], "learned twice"
+
+
+def test_a_fit_stopped_while_it_learns_preferences_goes_on_where_it_stopped(shop: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Hello, I am {n}.", "chosen": f"Welcome, {n}!", "rejected": "Go away."} for n in "ABCDEFGHIJ"]
+    (shop / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    edit(shop, 'train = "greet.jsonl"\n', 'train = "greet.jsonl"\npreferences = "pairs.jsonl"\n')
+    again = shutil.copytree(shop, tmp_path / "again")
+    assert fitted(shop, "greet")["greet"].evaluation["preference_pairs"] == 9
+    steps: list[tuple[str, int]] = []
+
+    def press(name: str, p: Progress) -> None:
+        steps.append((name, p.step))
+        if steps[-1] == ("greet, preferences", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(Business.open(again), ["greet"], progress=press))
+    list(fit(Business.open(again), ["greet"], progress=lambda name, p: steps.append((name, p.step))))
+    assert weights(again)["greet"] == weights(shop)["greet"]
+    learned = [step for step in steps if step not in (("greet", 3), ("greet, preferences", 2))]
+    assert learned == [("greet", 1), ("greet", 2), ("greet, preferences", 1)], "nothing is learned twice"
 
 
 KILLED = """
@@ -567,16 +621,16 @@ def test_a_full_disk_stops_fit_and_loses_nothing(
     def before_that_the_disk_fills_up(name: str, size: int) -> None:
         verb = getattr(room, name)
 
-        def filled(*args: Any) -> Any:
+        def filled(*args: Any, **more: Any) -> Any:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            return verb(*args)
+            return verb(*args, **more)
 
         patch.setattr(room, name, filled)
 
     with files_up_to(10**9), monkeypatch.context() as patch:  # both are put back when the block ends
         before_that_the_disk_fills_up(
             *{"encoding": ("prepare", 100), "checkpoint": ("train", 5000), "trial": ("make_profile", 5000),
-              "publishing": ("compare", 5000)}[moment]
+              "publishing": ("compare", 100)}[moment]
         )  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             main(["fit", str(shop), "-e", "greet"])

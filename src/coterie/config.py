@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel as Record
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
+from coterie.data.read import Column
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
 from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
+LEARNING_RATES = {"lora": 1e-3, "adapter": 1e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 5e-5}
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Files = Annotated[
     list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
@@ -31,6 +33,33 @@ class LoraSpec(_Strict):
         list(get_args(Projection)), min_length=1, description="projections that the expert changes"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="learn the length of each row of the weights apart (DoRA)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs left out at random while training")
+
+
+class AdapterSpec(_Strict):
+    """[experts.NAME.adapter]: the size of a bottleneck adapter."""
+
+    size: int = Field(36, ge=1, description="width of the bottleneck")
+    placement: Literal["houlsby", "pfeiffer"] = Field(
+        "houlsby", description="after attention and feed-forward (houlsby), or after the feed-forward only (pfeiffer)"
+    )
+    activation: Literal["relu", "swish", "gelu"] = Field("swish", description="between down and up")
+
+
+class PromptSpec(_Strict):
+    """[experts.NAME.prompt]: the size of a soft prompt, or of a prefix."""
+
+    tokens: int = Field(16, ge=1, le=1024, description="virtual tokens before the text")
+    start: str = Field("", description="words whose embeddings they start from; default: `system` or `description`")
+
+
+class PreferenceSpec(_Strict):
+    """[experts.NAME.preference]: how pairs of a better and a worse answer are learned, after `train`."""
+
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the expert before")
+    epochs: int = Field(1, ge=1, le=100, description="passes over the pairs")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
 
 
 class TrainingSpec(_Strict):
@@ -38,7 +67,18 @@ class TrainingSpec(_Strict):
 
     epochs: int = Field(3, ge=1, le=1000, description="passes over the data")
     batch: int = Field(16, ge=1, le=4096, description="examples for each update")
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="peak learning rate; default by kind: "
+        + ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items()),
+    )
+    first_layer: int = Field(
+        0,
+        ge=0,
+        description="lora and adapter: leave the layers below alone; what they compute is kept on disk and reused",
+    )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps that the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     seed: int = Field(0, ge=0, lt=2**32, description="fixes split, order and start: same seed, same expert")
@@ -49,16 +89,20 @@ class TrainingSpec(_Strict):
 class ExpertSpec(_Strict):
     """[experts.NAME]: one expert and its data."""
 
-    kind: Literal["lora"] = Field("lora", description="kind of expert")
+    kind: Literal["lora", "adapter", "prompt", "prefix", "full"] = Field("lora", description="kind of expert")
     description: str = Field("", description="what it is for; shown to people")
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
     train: Files = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
     test: Files = Field([], description="files only to measure with; their near-duplicates leave the training data")
-    columns: dict[Literal["prompt", "completion", "messages", "system"], str] = Field(
-        {}, description="which column of the file holds prompt and completion (or messages), and system"
+    columns: dict[Column, str] = Field(
+        {}, description="which column of the file holds prompt and completion (or messages), system, chosen, rejected"
     )
     choices: bool = Field(False, description="answer only with completions seen in training (classification)")
+    preferences: Files = Field([], description="files of pairs: prompt, chosen and rejected; learned after `train`")
     lora: LoraSpec = LoraSpec()
+    adapter: AdapterSpec = AdapterSpec()
+    prompt: PromptSpec = PromptSpec()
+    preference: PreferenceSpec = PreferenceSpec()
     training: TrainingSpec = TrainingSpec()
 
 

@@ -59,13 +59,13 @@ def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = F
 @app.command("import")
 def import_expert(
     name: Name,
-    source: Annotated[Path, typer.Argument(help="Folder in PEFT's format (adapter_config.json and .safetensors).")],
+    source: Annotated[Path, typer.Argument(help="Folder in PEFT's or AdapterHub's format.")],
     folder: Folder = Path(),
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
     system: Annotated[str, typer.Option(help="Instruction for requests that bring none.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Put a LoRA adapter made elsewhere on the shelf."""
+    """Put an expert made elsewhere on the shelf: LoRA, adapter, soft prompt or prefix."""
     from coterie.business import Business, adopt
 
     facts = adopt(Business.open(folder), name, source, description, system)
@@ -80,7 +80,7 @@ def export(
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy a version out in PEFT's format."""
+    """Copy a version out, in the format that PEFT (adapters: AdapterHub) loads."""
     from coterie.business import Business
 
     Business.open(folder).library.export(name, target, version)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.cli import experts as expert_commands
-from coterie.cli.show import bars, result, table, tell
+from coterie.cli import models as model_commands
+from coterie.cli.show import bars, in_words, percent, result, table, tell
 from coterie.errors import ContextTooLong, CoterieError
 
 if TYPE_CHECKING:  # what loads torch is imported when a command needs it
@@ -22,6 +23,8 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
+app.add_typer(model_commands.moe, name="moe")
+app.command()(model_commands.anatomy)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -77,12 +80,8 @@ def _headline(figures: dict[str, Any]) -> list[str]:
     out = []
     for who in ("base", "expert"):
         part = figures.get("held_out", {}).get(who, {})
-        out.append(next((_figure(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
+        out.append(next((percent(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
     return out
-
-
-def _figure(name: str, v: dict[str, float]) -> str:
-    return f"{name.replace('_', '-')} {v['value']:.1%} (95% CI {v['low']:.1%} to {v['high']:.1%})"
 
 
 @app.command("eval")
@@ -103,12 +102,8 @@ def evaluate(
     rows = []
     for facts, figures in measured:
         for who, name in (("base", "base model"), ("expert", facts.name)):
-            part = dict(figures[who])
-            count, too_long = part.pop("rows"), part.pop("too_long")
-            said = [_figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in part.items()]
-            said += [f"{too_long} too long for the context"] if too_long else []
-            rows.append([name, str(count), ", ".join(said)])
-    done = [{"expert": facts.name, "version": facts.version, **figures} for facts, figures in measured]
+            rows.append([name, str(figures[who]["rows"]), in_words(figures[who])])
+    done = [{"name": facts.name, "version": facts.version, **figures} for facts, figures in measured]
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ from coterie.engine.request import Adapter, Callback, Generation, Piece, Samplin
 from coterie.engine.sampling import sample
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, Stopped, UnknownExpert
+from coterie.experts.expert import Applied, Expert
+from coterie.experts.kinds import apply, load
 from coterie.experts.library import Library
-from coterie.experts.lora import WEIGHTS, Lora, LoraStack
-from coterie.experts.lora import load as load_lora
+from coterie.experts.mixture import Mixture
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 
@@ -50,11 +52,25 @@ class Stats:
 
 
 @dataclass(eq=False)
+class _Loaded:
+    """An expert in memory. `applied` is empty but for soft prompts and prefixes, which come before the prompt."""
+
+    expert: Expert
+    applied: Applied
+
+    @property
+    def ahead(self) -> int:
+        """Virtual tokens before the prompt."""
+        soft, prefix = self.applied.soft, self.applied.prefix
+        return len(soft) if soft is not None else prefix.shape[2] if prefix is not None else 0
+
+
+@dataclass(eq=False)
 class _Running:
     """A request that holds a cache slot."""
 
     request: Generation
-    lora: Lora | None
+    loaded: _Loaded | None
     stream: TextStream
     rng: np.random.Generator
     matcher: LLMatcher | None
@@ -72,8 +88,8 @@ class Engine:
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self._read = lru_cache(STACK)(lambda folder, _written: load_lora(folder, config))
-        self._stack: tuple[list[Lora], LoraStack] = ([], LoraStack([], base.decoder))
+        self._read = lru_cache(STACK)(self._load)
+        self._mixture: tuple[list[_Loaded], Mixture] = ([], Mixture([], base.decoder))
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
@@ -90,11 +106,12 @@ class Engine:
         Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint), Stopped.
         """
         prompt = prompt or self.base.encode(self.base.bos_token or self.base.eos_token) or [0]
-        if len(prompt) >= self.context:
+        loaded = self._open(adapter) if adapter else None
+        length = len(prompt) + (loaded.ahead if loaded else 0)
+        if length >= self.context:
             raise ContextTooLong(
-                f"the prompt has {len(prompt)} tokens; the context holds {self.context}, answer included: shorten it"
+                f"the prompt has {length} tokens; the context holds {self.context}, answer included: shorten it"
             )
-        lora = self._lora(adapter) if adapter else None
         matcher = self.grammars.matcher(sampling.constraint) if sampling.constraint else None
         stream = TextStream(self.base.tokenizer, sampling.stop)
         rng = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
@@ -106,7 +123,7 @@ class Engine:
                 self.stats.rejected += 1
                 raise Busy(f"{self.queue} requests wait already; try again in {Busy.retry_after_s} seconds")
             self.stats.requests += 1
-            self._waiting.append(_Running(request, lora, stream, rng, matcher))
+            self._waiting.append(_Running(request, loaded, stream, rng, matcher))
             self._wake.notify()
         return request
 
@@ -131,13 +148,18 @@ class Engine:
         """Compiled when the first constrained request comes."""
         return Grammars(self.base)
 
-    def _lora(self, adapter: Adapter) -> Lora:
+    def _open(self, adapter: Adapter) -> _Loaded:
         """The weights of a version; read anew where an expert was removed and its numbers given again."""
         if self.library is None:
             raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
         folder = self.library.folder(*adapter)
-        file = folder / WEIGHTS
-        return self._read(folder, file.stat().st_mtime_ns if file.exists() else 0)
+        return self._read(folder, folder.stat().st_mtime_ns)
+
+    def _load(self, folder: Path, _written: int) -> _Loaded:
+        decoder = self.base.decoder
+        expert = load(folder, decoder.config)
+        before = expert.config.kind in ("prompt", "prefix")
+        return _Loaded(expert, apply(expert, decoder) if before else Applied())
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -196,17 +218,35 @@ class Engine:
         return new
 
     def _prefill(self, new: list[_Running]) -> Tensor:
-        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward."""
-        lengths, device = [len(row.request.prompt) for row in new], self.base.decoder.device
-        for row, length in zip(new, lengths, strict=True):
-            row.length = length
-        slots = torch.arange(len(self._running) - len(new), len(self._running))
-        ids = torch.tensor([t for row in new for t in row.request.prompt], device=device)
-        positions, repeats = packed_positions(lengths, device), torch.tensor(lengths)
-        attend = self.cache.attend_prefill(slots.repeat_interleave(repeats).to(device), positions, lengths)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._change(new, repeats))
-        self.stats.prompt_tokens += sum(lengths)
-        return self.base.decoder.logits(hidden[repeats.cumsum(0).to(device) - 1])
+        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward for each prefix."""
+        groups: dict[_Loaded | None, list[int]] = {}
+        for i, row in enumerate(new):
+            with_prefix = row.loaded if row.loaded and row.loaded.applied.prefix is not None else None
+            groups.setdefault(with_prefix, []).append(i)
+        scores = torch.cat([
+            self._prefill_after([new[i] for i in places], loaded.applied.prefix if loaded else None)
+            for loaded, places in groups.items()
+        ])  # fmt: skip
+        order = torch.tensor([i for places in groups.values() for i in places])
+        return scores[order.argsort().to(scores.device)]
+
+    def _prefill_after(self, rows: list[_Running], prefix: Tensor | None) -> Tensor:
+        """Scores (rows, vocab) after the prompts of `rows`, which all stand after `prefix`."""
+        decoder, device = self.base.decoder, self.base.decoder.device
+        parts: list[Tensor] = []
+        for row in rows:
+            if row.loaded and row.loaded.applied.soft is not None:
+                parts.append(row.loaded.applied.soft)
+            parts.append(decoder.embed(torch.tensor(row.request.prompt, device=device)))
+            row.length = len(row.request.prompt) + (row.loaded.ahead if row.loaded else 0)
+        behind = 0 if prefix is None else prefix.shape[2]
+        lengths = [row.length - behind for row in rows]
+        positions, repeats = packed_positions(lengths, device) + behind, torch.tensor(lengths)
+        slots = torch.tensor([self._running.index(row) for row in rows]).repeat_interleave(repeats).to(device)
+        attend = self.cache.attend_prefill(slots, positions, lengths, prefix)
+        hidden = decoder.run(torch.cat(parts), positions, attend, self._change(rows, repeats))
+        self.stats.prompt_tokens += sum(len(row.request.prompt) for row in rows)
+        return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
     def _decode(self, rows: list[_Running]) -> Tensor:
         """Scores (rows, vocab) after the last token of every running request."""
@@ -221,16 +261,17 @@ class Engine:
         return self.base.decoder.logits(hidden)
 
     def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
-        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the stack where it must."""
-        needed = dict.fromkeys(row.lora for row in self._running if row.lora)
-        loras = self._stack[0]
-        if not needed.keys() <= set(loras):
-            wanted = list(dict.fromkeys([*needed, *loras]))
-            loras = wanted if len(wanted) <= STACK else list(needed)
-            self._stack = (loras, LoraStack(loras, self.base.decoder))
-        place = {lora: i for i, lora in enumerate(loras)}
-        owners = torch.tensor([place[row.lora] if row.lora else -1 for row in rows])
-        return self._stack[1].change(owners.repeat_interleave(repeats))
+        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the mixture where it must."""
+        needed = dict.fromkeys(row.loaded for row in self._running if row.loaded)
+        held, mixture = self._mixture
+        if not needed.keys() <= set(held):
+            wanted = list(dict.fromkeys([*needed, *held]))
+            held = wanted if len(wanted) <= STACK else list(needed)
+            mixture = Mixture([loaded.expert for loaded in held], self.base.decoder)
+            self._mixture = (held, mixture)
+        place = {loaded: i for i, loaded in enumerate(held)}
+        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows])
+        return mixture.change(owners.repeat_interleave(repeats))
 
     def _choose(self, rows: list[_Running], logits: Tensor) -> None:
         """Choose each row's next token from its scores (rows, vocab), and send out what became certain."""

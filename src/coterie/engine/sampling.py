@@ -7,14 +7,14 @@ from torch import Tensor
 from coterie.engine.request import Sampling
 
 SHORTLIST = 256
-COLDEST = 1e-6  # temperatures below would overflow, and already choose as greedily as can be
+COLDEST = 1e-6  # colder would overflow; and this already leaves only tokens that lie within rounding of the best
 
 
 def sample(scores: Tensor, sampling: Sampling, rng: np.random.Generator) -> int:
     """One token id from scores (vocab), float32. `rng` is drawn from once, unless the choice is greedy."""
     if sampling.temperature == 0:
         return int(scores.argmax())
-    probs = torch.softmax(scores / max(sampling.temperature, COLDEST), dim=-1)
+    probs = torch.softmax((scores - scores.max()) / max(sampling.temperature, COLDEST), dim=-1)
     if sampling.top_k:
         top, ids = probs.topk(min(sampling.top_k, len(probs)))
         top = top / top.sum()

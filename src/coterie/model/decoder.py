@@ -1,9 +1,10 @@
-"""The decoder of the Llama family: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5/3.
+"""The decoder of the Llama family: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5/3, Mixtral and other mixtures of experts.
 
 Notable: one forward for training, prefill and decoding. Sequences are packed end to end, (tokens, width),
 with no padding; what differs between the three uses is only `attend`, a function that owns masks and cache,
-and `change`, what an expert makes of the output of a projection or of a whole block. Both are passed in, so the
-model knows of neither. `run` takes a range of layers, so that the lower ones (the trunk) can be computed once.
+and `change`, what an expert makes of the output of a projection or of a whole block (and whoever trains a router,
+of its logits). Both are passed in, so the model knows of neither. `run` takes a range of layers, so that the lower
+ones (the trunk) can be computed once.
 Sources: Touvron et al. 2023 (Llama 2); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from coterie.model import moe
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
 Change = Callable[[int, str, Tensor, Tensor], Tensor]  # layer, site, x (N,in), out (N,out) -> what out becomes
@@ -41,6 +44,12 @@ class ModelConfig:
     tied: bool = True
     qk_norm: bool = False
     family: str = "llama"
+    experts: int = 0  # feed-forward experts of each layer in `sparse`; 0: a dense model
+    experts_per_token: int = 2
+    gate_normed: bool = True  # the weights of a token's experts sum to 1
+    sparse: tuple[int, ...] = ()  # layers whose feed-forward is a mixture of experts
+    expert_ffn: int = 0  # inner width of one expert, where it is not `ffn`
+    capacity: float = 0.0  # only while training: an expert takes this many times its even share of tokens; 0: all
 
     def site_outputs(self, site: str) -> list[tuple[str, int]]:
         """The projections fused at a site, with their output sizes."""
@@ -51,6 +60,10 @@ class ModelConfig:
             "gate_up": [("gate_proj", self.ffn), ("up_proj", self.ffn)],
             "down": [("down_proj", self.width)],
         }[site]
+
+    def dense_sites(self, layer: int) -> tuple[str, ...]:
+        """Sites that have one matrix for all tokens: in a layer with a mixture of experts, attention's only."""
+        return SITES[:2] if layer in self.sparse else SITES
 
     def site_input(self, site: str) -> int:
         return {"o": self.heads * self.head_dim, "down": self.ffn}.get(site, self.width)
@@ -102,8 +115,11 @@ class Decoder:
         self.prepack = packed and self.device.type == "cpu" and self.dtype == torch.bfloat16
         if self.prepack:
             for name, w in weights.items():
-                if w.dim() == 2 and (name != "embed" or config.tied):
+                if w.dim() == 2 and w.dtype == self.dtype and (name != "embed" or config.tied):
                     self.packed[name] = self.pack(w)
+        self.packed_experts = {
+            name: [self.pack(expert) for expert in w] for name, w in weights.items() if self.prepack and w.dim() == 3
+        }
 
     def pack(self, weight: Tensor) -> Tensor:
         """`weight` (out, in) in the layout that `apply` wants."""
@@ -178,8 +194,21 @@ class Decoder:
 
     def _feed_forward(self, layer: int, hidden: Tensor, change: Change | None) -> Tensor:
         x = self.norm(hidden, f"{layer}.ffn_norm")
+        if layer in self.config.sparse:
+            return self._experts(layer, x, change)
         gate, up = self.project(layer, "gate_up", x, change).chunk(2, dim=-1)
         return self.project(layer, "down", F.silu(gate) * up, change)
+
+    def _experts(self, layer: int, x: Tensor, change: Change | None) -> Tensor:
+        c = self.config
+        logits = moe.score(x, self.weights[f"{layer}.router"])
+        if change:
+            logits = change(layer, "router", x, logits)
+        names = (f"{layer}.experts.gate_up", f"{layer}.experts.down")
+        trains = torch.is_grad_enabled() and x.requires_grad
+        kept: dict[str, Any] = self.packed_experts if self.packed_experts and not trains else self.weights
+        gate_up, down = (kept[name] for name in names)
+        return moe.feed_forward(x, logits, gate_up, down, c.experts_per_token, c.gate_normed, c.capacity)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The residual stream after the last layer, normed for `logits`, (N, width)."""
@@ -199,31 +228,40 @@ def packed_positions(lengths: list[int], device: torch.device | str = "cpu") -> 
     return torch.cat([torch.arange(n, device=device) for n in lengths])
 
 
-def attend_packed(lengths: list[int]) -> Attend:
-    """Causal attention within each packed sequence.
+def attend_packed(lengths: list[int], prefix: Tensor | None = None) -> Attend:
+    """Causal attention within each packed sequence; all see `prefix` (layers, 2, P, Hkv, D), keys and values, first.
 
     Only here are sequences padded, on the right, where a causal mask already hides the padding.
     """
     longest, count = max(lengths), len(lengths)
+    behind = 0 if prefix is None else prefix.shape[2]
     rows = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
     place = rows * longest + packed_positions(lengths)  # (N) where a token lies in the padded batch
 
-    hidden_future = torch.full((longest, longest), -math.inf).triu(1) if longest <= SHORT else torch.empty(0)
+    future = torch.empty(0)
+    if longest <= SHORT or behind:
+        future = torch.full((longest, behind + longest), -math.inf).triu(1 + behind)
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def pad(x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
             out = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, place.to(x.device), x)
             return out.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
         group = q.shape[1] // k.shape[1]
-        if longest <= SHORT and q.requires_grad:
+        keys, values = pad(k), pad(v)
+        if prefix is not None:
+            before = prefix[layer].transpose(1, 2).unsqueeze(1).expand(2, count, -1, -1, -1)  # (2, B, Hkv, P, D)
+            keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
+        if longest <= SHORT and (q.requires_grad or keys.requires_grad):
             # The CPU's fused backward takes 18 ms where three small products take 2.
             grouped = pad(q).reshape(count, k.shape[1], group, longest, -1)
-            scores = (grouped @ pad(k).unsqueeze(2).transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + hidden_future
-            out: Tensor = (scores.softmax(-1).to(q.dtype) @ pad(v).unsqueeze(2)).view(count, q.shape[1], longest, -1)
+            scores = (grouped @ keys.unsqueeze(2).transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+            scores = scores + future.to(scores.device)
+            out: Tensor = (scores.softmax(-1).to(q.dtype) @ values.unsqueeze(2)).view(count, q.shape[1], longest, -1)
         else:
-            keys, values = (pad(t).repeat_interleave(group, dim=1) for t in (k, v))
-            out = F.scaled_dot_product_attention(pad(q), keys, values, is_causal=True)
+            keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+            mask = future.to(q) if behind else None
+            out = F.scaled_dot_product_attention(pad(q), keys, values, attn_mask=mask, is_causal=not behind)
         return out.transpose(1, 2).reshape(count * longest, *q.shape[1:])[place.to(q.device)]
 
     return attend
@@ -237,13 +275,23 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def attend_prefill(self, slots: Tensor, positions: Tensor, lengths: list[int]) -> Attend:
-        """Packed attention over whole prompts that also fills the cache; `slots`, `positions` are (N)."""
-        inner = attend_packed(lengths)
+    def attend_prefill(
+        self, slots: Tensor, positions: Tensor, lengths: list[int], prefix: Tensor | None = None
+    ) -> Attend:
+        """Packed attention over whole prompts that also fills the cache; `slots`, `positions` are (N).
+
+        `prefix` (layers, 2, P, Hkv, D) goes before every prompt, whose positions then begin at P.
+        """
+        inner = attend_packed(lengths, prefix)
+        own = slots.unique()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer][slots, :, positions] = k
             self.values[layer][slots, :, positions] = v
+            if prefix is not None:
+                before = prefix[layer].transpose(1, 2)  # (2, Hkv, P, D)
+                self.keys[layer][own, :, : before.shape[2]] = before[0]
+                self.values[layer][own, :, : before.shape[2]] = before[1]
             return inner(layer, q, k, v)
 
         return attend

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from coterie.errors import DataError, ModelError
 from coterie.model.decoder import Decoder, ModelConfig
+from coterie.model.hf import DENSE, Facts, attention_names, config_of, expert_names, null_shared_expert, router_name
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPES = ("default", "linear", "llama3", "dynamic")  # dynamic changes nothing within the context, and we stay there
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -95,27 +94,16 @@ def load(path: Path, dtype: torch.dtype | None = None, packed: bool = False) -> 
     return _load_hf(path, dtype, packed)
 
 
-class _Facts(dict[str, Any]):
-    """What a file says of its model. Asking for a fact that it lacks raises ModelError."""
-
-    def __init__(self, facts: dict[str, Any], where: Path) -> None:
-        super().__init__(facts)
-        self.where = where
-
-    def __missing__(self, key: str) -> Any:
-        raise ModelError(f"{self.where}: lacks {key!r}: is the download complete?")
-
-
 def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packed: bool, where: Path) -> Decoder:
     """Hugging Face names to ours, with the projections of a site stacked."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def take(name: str, *shape: int) -> Tensor:
+    def take(name: str, *shape: int, kind: torch.dtype = dtype) -> Tensor:
         if name not in raw:
             raise ModelError(f"{where}: the weights lack {name}: is the download complete?")
         if shape and tuple(raw[name].shape) != shape:
             raise ModelError(f"{where}: {name} is {tuple(raw[name].shape)}, its configuration says {shape}")
-        return raw[name].to(device, dtype)
+        return raw[name].to(device, kind)
 
     weights = {
         "embed": take("model.embed_tokens.weight", config.vocab, config.width),
@@ -130,18 +118,28 @@ def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packe
         if config.qk_norm:
             weights[f"{n}.q_norm"] = take(prefix + "self_attn.q_norm.weight")
             weights[f"{n}.k_norm"] = take(prefix + "self_attn.k_norm.weight")
-        for site, block in (("qkv", "self_attn"), ("o", "self_attn"), ("gate_up", "mlp"), ("down", "mlp")):
-            sizes = {f"{prefix}{block}.{p}": size for p, size in config.site_outputs(site)}
+        for site in config.dense_sites(n):
+            sizes = {attention_names(n, site) + p: size for p, size in config.site_outputs(site)}
             wide = config.site_input(site)
             weights[f"{n}.{site}"] = torch.cat([take(x + ".weight", size, wide) for x, size in sizes.items()])
             if next(iter(sizes)) + ".bias" in raw:
                 weights[f"{n}.{site}.bias"] = torch.cat([take(x + ".bias", size) for x, size in sizes.items()])
+        if n in config.sparse:
+            if not null_shared_expert(raw, n):
+                raise ModelError(f"{where}: layer {n} has an expert shared by all tokens, which is not computed")
+            inner = config.expert_ffn or config.ffn
+            names = [expert_names(config.family, n, e) for e in range(config.experts)]
+            pairs = [torch.cat([take(x, inner, config.width) for x in halves]) for *halves, _ in names]
+            weights[f"{n}.experts.gate_up"] = torch.stack(pairs)
+            weights[f"{n}.experts.down"] = torch.stack([take(down, config.width, inner) for *_, down in names])
+            router = take(router_name(config.family, n), config.experts, config.width, kind=torch.float32)
+            weights[f"{n}.router"] = router
     return Decoder(config, weights, packed)
 
 
 def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     try:
-        hf = _Facts(json.loads((path / "config.json").read_text("utf-8")), path / "config.json")
+        hf = Facts(json.loads((path / "config.json").read_text("utf-8")), path / "config.json")
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         extra = path / "tokenizer_config.json"
         settings = json.loads(extra.read_text("utf-8")) if extra.exists() else {}
@@ -149,20 +147,7 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         raise ModelError(
             f"{path}: config.json, tokenizer.json or tokenizer_config.json cannot be read: {error}"
         ) from error
-    if hf.get("model_type") not in FAMILIES:
-        raise ModelError(f"{path}/config.json: model_type {hf.get('model_type')!r}; known: {', '.join(FAMILIES)}")
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    _check_known(hf, rope)
-    windowed = hf["model_type"] == "mistral" or hf.get("use_sliding_window")
-    window = (hf.get("sliding_window") if windowed else None) or hf["max_position_embeddings"]
-    heads = hf["num_attention_heads"]
-    config = ModelConfig(
-        vocab=hf["vocab_size"], width=hf["hidden_size"], layers=hf["num_hidden_layers"], heads=heads,
-        kv_heads=hf.get("num_key_value_heads", heads), head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        ffn=hf["intermediate_size"], context=min(window, hf["max_position_embeddings"]), eps=hf["rms_norm_eps"],
-        rope_theta=hf.get("rope_theta") or rope.get("rope_theta", 10000.0), rope_scaling=rope,
-        tied=hf.get("tie_word_embeddings", False), qk_norm=hf["model_type"] == "qwen3", family=hf["model_type"],
-    )  # fmt: skip
+    config = config_of(hf)
     raw: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -185,19 +170,6 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     )  # fmt: skip
 
 
-def _check_known(hf: _Facts, rope: dict[str, Any]) -> None:
-    """Raise ModelError where the config asks for arithmetic that the decoder does not do."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    activation = hf.get("hidden_act", "silu")
-    for good, what in (
-        (kind in ROPES, f"rope type {kind!r}; known: {', '.join(ROPES)}"),
-        (activation == "silu", f"hidden_act {activation!r}; known: silu"),
-        (not hf.get("quantization_config"), "quantised weights; use the model's plain safetensors, or a GGUF file"),
-    ):
-        if not good:
-            raise ModelError(f"{hf.where}: {what}")
-
-
 def _text(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else token or ""
 
@@ -211,16 +183,17 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
+def gguf_config(path: Path) -> tuple[ModelConfig, Facts, dict[str, Any]]:
+    """The decoder that a GGUF file describes, all its facts, and its tensors by name, not read yet."""
     try:
         reader = GGUFReader(path)
-        meta = _Facts({name: f.contents() for name, f in reader.fields.items()}, path)
+        meta = Facts({name: f.contents() for name, f in reader.fields.items()}, path)
         tensors = {t.name: t for t in reader.tensors}
     except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path}: truncated or not GGUF ({error}); pull it again") from error
     family = meta["general.architecture"]
-    if family not in FAMILIES:
-        raise ModelError(f"{path}: architecture {family!r}; known: {', '.join(FAMILIES)}")
+    if family not in DENSE:
+        raise ModelError(f"{path}: architecture {family!r}; known: {', '.join(DENSE)}")
 
     def fact(key: str, *default: Any) -> Any:
         return meta.get(f"{family}.{key}", *default) if default else meta[f"{family}.{key}"]
@@ -240,6 +213,11 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         eps=fact("attention.layer_norm_rms_epsilon", 1e-5), rope_theta=fact("rope.freq_base", 10000.0),
         rope_scaling=scaling, tied="output.weight" not in tensors, qk_norm=family == "qwen3", family=family,
     )  # fmt: skip
+    return config, meta, tensors
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
+    config, meta, tensors = gguf_config(path)
     raw: dict[str, Tensor] = {}
     for name, t in tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -253,9 +231,9 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
             value = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
         except NotImplementedError as error:
             raise ModelError(f"{path}: {name} is of type {t.tensor_type.name}, which cannot be read") from error
-        if family == "llama" and parts[-1] in ("attn_q", "attn_k"):
+        if config.family == "llama" and parts[-1] in ("attn_q", "attn_k"):
             # llama.cpp interleaves the rotary halves of q and k; put them back.
-            n = heads if parts[-1] == "attn_q" else config.kv_heads
+            n = config.heads if parts[-1] == "attn_q" else config.kv_heads
             value = value.view(n, value.shape[0] // n // 2, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
         raw[f"{layer}.{suffix}"] = value
     tokens = meta["tokenizer.ggml.tokens"]
@@ -267,7 +245,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     )  # fmt: skip
 
 
-def _gguf_tokenizer(meta: _Facts, path: Path) -> Tokenizer:
+def _gguf_tokenizer(meta: Facts, path: Path) -> Tokenizer:
     """The byte-level BPE tokenizer a GGUF file describes; `gpt2` is the kind of SmolLM2, Llama 3 and Qwen."""
     if meta.get("tokenizer.ggml.model") != "gpt2":
         raise ModelError(f"{path}: tokenizer {meta.get('tokenizer.ggml.model')!r} in GGUF is not byte-level BPE; "

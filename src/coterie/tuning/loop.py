@@ -1,9 +1,8 @@
-"""The training loop: a frozen base, a LoRA expert that learns, and checkpoints a killed run goes on from.
+"""The training loop: a frozen base, an expert that learns, and checkpoints a killed run goes on from.
 
-Notable: examples are packed end to end, so no arithmetic goes into padding; only completion tokens reach the
-output layer, whose loss and gradient come out of one pass (`completion_loss`), so that the scores over the
-vocabulary are never all in memory. A resumed run ends in the same weights as an unbroken one, bit for bit: the
-order of the data depends on seed and epoch alone, and the checkpoint holds weights, both moments and the step.
+Notable: the loop knows neither the kind of expert (experts/kinds.py) nor what it minimises (objective.py). A
+resumed run ends in the same weights as an unbroken one, bit for bit: the order of the data depends on seed and
+epoch alone, dropout on seed and step, and the checkpoint holds weights, both moments and the step.
 """
 
 import math
@@ -18,16 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.data.encode import TokenSet, batches
+from coterie.data.encode import batches
 from coterie.errors import StorageError, TrainingError
-from coterie.experts.lora import Lora, training_change
-from coterie.model.decoder import Decoder, attend_packed, packed_positions
+from coterie.experts.expert import Applied, Expert
+from coterie.experts.kinds import apply
+from coterie.model.decoder import Decoder
+from coterie.tuning.objective import Loss
 
-CHUNK = 512  # completion tokens scored at once: 512 x 49,152 float32 are 100 MB
+Sizes = NDArray[np.int64]  # tokens of each row, (rows)
 MICRO_TOKENS = 4096  # tokens in one forward; a larger batch is summed over several
 
 
@@ -60,7 +62,7 @@ class Progress:
 
 @dataclass
 class Outcome:
-    """What training came to: held-out loss in nats per completion token, at the start and after each epoch."""
+    """What training came to: mean held-out loss (nats per completion token), at the start and after each epoch."""
 
     steps: int
     resumed_at: int
@@ -71,67 +73,33 @@ class Outcome:
     held_out: list[float] = field(default_factory=list)
 
 
-class _CompletionLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden (N, width) against targets (N); the gradient is made in the same pass."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
-        table = decoder.weights["embed" if decoder.config.tied else "head"]
-        total = torch.zeros((), device=hidden.device)
-        slopes = torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
-            log_probs = torch.log_softmax(decoder.logits(part), dim=-1)
-            picked = log_probs.gather(1, wanted[:, None])
-            total -= picked.sum()
-            probs = log_probs.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(picked))
-            slopes[start : start + CHUNK] = probs.to(table.dtype) @ table
-        ctx.save_for_backward(slopes)
-        return total
-
-    @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        (slopes,) = ctx.saved_tensors
-        return slopes * grads[0].to(slopes.dtype), None, None
-
-
-def completion_loss(decoder: Decoder, lora: Lora | None, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, int]:
-    """Summed loss in nats over the marked tokens of `rows` (tokens, marks), and how many there are."""
-    lengths = [len(tokens) - 1 for tokens, _ in rows]
-    inputs = torch.cat([tokens[:-1] for tokens, _ in rows]).long().to(decoder.device)
-    targets = torch.cat([tokens[1:] for tokens, _ in rows]).long().to(decoder.device)
-    marked = torch.cat([marks[1:] for _, marks in rows]).to(decoder.device)
-    change = training_change(lora, decoder) if lora else None
-    hidden = decoder.forward(inputs, packed_positions(lengths, decoder.device), attend_packed(lengths), change)
-    loss: Tensor = _CompletionLoss.apply(hidden[marked], targets[marked], decoder)  # type: ignore[no-untyped-call]
-    return loss, int(marked.sum())
-
-
-def held_out_loss(decoder: Decoder, lora: Lora | None, data: TokenSet, rows: list[int]) -> float:
-    """Mean loss in nats per completion token on `rows`, no gradients."""
+def held_out_loss(loss: Loss, applied: Applied, sizes: Sizes, rows: list[int]) -> float:
+    """Mean loss on `rows`, no gradients."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for part in _micro_batches(data, np.array(rows)):
-            loss, tokens = completion_loss(decoder, lora, part)
-            total, count = total + float(loss), count + tokens
+        for part in _micro_batches(sizes, rows):
+            value, n = loss(applied, part)
+            total, count = total + float(value), count + n
     return total / max(count, 1)
 
 
 def train(
-    decoder: Decoder, lora: Lora, data: TokenSet, rows: list[int], held_out: list[int], settings: Training,
-    checkpoint: Path, tell: Callable[[Progress], None] = lambda _: None, say: Callable[[str], None] = lambda _: None,
+    decoder: Decoder, expert: Expert, loss: Loss, sizes: Sizes, rows: list[int], held_out: list[int],
+    settings: Training, checkpoint: Path, tell: Callable[[Progress], None] = lambda _: None,
+    before: Applied = Applied(), say: Callable[[str], None] = lambda _: None,  # noqa: B008
 ) -> Outcome:  # fmt: skip
-    """Train `lora` in place on `rows` of `data`, going on from `checkpoint` if that file is there.
+    """Train `expert` in place on `rows`, going on from `checkpoint` if that file is there.
 
-    Ctrl-C waits for the end of the step, saves, and goes on to the caller as KeyboardInterrupt. Raises TrainingError
-    where the loss is no longer a number, and StorageError where the disk is full.
+    `sizes` are the tokens of every row; `before` is what the first held-out loss measures, the base model. Ctrl-C waits
+    for the end of the step, saves, and goes on to the caller as KeyboardInterrupt. Raises TrainingError where the loss
+    is no longer a number, and StorageError where the disk is full.
     """
-    params = {k: v.to(decoder.device).requires_grad_() for k, v in sorted(lora.weights.items())}
-    lora.weights = dict(params)
+    params = {k: v.to(decoder.device).requires_grad_() for k, v in sorted(expert.weights.items())}
+    expert.weights = dict(params)
     optimizer = torch.optim.AdamW(
         params.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    lengths = data.lengths()[rows]
+    lengths = sizes[rows]
     per_epoch = sum(1 for _ in batches(lengths, settings.batch, 0))
     steps = per_epoch * settings.epochs
     outcome = Outcome(steps, 0, 0.0, 0, 0)
@@ -145,12 +113,12 @@ def train(
 
     try:
         if not outcome.held_out:
-            outcome.held_out.append(held_out_loss(decoder, None, data, held_out))
+            outcome.held_out.append(held_out_loss(loss, before, sizes, held_out))
         saved = time.monotonic()
         started = saved - outcome.seconds
         for epoch in range(step // per_epoch, settings.epochs + 1):
             if len(outcome.held_out) <= epoch:
-                outcome.held_out.append(held_out_loss(decoder, lora, data, held_out))
+                outcome.held_out.append(held_out_loss(loss, apply(expert, decoder), sizes, held_out))
                 report()
             if epoch == settings.epochs:
                 break
@@ -158,10 +126,12 @@ def train(
                 if epoch * per_epoch + n < step:
                     continue
                 with _undisturbed():
-                    loss, tokens = _step(decoder, lora, data, np.array(rows)[batch], optimizer, settings, step, steps)
+                    chosen = [rows[i] for i in batch]
+                    value = _step(decoder, expert, loss, sizes, chosen, optimizer, settings, step, steps)
                     step += 1
-                    outcome.losses.append(loss)
-                    outcome.tokens, outcome.examples = outcome.tokens + tokens, outcome.examples + len(batch)
+                    outcome.losses.append(value)
+                    outcome.tokens += int(sizes[chosen].sum())
+                    outcome.examples += len(batch)
                     outcome.seconds = time.monotonic() - started
                 report()
                 if time.monotonic() - saved > settings.checkpoint_every_s:
@@ -171,7 +141,7 @@ def train(
         _save(checkpoint, params, optimizer, step, outcome)
         raise
     _save(checkpoint, params, optimizer, step, outcome)  # what follows may be killed too
-    lora.weights = {k: v.detach().cpu() for k, v in params.items()}
+    expert.weights = {k: v.detach().cpu() for k, v in params.items()}
     return outcome
 
 
@@ -192,47 +162,45 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _step(
-    decoder: Decoder, lora: Lora, data: TokenSet, batch: np.ndarray[tuple[int], np.dtype[np.int64]],
-    optimizer: torch.optim.Optimizer, settings: Training, step: int, steps: int,
-) -> tuple[float, int]:  # fmt: skip
-    """One update, number `step` of `steps`. Returns the mean loss and the number of tokens read."""
-    parts = list(_micro_batches(data, batch))
-    count = sum(int(marks[1:].sum()) for part in parts for _, marks in part)
-    total = 0.0
-    for part in parts:
-        loss, _ = completion_loss(decoder, lora, part)
-        (loss / count).backward()
-        total += float(loss.detach())
-    norm = float(torch.nn.utils.clip_grad_norm_(lora.weights.values(), settings.clip))
+    decoder: Decoder, expert: Expert, loss: Loss, sizes: Sizes, batch: list[int], optimizer: torch.optim.Optimizer,
+    settings: Training, step: int, steps: int,
+) -> float:  # fmt: skip
+    """One update, number `step` of `steps`. Returns the batch's mean loss."""
+    torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout
+    total, count = 0.0, 0
+    for part in _micro_batches(sizes, batch):
+        value, n = loss(apply(expert, decoder, training=True), part)
+        value.backward()
+        total, count = total + float(value.detach()), count + n
+    for p in expert.weights.values():
+        if p.grad is not None:
+            p.grad /= max(count, 1)
+    norm = float(torch.nn.utils.clip_grad_norm_(expert.weights.values(), settings.clip))
     if not math.isfinite(total + norm):
         raise TrainingError(
-            f"training diverged at step {step + 1} of {steps}: loss {total / count:.3g}, gradient norm {norm:.3g}; "
-            "lower training.learning_rate or lora.alpha in coterie.toml"
+            f"training diverged at step {step + 1} of {steps}: loss {total / max(count, 1):.3g}, gradient norm "
+            f"{norm:.3g}; lower the learning rate in coterie.toml"
         )
-    done = step / steps
-    warmup = max(settings.warmup, 1 / steps)
+    done, warmup = step / steps, max(settings.warmup, 1 / steps)
     ramp = min((done + 1 / steps) / warmup, 1.0)
     decay = 0.5 * (1 + math.cos(math.pi * max(done - warmup, 0) / max(1 - warmup, 1e-9)))
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * ramp * decay
     optimizer.step()
     optimizer.zero_grad()
-    return total / count, sum(len(tokens) for part in parts for tokens, _ in part)
+    return total / max(count, 1)
 
 
-def _micro_batches(
-    data: TokenSet, batch: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> list[list[tuple[Tensor, Tensor]]]:
-    """The batch's rows, grouped so that no group has more than MICRO_TOKENS tokens (one long row may)."""
-    groups: list[list[tuple[Tensor, Tensor]]] = [[]]
+def _micro_batches(sizes: Sizes, rows: list[int]) -> list[list[int]]:
+    """`rows` grouped so that no group has more than MICRO_TOKENS tokens (one long row may)."""
+    groups: list[list[int]] = [[]]
     held = 0
-    for i in batch:
-        tokens, marks = (torch.from_numpy(np.array(x)) for x in data.row(int(i)))
-        if groups[-1] and held + len(tokens) > MICRO_TOKENS:
+    for i in rows:
+        if groups[-1] and held + sizes[i] > MICRO_TOKENS:
             groups.append([])
             held = 0
-        groups[-1].append((tokens, marks))
-        held += len(tokens)
+        groups[-1].append(i)
+        held += int(sizes[i])
     return groups
 
 

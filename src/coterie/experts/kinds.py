@@ -1,0 +1,38 @@
+"""The kinds of expert, each in a file of its own, and the one door to them all."""
+
+from pathlib import Path
+from types import ModuleType
+
+from coterie.errors import ModelError
+from coterie.experts import adapter, full, lora, prefix, prompt
+from coterie.experts.expert import CONFIG, Applied, Expert, read_config
+from coterie.model.decoder import Decoder, ModelConfig
+
+KINDS: dict[str, ModuleType] = {"lora": lora, "adapter": adapter, "prompt": prompt, "prefix": prefix, "full": full}
+PEFT_TYPES = {"LORA": lora, "PROMPT_TUNING": prompt, "PREFIX_TUNING": prefix}
+
+
+def apply(expert: Expert, decoder: Decoder, training: bool = False) -> Applied:
+    """What the expert brings to a forward pass, differentiable in its weights."""
+    applied: Applied = KINDS[expert.config.kind].apply(expert, decoder, training)
+    return applied
+
+
+def save(expert: Expert, folder: Path, base: str, model: ModelConfig) -> None:
+    """Write the expert into `folder`, in PEFT's format or (adapters) AdapterHub's."""
+    KINDS[expert.config.kind].save(expert, folder, base, model)
+
+
+def load(folder: Path, model: ModelConfig) -> Expert:
+    """Read an expert of any kind. Raises ModelError where it is damaged, of another kind or another base."""
+    facts = read_config(folder)
+    peft = facts.get("peft_type")
+    if peft is None and "config" in facts:
+        kind: ModuleType = adapter
+    elif peft in PEFT_TYPES:
+        kind = PEFT_TYPES[peft]
+    else:
+        raise ModelError(f"{folder / CONFIG}: peft_type {peft!r}; known: {', '.join(PEFT_TYPES)}, and AdapterHub's "
+                         "bottleneck adapters")  # fmt: skip
+    expert: Expert = kind.load(folder, model)
+    return expert

@@ -1,0 +1,107 @@
+"""One forward pass of examples with an expert applied, and the loss of their completions.
+
+Notable: only completion tokens reach the output layer, whose loss and gradient come out of one pass
+(`_CompletionLoss`), so that the scores over the vocabulary are never all in memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from coterie.experts.expert import Applied
+from coterie.model.decoder import Decoder, attend_packed, packed_positions
+
+CHUNK = 512  # completion tokens scored at once: 512 x 49,152 float32 are 100 MB
+Row = tuple[Tensor, Tensor]  # tokens and marks of the tokens to learn, both (tokens of the row)
+
+
+def hidden_states(decoder: Decoder, applied: Applied, rows: list[Tensor], start: Tensor | None = None,
+                  first_layer: int = 0) -> Tensor:  # fmt: skip
+    """Hidden states (tokens of all rows, width), normed for `logits`; those of virtual tokens are left out.
+
+    `start`, where given, is the residual stream before `first_layer`, (tokens of all rows, width).
+    """
+    decoder = applied.decoder or decoder
+    lengths, device = [len(row) for row in rows], decoder.device
+    layers = range(first_layer, decoder.config.layers)
+    hidden = decoder.embed(torch.cat(rows).long().to(device)) if start is None else start
+    if applied.soft is not None:
+        virtual = len(applied.soft)
+        longer = [n + virtual for n in lengths]
+        hidden = torch.cat([x for part in hidden.split(lengths) for x in (applied.soft, part)])
+        hidden = decoder.run(hidden, packed_positions(longer, device), attend_packed(longer), applied.change, layers)
+        hidden = torch.cat([part[virtual:] for part in hidden.split(longer)])
+        return decoder.finish(hidden)
+    behind = 0 if applied.prefix is None else applied.prefix.shape[2]
+    positions, attend = packed_positions(lengths, device) + behind, attend_packed(lengths, applied.prefix)
+    if applied.decoder is None:
+        return decoder.finish(decoder.run(hidden, positions, attend, applied.change, layers))
+    for layer in layers:  # all weights learn: keep what enters each layer, compute the rest again going back
+        hidden = checkpoint(decoder.run, hidden, positions, attend, None, range(layer, layer + 1), use_reentrant=False)
+    return decoder.finish(hidden)
+
+
+class _CompletionLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden (N, width) against targets (N); the gradient is made in the same pass."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
+        table = decoder.weights["embed" if decoder.config.tied else "head"]
+        total = torch.zeros((), device=hidden.device)
+        slopes = torch.empty_like(hidden)
+        for start in range(0, len(hidden), CHUNK):
+            part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
+            log_probs = torch.log_softmax(decoder.logits(part), dim=-1)
+            picked = log_probs.gather(1, wanted[:, None])
+            total -= picked.sum()
+            probs = log_probs.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(picked))
+            slopes[start : start + CHUNK] = probs.to(table.dtype) @ table
+        ctx.save_for_backward(slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        (slopes,) = ctx.saved_tensors
+        return slopes * grads[0].to(slopes.dtype), None, None
+
+
+def _scored(hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
+    return F.cross_entropy(decoder.logits(hidden), targets, reduction="sum")
+
+
+def completion_loss(
+    decoder: Decoder, applied: Applied, rows: list[Row], start: Tensor | None = None, first_layer: int = 0
+) -> tuple[Tensor, int]:
+    """Summed loss in nats over the marked tokens of `rows`, and how many there are."""
+    device = decoder.device
+    targets = torch.cat([tokens[1:] for tokens, _ in rows]).long().to(device)
+    marked = torch.cat([marks[1:] for _, marks in rows]).to(device)
+    hidden = hidden_states(decoder, applied, [tokens[:-1] for tokens, _ in rows], start, first_layer)
+    hidden, targets = hidden[marked], targets[marked]
+    if applied.decoder is None:
+        loss: Tensor = _CompletionLoss.apply(hidden, targets, decoder)  # type: ignore[no-untyped-call]
+    else:
+        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        none = torch.zeros((), device=device)
+        loss = sum((checkpoint(_scored, h, t, applied.decoder, use_reentrant=False) for h, t in parts), none)
+    return loss, int(marked.sum())
+
+
+def row_losses(decoder: Decoder, applied: Applied, rows: list[Row]) -> Tensor:
+    """Summed log-probability of each row's marked tokens, (rows), differentiable."""
+    lengths = [len(tokens) - 1 for tokens, _ in rows]
+    of_row = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(decoder.device)
+    targets = torch.cat([tokens[1:] for tokens, _ in rows]).long().to(decoder.device)
+    marked = torch.cat([marks[1:] for _, marks in rows]).to(decoder.device)
+    hidden = hidden_states(decoder, applied, [tokens[:-1] for tokens, _ in rows])
+    scorer = applied.decoder or decoder
+    picked = -torch.cat([
+        checkpoint(_each, h, t, scorer, use_reentrant=False)
+        for h, t in zip(hidden[marked].split(CHUNK), targets[marked].split(CHUNK), strict=True)
+    ])  # fmt: skip
+    return torch.zeros(len(rows), device=decoder.device).index_add(0, of_row[marked], picked)
+
+
+def _each(hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
+    return F.cross_entropy(decoder.logits(hidden), targets, reduction="none")
