@@ -23,7 +23,7 @@ from coterie.business import Business
 from coterie.experts import lora as loras
 from coterie.experts.expert import CONFIG
 from coterie.model.load import BaseModel
-from coterie.routing import nearest
+from coterie.routing import statistics
 from coterie.web.app import create_app
 from coterie.web.problem import LARGEST_BODY
 from support import Gate, greedy, logits_of
@@ -286,9 +286,11 @@ def test_auto_asks_the_expert_whose_subject_it_is(question: str, expert: str | N
 def test_an_expert_asked_by_name_says_so(api: Served) -> None:
     done = api.openai.chat.completions.create(model="greet", messages=ASK, max_tokens=3)
     assert done.model == "greet"
-    assert done.coterie == {"expert": "greet", "version": 1, "routed": False, "similarity": None}
+    alone = [{"name": "greet", "version": 1, "weight": 1.0}]
+    assert done.coterie == {"expert": "greet", "version": 1, "routed": False, "similarity": None, "experts": alone}
     plain = api.openai.chat.completions.create(model="base", messages=ASK, max_tokens=3)
-    assert plain.coterie == {"expert": None, "version": None, "routed": False, "similarity": None}
+    nobody = {"expert": None, "version": None, "routed": False, "similarity": None, "experts": []}
+    assert plain.coterie == nobody
 
 
 @pytest.mark.parametrize("model", ["colors", "auto"])
@@ -661,7 +663,7 @@ def test_a_fault_of_ours_is_an_error_without_our_secrets(fitted_shop: Path, tiny
     [
         ("1/expert.json", b"{"), ("1/expert.json", None), ("current", b"one"), ("current", b""), ("current", b"7"),
         ("1/" + loras.WEIGHTS, b"cut"), ("1/" + loras.WEIGHTS, None), ("1/" + CONFIG, b"[]"),
-        ("1/" + nearest.FILE, b"cut"),
+        ("1/" + statistics.FILE, b"cut"),
     ],
 )  # fmt: skip
 def test_one_damaged_expert_takes_nobody_else_down(
@@ -675,7 +677,7 @@ def test_one_damaged_expert_takes_nobody_else_down(
         for model in ("greet", "auto"):
             done = served.openai.chat.completions.create(model=model, messages=hello, max_tokens=2)
             assert done.coterie["expert"] == "greet"
-        if file != "1/" + nearest.FILE:  # without it the expert answers those who ask for it by name
+        if file != "1/" + statistics.FILE:  # without it the expert answers those who ask for it by name
             with pytest.raises((openai.InternalServerError, openai.NotFoundError), match="colors"):
                 served.openai.chat.completions.create(model="colors", messages=ASK)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from coterie.business import Business
 from coterie.cli.main import main
 from coterie.engine.engine import Engine
-from coterie.experts import kinds, lora
+from coterie.experts import lora as loras
 from coterie.experts.lora import LoraConfig
 from coterie.model.load import BaseModel
 from coterie.model.pull import DEFAULT
@@ -476,9 +476,11 @@ def test_a_port_in_use_is_named(coterie: Run, fitted_shop: Path) -> None:
 def test_an_expert_for_another_base_is_not_imported(
     coterie: Run, own: Path, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
-    expert = lora.fresh(LoraConfig(4, 8), tiny_base.decoder)
-    expert.weights = {name: w[:, :-1].contiguous() for name, w in expert.weights.items()}
-    kinds.save(expert, tmp_path, "other", tiny_base.decoder.config)
+    from dataclasses import replace
+
+    expert = loras.fresh(LoraConfig(4, 8), tiny_base.decoder)
+    expert.weights = {k: w[:, :32] if ".lora_A." in k else w for k, w in expert.weights.items()}
+    loras.save(expert, tmp_path, "other", replace(tiny_base.decoder.config, width=32))
     done = coterie("experts", "import", "guest", tmp_path, "-f", own)
     assert done.code == 2
     assert "this base needs" in done.complaint()

@@ -28,25 +28,17 @@ from coterie.cli.main import main
 from coterie.data.encode import TokenSet, encode_all
 from coterie.data.read import Example
 from coterie.errors import CoterieError, DataError, StorageError, TrainingError
-from coterie.experts import adapter, full, kinds, lora, prefix, prompt
+from coterie.experts import lora as loras
 from coterie.experts.expert import Applied, Expert
+from coterie.experts.kinds import apply
 from coterie.experts.lora import LoraConfig
 from coterie.model.load import BaseModel, load
 from coterie.tuning import forward, loop, objective
-from coterie.tuning.forward import completion_loss
 from coterie.tuning.loop import Progress, Training, held_out_loss, train
 from coterie.tuning.objective import completions
 
 FAST = Training(epochs=3, batch=4, checkpoint_every_s=-1)  # a checkpoint after every step
 SHAPE = LoraConfig(4, 8)
-KINDS: dict[str, Callable[[BaseModel], Expert]] = {
-    "lora": lambda base: lora.fresh(SHAPE, base.decoder, seed=1),
-    "dora with dropout": lambda base: lora.fresh(LoraConfig(4, 8, dora=True, dropout=0.2), base.decoder),
-    "adapter": lambda base: adapter.fresh(adapter.BottleneckConfig(8), base.decoder),
-    "prompt": lambda base: prompt.fresh(prompt.PromptConfig(4), base.decoder, base.encode("Be kind.")),
-    "prefix": lambda base: prefix.fresh(prefix.PrefixConfig(4), base.decoder, base.encode("Be kind.")),
-    "full": lambda base: full.fresh(full.FullConfig(), base.decoder),
-}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -67,11 +59,10 @@ ROWS, HELD = list(range(3, 24)), [0, 1, 2]
 def learn(
     base: BaseModel, data: TokenSet, checkpoint: Path, settings: Training = FAST,
     tell: Callable[[Progress], None] = lambda _: None, say: Callable[[str], None] = lambda _: None,
-    kind: str = "lora",
 ) -> tuple[Expert, loop.Outcome]:  # fmt: skip
-    expert, loss = KINDS[kind](base), completions(base.decoder, data)
-    outcome = train(base.decoder, expert, loss, data.lengths(), ROWS, HELD, settings, checkpoint, tell, say=say)
-    return expert, outcome
+    lora = loras.fresh(SHAPE, base.decoder, seed=1)
+    loss = completions(base.decoder, data)
+    return lora, train(base.decoder, lora, loss, data.lengths(), ROWS, HELD, settings, checkpoint, tell, say)
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +84,21 @@ def assert_same(found: tuple[Expert, loop.Outcome], wanted: tuple[Expert, loop.O
 # What is learned
 
 
-def trained_a_little(base: BaseModel) -> Expert:
-    """A LoRA expert none of whose matrices is zero."""
-    expert = lora.fresh(SHAPE, base.decoder)
+def trained_a_little(base: BaseModel, data: TokenSet) -> Expert:
+    lora = loras.fresh(SHAPE, base.decoder)
     generator = torch.Generator().manual_seed(0)
-    for name, w in expert.weights.items():
+    for name, w in lora.weights.items():
         if ".lora_B." in name:
             w.copy_(torch.randn(w.shape, generator=generator) * 0.1)
-    return expert
+    return lora
 
 
 def plain_loss(
-    folder: Path, saved: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]
+    folder: Path, adapter: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients by transformers and peft, one row at a time, of cross-entropy on the marked tokens."""
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expert = peft.PeftModel.from_pretrained(model, saved, is_trainable=True).train()
+    expert = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
     total = torch.zeros(())
     for tokens, marks in rows:
         scores = expert(tokens[None].long()).logits[0, :-1]
@@ -130,19 +120,19 @@ def test_loss_and_gradients_are_those_of_cross_entropy_on_the_marked_tokens(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(forward, "CHUNK", 5)
     base = load(tiny, dtype, packed=True)
-    expert = trained_a_little(base)
-    kinds.save(expert, tmp_path, str(tiny), base.decoder.config)
+    lora = trained_a_little(base, data)
+    loras.save(lora, tmp_path, str(tiny), base.decoder.config)
     rows = rows_of(data, [0, 5, 7, 20])
     wanted, slopes = plain_loss(tiny, tmp_path, rows)
-    for w in expert.weights.values():
+    for w in lora.weights.values():
         w.requires_grad_()
-    loss, count = completion_loss(base.decoder, kinds.apply(expert, base.decoder, training=True), rows)
+    loss, count = forward.completion_loss(base.decoder, apply(lora, base.decoder), rows)
     loss.backward()
     assert count == sum(int(marks.sum()) for _, marks in rows)
     torch.testing.assert_close(loss.detach().float(), wanted, rtol=close, atol=close)
-    assert slopes.keys() == expert.weights.keys()
+    assert slopes.keys() == lora.weights.keys()
     for name, slope in slopes.items():
-        found = expert.weights[name].grad
+        found = lora.weights[name].grad
         assert found is not None
         assert (found.float() - slope).norm() <= close * slope.norm() + 1e-6, name
 
@@ -151,10 +141,11 @@ def test_a_batch_in_several_forwards_is_the_same_batch(
     tiny_base: BaseModel, data: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
 ) -> None:
     monkeypatch.setattr(loop, "MICRO_TOKENS", 40)
-    expert, outcome = learn(tiny_base, data, tmp_path / "checkpoint")
+    lora, outcome = learn(tiny_base, data, tmp_path / "checkpoint")
     assert outcome.losses == pytest.approx(unbroken[1].losses, abs=2e-3)
-    loss, applied = completions(tiny_base.decoder, data), kinds.apply(expert, tiny_base.decoder)
-    assert held_out_loss(loss, applied, data.lengths(), HELD) == pytest.approx(outcome.held_out[-1], abs=1e-5)
+    assert held_out_loss(
+        completions(tiny_base.decoder, data), apply(lora, tiny_base.decoder), data.lengths(), HELD
+    ) == pytest.approx(outcome.held_out[-1], abs=1e-5)
 
 
 def test_training_lowers_the_loss_and_says_how_far_it_is(tiny_base: BaseModel, data: TokenSet, tmp_path: Path) -> None:
@@ -216,47 +207,8 @@ def test_a_run_stopped_at_any_steps_ends_in_the_same_weights(
     assert found[1].resumed_at == (stops[-1] if stops else 0)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
-def test_every_kind_of_expert_goes_on_to_the_same_weights(
-    kind: str, tiny_base: BaseModel, data: TokenSet, tmp_path: Path
-) -> None:
-    def press(p: Progress) -> None:
-        if p.step == 4:
-            raise KeyboardInterrupt
-
-    short = replace(FAST, epochs=1, checkpoint_every_s=1e9)
-    wanted = learn(tiny_base, data, tmp_path / "unbroken", short, kind=kind)
-    with pytest.raises(KeyboardInterrupt):
-        learn(tiny_base, data, tmp_path / "broken", short, press, kind=kind)
-    found = learn(tiny_base, data, tmp_path / "broken", short, kind=kind)
-    assert_same(found, wanted)
-    assert found[1].resumed_at == 4
-    assert found[1].losses[0] > found[1].losses[-1]
-
-
-@pytest.mark.parametrize("stop", [1, 7, 18])
-def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(
-    stop: int, tiny_base: BaseModel, data: TokenSet, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    update, updates = torch.optim.AdamW.step, 0
-
-    def press_after(self: torch.optim.AdamW) -> None:
-        nonlocal updates
-        update(self)
-        updates += 1
-        if updates == stop:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", press_after)
-    with pytest.raises(KeyboardInterrupt):
-        learn(tiny_base, data, tmp_path / "checkpoint", replace(FAST, checkpoint_every_s=1e9))
-    found = learn(tiny_base, data, tmp_path / "checkpoint")
-    assert_same(found, unbroken)
-    assert (found[1].resumed_at, updates) == (stop, 18)
-
-
-@given(delays_ms=st.lists(st.floats(1, 150), min_size=1, max_size=3))
-@settings(max_examples=5)
+@given(delays_ms=st.lists(st.floats(1, 150), max_size=3))
+@settings(max_examples=8)
 def test_ctrl_c_at_any_moment_never_leaves_half_a_step(
     delays_ms: list[float], tiny_base: BaseModel, data: TokenSet, unbroken: Any,
     tmp_path_factory: pytest.TempPathFactory,
@@ -331,7 +283,9 @@ def test_training_that_diverges_stops_before_it_spoils_the_checkpoint(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     done: list[int] = []
-    with pytest.raises(TrainingError, match=r"diverged at step (\d+) of 18: loss .*; lower the learning rate") as e:
+    with pytest.raises(
+        TrainingError, match=r"diverged at step (\d+) of 18: loss .*; lower training\.learning_rate"
+    ) as e:
         learn(tiny_base, data, checkpoint, replace(FAST, learning_rate=rate, clip=1e9), lambda p: done.append(p.step))
     assert f"at step {done[-1] + 1} of" in str(e.value)
     if rate == 1e30:
@@ -482,7 +436,7 @@ def test_held_out_rows_and_test_rows_are_never_learned(shop: Path, monkeypatch: 
     def watch(decoder: Any, applied: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         seen = {business.base().tokenizer.decode(tokens.tolist(), skip_special_tokens=True) for tokens, _ in rows}
         (learned if torch.is_grad_enabled() else measured).update(seen)
-        return completion_loss(decoder, applied, rows)
+        return forward.completion_loss(decoder, applied, rows)
 
     monkeypatch.setattr(objective, "completion_loss", watch)
     found = next(fit(business, ["greet"]))
@@ -519,27 +473,6 @@ def test_a_stopped_fit_goes_on_where_it_stopped(
     assert not [(name, step) for name, step in steps if step != 3 and steps.count((name, step)) > 1], "learned twice"
 
 
-def test_a_fit_stopped_while_it_learns_preferences_goes_on_where_it_stopped(shop: Path, tmp_path: Path) -> None:
-    pairs = [{"prompt": f"Hello, I am {n}.", "chosen": f"Welcome, {n}!", "rejected": "Go away."} for n in "ABCDEFGHIJ"]
-    (shop / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    edit(shop, 'train = "greet.jsonl"\n', 'train = "greet.jsonl"\npreferences = "pairs.jsonl"\n')
-    again = shutil.copytree(shop, tmp_path / "again")
-    assert fitted(shop, "greet")["greet"].evaluation["preference_pairs"] == 9
-    steps: list[tuple[str, int]] = []
-
-    def press(name: str, p: Progress) -> None:
-        steps.append((name, p.step))
-        if steps[-1] == ("greet, preferences", 1):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list(fit(Business.open(again), ["greet"], progress=press))
-    list(fit(Business.open(again), ["greet"], progress=lambda name, p: steps.append((name, p.step))))
-    assert weights(again)["greet"] == weights(shop)["greet"]
-    learned = [step for step in steps if step not in (("greet", 3), ("greet, preferences", 2))]
-    assert learned == [("greet", 1), ("greet", 2), ("greet, preferences", 1)], "nothing is learned twice"
-
-
 KILLED = """
     import functools, os, random, signal, sys, time
     from pathlib import Path
@@ -547,7 +480,7 @@ KILLED = """
     from coterie.business import Business
     from coterie.cli.main import main
     from coterie.experts.library import Library
-    from coterie.tuning import loop
+    from coterie.tuning import forward, loop, objective
 
     folder, moments = sys.argv[1], sys.argv[2].split(",")
     business.Training = functools.partial(business.Training, checkpoint_every_s=-1)
@@ -621,16 +554,16 @@ def test_a_full_disk_stops_fit_and_loses_nothing(
     def before_that_the_disk_fills_up(name: str, size: int) -> None:
         verb = getattr(room, name)
 
-        def filled(*args: Any, **more: Any) -> Any:
+        def filled(*args: Any) -> Any:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            return verb(*args, **more)
+            return verb(*args)
 
         patch.setattr(room, name, filled)
 
     with files_up_to(10**9), monkeypatch.context() as patch:  # both are put back when the block ends
         before_that_the_disk_fills_up(
-            *{"encoding": ("prepare", 100), "checkpoint": ("train", 5000), "trial": ("make_profile", 5000),
-              "publishing": ("compare", 100)}[moment]
+            *{"encoding": ("prepare", 100), "checkpoint": ("train", 5000), "trial": ("route_statistics", 5000),
+              "publishing": ("compare", 5000)}[moment]
         )  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             main(["fit", str(shop), "-e", "greet"])

@@ -1,97 +1,117 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
-import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from coterie.business import Business, Tell
+from coterie.choose import Chooser, question
 from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
-from coterie.engine.request import Callback, Generation, Sampling
-from coterie.errors import ModelError, UnknownExpert
+from coterie.engine.request import Blend, Callback, Combine, Generation, Sampling
+from coterie.errors import CoterieError
 from coterie.experts.library import ExpertFacts
-from coterie.routing.nearest import Profile, load_profile, route
 
-log = logging.getLogger(__name__)
+ARROW_MOST = 64  # experts that Arrow may choose among
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generation under way, and who gives it. `expert` is None for the base model."""
+    """A generation under way, and who gives it. `expert` is None for the base model, "arrow" for all at once.
+
+    `experts`: name, version and share of all that answer together, the one named first.
+    """
 
     generation: Generation
     expert: str | None
     version: int | None
     routed: bool
     similarity: float | None
+    experts: tuple[tuple[str, int, float], ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Chosen:
+    """Who is to answer; the first speaks for them: it brings instruction and choices. Under "arrow" nobody does."""
+
+    facts: tuple[ExpertFacts, ...] = ()
+    shares: tuple[float, ...] = ()
+    combine: Combine = "merge"
+    leads: bool = True
+    routed: bool = False
+    similarity: float | None = None
+
+    def adapter(self) -> tuple[str, int] | Blend | None:
+        """As the engine wants it."""
+        parts = tuple(((f.name, f.version), share) for f, share in zip(self.facts, self.shares, strict=True))
+        if len(parts) > 1:
+            return Blend(parts, self.combine)
+        return parts[0][0] if parts else None
+
+
 class Answerer:
-    """Answers for one business: its engine, its library, and the router's profiles."""
+    """Answers for one business: its engine, its library, and its router."""
 
-    business: Business
-    engine: Engine
-    _profiles: dict[str, tuple[ExpertFacts, Profile | None]] = field(default_factory=dict)
+    def __init__(self, business: Business, engine: Engine) -> None:
+        self.business, self.engine = business, engine
+        self.chooser = Chooser(business, engine.base)
 
     @classmethod
     def open(cls, business: Business, tell: Tell = lambda _: None) -> "Answerer":
         """Load the base model and start the engine."""
         return cls(business, business.engine(tell))
 
-    def chat(self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None) -> Answer:
-        """Answer a conversation. `who` is an expert's name, "base", or "auto".
+    def chat(
+        self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
+        channel: str = "",
+    ) -> Answer:  # fmt: skip
+        """Answer a conversation. `who` is an expert's name, "base", "auto", or "arrow".
 
         An expert brings its own instruction where the conversation has none, and answers with one of its choices
         where it has been trained to. Raises UnknownExpert, ContextTooLong, Busy, DataError (messages).
         """
-        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        facts, similarity = self._choose(who, question)
-        if facts:
-            if facts.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": facts.system}, *messages]
-            if facts.choices and sampling.constraint is None:
-                sampling = replace(sampling, constraint=choices(facts.choices))
+        chosen = self._choose(who, question(messages), channel)
+        if chosen.facts and chosen.leads:
+            first = chosen.facts[0]
+            if first.system and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": first.system}, *messages]
+            if first.choices and sampling.constraint is None:
+                sampling = replace(sampling, constraint=choices(first.choices))
         prompt = self.engine.base.encode(self.engine.base.chat(messages))
-        return self._submit(prompt, sampling, facts, who, similarity, on_piece)
+        return self._submit(prompt, sampling, chosen, on_piece)
 
-    def complete(self, who: str, text: str, sampling: Sampling, on_piece: Callback | None = None) -> Answer:
+    def complete(
+        self, who: str, text: str, sampling: Sampling, on_piece: Callback | None = None, channel: str = ""
+    ) -> Answer:
         """Go on from `text` as it stands, without a chat template."""
-        facts, similarity = self._choose(who, text)
-        return self._submit(self.engine.base.encode(text), sampling, facts, who, similarity, on_piece)
+        return self._submit(self.engine.base.encode(text), sampling, self._choose(who, text, channel), on_piece)
 
-    def _choose(self, who: str, question: str) -> tuple[ExpertFacts | None, float | None]:
-        library = self.business.library
-        if who == "base" or who == self.business.config.business.base:
-            return None, None
+    def _choose(self, who: str, text: str, channel: str) -> _Chosen:
+        library, config = self.business.library, self.business.config
+        if who in ("base", config.business.base):
+            return _Chosen()
+        if who == "arrow":
+            facts = tuple(f for f in library.shelf() if f.kind == "lora")
+            if not 1 <= len(facts) <= ARROW_MOST:
+                raise CoterieError(
+                    f"arrow chooses among 1 to {ARROW_MOST} LoRA experts for each token; the library has {len(facts)}: "
+                    'ask "auto", with combine = "arrow" under [routing]'
+                )
+            return _Chosen(facts, (1 / len(facts),) * len(facts), "arrow", leads=False)
         if who != "auto":
-            return library.facts(who), None
-        shelf = {facts.name: facts for facts in library.shelf()}
-        kept = self._profiles
-        self._profiles = {
-            name: kept[name] if name in kept and kept[name][0] == facts else (facts, self._profile(facts))
-            for name, facts in shelf.items()
-        }
-        profiles = {name: profile for name, (_, profile) in self._profiles.items() if profile}
-        nearest, similarity = route(self.engine.base, profiles, question)
-        return (shelf[nearest] if nearest else None), similarity
-
-    def _profile(self, facts: ExpertFacts) -> Profile | None:
-        """What the router knows of an expert; None where it has none, or one that is damaged or of another base."""
-        try:
-            profile = load_profile(self.business.library.folder(facts.name, facts.version))
-        except (ModelError, UnknownExpert) as error:
-            log.warning("left out of routing: %s", error)
-            return None
-        fits = profile and len(profile.centre) == self.engine.base.decoder.config.width
-        return profile if fits else None
+            return _Chosen((library.facts(who),), (1.0,))
+        choice = self.chooser.choose(text, channel)
+        chosen = choice.decision.chosen
+        return _Chosen(
+            tuple(library.facts(name) for name, _ in chosen), tuple(share for _, share in chosen),
+            config.routing.combine, routed=True, similarity=choice.decision.similarity,
+        )  # fmt: skip
 
     def _submit(
-        self, prompt: list[int], sampling: Sampling, facts: ExpertFacts | None, who: str,
-        similarity: float | None, on_piece: Callback | None,
+        self, prompt: list[int], sampling: Sampling, chosen: _Chosen, on_piece: Callback | None
     ) -> Answer:  # fmt: skip
-        adapter = (facts.name, facts.version) if facts else None
-        generation = self.engine.submit(prompt, sampling, adapter, on_piece)
-        return Answer(
-            generation, facts.name if facts else None, facts.version if facts else None, who == "auto", similarity
-        )
+        generation = self.engine.submit(prompt, sampling, chosen.adapter(), on_piece)
+        who = tuple((f.name, f.version, share) for f, share in zip(chosen.facts, chosen.shares, strict=True))
+        name, version = (who[0][0], who[0][1]) if who else (None, None)
+        if not chosen.leads:
+            name, version = "arrow", None
+        return Answer(generation, name, version, chosen.routed, chosen.similarity, who)

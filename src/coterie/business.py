@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -17,26 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from coterie.config import LEARNING_RATES, Config, ExpertSpec, read_config
-from coterie.data.encode import encode_all
+from coterie.config import Config, ExpertSpec, read_config
 from coterie.data.prepare import prepare
-from coterie.data.read import Example, check_file, read, read_pairs
+from coterie.data.read import Example, check_file, read
 from coterie.data.split import hold_out
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError, ModelError, StorageError
 from coterie.evaluation.run import evaluate
-from coterie.experts import adapter, full, kinds, lora, prefix, prompt
-from coterie.experts.expert import Expert
+from coterie.experts import kinds
 from coterie.experts.library import ExpertFacts, Library
+from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
-from coterie.model.save import save_model
-from coterie.routing.nearest import SAMPLE, make_profile
-from coterie.tuning.loop import Progress, Training, train
-from coterie.tuning.objective import completions, preferences
-from coterie.tuning.trunk import Trunk
+from coterie.routing.statistics import MOST, Statistics, learn
+from coterie.tuning.loop import Progress
 
-HELD_OUT_MOST = 500  # rows held out for the loss while training
 ANSWERED_MOST = 100  # of them, rows that base and expert answer before publishing
 Tell = Callable[[str], None]
 Count = Callable[[str, int, int], None]  # what, done, of how many
@@ -85,10 +80,15 @@ class Business:
         """Data files named in the declaration, relative to the folder."""
         return [self.folder / f for f in listed]
 
+    def place(self, where: str) -> str:
+        """File and row of an example, with the file relative to the folder where it lies in it."""
+        return where.removeprefix(f"{self.folder}/")
+
     def examples(self, name: str, listed: list[str]) -> Iterator[Example]:
         """The examples of an expert's data files, with its instruction."""
         spec = self.config.experts.get(name)
-        columns, system = (spec.columns, spec.system) if spec else ({}, self.library.facts(name).system)
+        columns: dict[str, str] = {field: column for field, column in spec.columns.items()} if spec else {}
+        system = spec.system if spec else self.library.facts(name).system
         for file in self.files(listed):
             yield from read(file, columns, system)
 
@@ -125,7 +125,7 @@ def fingerprint(business: Business, name: str) -> str:
     spec = business.spec(name)
     settings = spec.model_dump(exclude={"description"})
     digest = hashlib.sha256(json.dumps([business.config.business.base, settings], sort_keys=True).encode())
-    for file in business.files(spec.train) + business.files(spec.test) + business.files(spec.preferences):
+    for file in business.files([*spec.train, *spec.test, *spec.preferences]):
         check_file(file)
         with file.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
@@ -179,7 +179,6 @@ def _fit_one(
     spec, how, base = business.spec(name), business.spec(name).training, business.base(tell)
     files = ", ".join(map(str, business.files(spec.train)))
     longest = min(how.max_tokens, base.decoder.config.context)
-    expert = new_expert(spec, base)
     tests = [e.asked for e in business.examples(name, spec.test)]
     data = prepare(business.examples(name, spec.train), tests, base, work, longest, spec.choices)
     if data.leaked:
@@ -195,17 +194,16 @@ def _fit_one(
         )
     tell(f"{name}: {len(rows)} rows to learn from, {len(held)} held out")
 
-    rate = how.learning_rate or LEARNING_RATES[spec.kind]
-    settings = Training(how.epochs, how.batch, rate, how.warmup, how.weight_decay, seed=how.seed)
-    trunk = None
-    if how.first_layer:
-        trunk = Trunk(base.decoder, data.tokens, how.first_layer, business.folder / ".coterie" / "trunk", tell=tell)
-    outcome = train(
-        base.decoder, expert, completions(base.decoder, data.tokens, trunk), data.tokens.lengths(), rows, held,
-        settings, work / "checkpoint.safetensors", lambda p: progress(name, p),
-        say=lambda text: tell(f"{name}: {text}"),
-    )  # fmt: skip
-    pairs = _prefer(business, name, expert, work, tell, progress) if spec.preferences else {}
+    def news(step: Progress) -> None:
+        progress(name, step)
+
+    def say(text: str) -> None:
+        tell(f"{name}: {text}")
+
+    expert, trunks = new_expert(spec, base), business.folder / ".coterie" / "trunk"
+    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, news, say)
+    pairs = business.files(spec.preferences)
+    preferred = prefer(spec, base, expert, pairs, work, news, say) if pairs else {}
 
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,
@@ -214,29 +212,35 @@ def _fit_one(
             "rows": len(rows), "left_out_as_test_rows": data.leaked, "left_out_as_too_long": len(data.too_long),
             "steps": outcome.steps, "seconds": round(outcome.seconds),
             "examples_per_second": round(outcome.examples / outcome.seconds, 2),
-            **how.model_dump(), "learning_rate": rate, **asdict(expert.config),
+            **how.model_dump(), "learning_rate": learning_rate(spec), **asdict(expert.config),
             "parameters": sum(w.numel() for w in expert.weights.values()),
         },
     )  # fmt: skip
-    measured, sampled = held[:ANSWERED_MOST], _sample(rows, SAMPLE, how.seed)
+    measured, sampled = held[:ANSWERED_MOST], _sample(rows, MOST, how.seed)
     found = _pick(business.examples(name, spec.train), {data.numbers[i] for i in measured + sampled})
-    profile = make_profile(base, [found[data.numbers[i]].question for i in sampled], how.seed)
+    statistics = route_statistics(business, [found[data.numbers[i]] for i in sampled])
 
     def fill(folder: Path) -> None:
         save_expert(base, expert, folder, facts.base)
-        profile.save(folder)
+        statistics.save(folder)
 
     trial = Library(work / "trial")
     shutil.rmtree(trial.root, ignore_errors=True)
-    tried = trial.publish(facts, fill)
+    asked = [found[data.numbers[i]] for i in measured]
     evaluation = {
         "held_out_rows": len(held), "held_out_loss_base": round(outcome.held_out[0], 4),
-        "held_out_loss": round(outcome.held_out[-1], 4), **pairs,
-        "held_out": compare(business, tried, [found[data.numbers[i]] for i in measured], count, trial),
+        "held_out_loss": round(outcome.held_out[-1], 4), **preferred,
+        "held_out": compare(business, trial.publish(facts, fill), asked, count, trial),
     }  # fmt: skip
-    facts = business.library.publish(facts, lambda folder: _move(trial.folder(name), folder), evaluation)
+    facts = business.library.publish(facts, fill, evaluation)
     tell(f"{name}: version {facts.version} is published")
     return Fitted(facts, True, evaluation)
+
+
+def route_statistics(business: Business, examples: list[Example]) -> Statistics:
+    """What the router learns of an expert from its training inputs; each is told apart by file and row."""
+    where = [business.place(e.where) for e in examples]
+    return learn(business.base(), [e.question for e in examples], where)
 
 
 def _sample(rows: list[int], most: int, seed: int) -> list[int]:
@@ -244,80 +248,9 @@ def _sample(rows: list[int], most: int, seed: int) -> list[int]:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
 
 
-def _move(source: Path, target: Path) -> None:
-    """What is in one folder, into another on the same disk."""
-    for file in source.iterdir():
-        file.rename(target / file.name)
-
-
 def _pick(examples: Iterator[Example], wanted: set[int]) -> dict[int, Example]:
     """The examples of these numbers."""
     return {number: example for number, example in enumerate(examples) if number in wanted}
-
-
-def new_expert(spec: ExpertSpec, base: BaseModel) -> Expert:
-    """An untrained expert of the declared kind and size. Raises CoterieError where the settings do not fit the base."""
-    decoder, seed, first = base.decoder, spec.training.seed, spec.training.first_layer
-    if first >= decoder.config.layers:
-        raise CoterieError(f"training.first_layer = {first}: the base model has {decoder.config.layers} layers")
-    if first and spec.kind not in ("lora", "adapter"):
-        raise CoterieError(f"training.first_layer: an expert of kind {spec.kind!r} changes all layers; leave it out")
-    if spec.kind == "lora":
-        s = spec.lora
-        shape = lora.LoraConfig(s.rank, s.alpha, tuple(s.targets), s.rslora, s.dora, s.dropout, first)
-        return lora.fresh(shape, decoder, seed)
-    if spec.kind == "adapter":
-        a = spec.adapter
-        return adapter.fresh(adapter.BottleneckConfig(a.size, a.placement, a.activation, 1.0, first), decoder, seed)
-    if spec.kind == "full":
-        return full.fresh(full.FullConfig(), decoder)
-    words = base.encode(spec.prompt.start or spec.system or spec.description or "Answer as well as you can.")
-    if spec.kind == "prompt":
-        return prompt.fresh(prompt.PromptConfig(spec.prompt.tokens), decoder, words)
-    return prefix.fresh(prefix.PrefixConfig(spec.prompt.tokens), decoder, words)
-
-
-def _prefer(
-    business: Business, name: str, expert: Expert, work: Path, tell: Tell, progress: Callable[[str, Progress], None]
-) -> dict[str, Any]:
-    """Train `expert` further on pairs of a better and a worse answer; the held-out figures before and after."""
-    spec, how, base = business.spec(name), business.spec(name).preference, business.base()
-    files = business.files(spec.preferences)
-    examples = (e for file in files for e in read_pairs(file, spec.columns, spec.system))
-    longest = min(spec.training.max_tokens, base.decoder.config.context)
-    data, long_rows = encode_all(examples, base, work / "pairs", longest, together=2)
-    count = len(data) // 2
-    if count < 2:
-        raise DataError(f"{', '.join(map(str, files))}: {count} pair(s) to learn from; at least 2 are needed")
-    if long_rows:
-        tell(
-            f"{name}: {len(long_rows)} pairs over {longest} tokens were left out, the first: {min(long_rows.values())}"
-        )
-    rng = np.random.default_rng(spec.training.seed)
-    order = rng.permutation(count).tolist()
-    held = order[: max(1, min(HELD_OUT_MOST, round(count * spec.training.held_out)))]
-    rows = order[len(held) :]
-    reference = Expert(expert.config, {k: v.clone() for k, v in expert.weights.items()})
-    loss = preferences(base.decoder, data, reference, how.beta)
-    settings = Training(how.epochs, spec.training.batch, how.learning_rate, seed=spec.training.seed)
-    sizes = data.lengths().reshape(-1, 2).sum(axis=1)
-    outcome = train(
-        base.decoder, expert, loss, sizes, rows, held, settings, work / "preference.safetensors",
-        lambda p: progress(f"{name}, preferences", p), kinds.apply(reference, base.decoder),
-        lambda text: tell(f"{name}, preferences: {text}"),
-    )  # fmt: skip
-    return {"preference_pairs": len(rows), "preference_loss_before": round(outcome.held_out[0], 4),
-            "preference_loss": round(outcome.held_out[-1], 4)}  # fmt: skip
-
-
-def save_expert(base: BaseModel, expert: Expert, folder: Path, name: str) -> None:
-    """Write an expert's weights into the folder of its version; a `full` one as a model of its own, in model/."""
-    if expert.config.kind == "full":
-        decoder = full.apply(expert, base.decoder).decoder
-        assert decoder is not None
-        save_model(replace(base, decoder=decoder), folder / "model")
-    else:
-        kinds.save(expert, folder, name, base.decoder.config)
 
 
 def compare(
@@ -368,15 +301,15 @@ def measure(
 
 
 def adopt(business: Business, name: str, source: Path, description: str = "", system: str = "") -> ExpertFacts:
-    """Put an expert made elsewhere on the shelf. Raises ModelError where it cannot be used."""
-    model, base = business.base().decoder.config, business.config.business.base
-    expert = kinds.load(source, model)
+    """Put an expert in PEFT's or AdapterHub's format on the shelf. Raises ModelError where it cannot be used."""
+    base, name_of_base = business.base(), business.config.business.base
+    expert = kinds.load(source, base.decoder.config)
     facts = ExpertFacts(
-        name, expert.config.kind, description=description, system=system, base=base,
+        name, expert.config.kind, description=description, system=system, base=name_of_base,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         training={"imported_from": str(source), **asdict(expert.config)},
     )  # fmt: skip
-    return business.library.publish(facts, lambda folder: kinds.save(expert, folder, base, model))
+    return business.library.publish(facts, lambda folder: save_expert(base, expert, folder, name_of_base))
 
 
 def describe(business: Business) -> list[dict[str, Any]]:

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel as Record
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from coterie.data.read import Column
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
 from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
 LEARNING_RATES = {"lora": 1e-3, "adapter": 1e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 5e-5}
+_RATES = ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items())
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Files = Annotated[
     list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
@@ -67,17 +67,11 @@ class TrainingSpec(_Strict):
 
     epochs: int = Field(3, ge=1, le=1000, description="passes over the data")
     batch: int = Field(16, ge=1, le=4096, description="examples for each update")
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="peak learning rate; default by kind: "
-        + ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items()),
-    )
+    learning_rate: float | None = Field(None, gt=0, le=1, description=f"peak learning rate; by kind: {_RATES}")
     first_layer: int = Field(
         0,
         ge=0,
-        description="lora and adapter: leave the layers below alone; what they compute is kept on disk and reused",
+        description="lora, adapter: layers below stay as they are; what they compute is kept on disk",
     )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps that the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
@@ -94,11 +88,11 @@ class ExpertSpec(_Strict):
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
     train: Files = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
     test: Files = Field([], description="files only to measure with; their near-duplicates leave the training data")
-    columns: dict[Column, str] = Field(
-        {}, description="which column of the file holds prompt and completion (or messages), system, chosen, rejected"
+    columns: dict[Literal["prompt", "completion", "messages", "system", "chosen", "rejected"], str] = Field(
+        {}, description="which column of the file holds prompt and completion (or messages), and system"
     )
     choices: bool = Field(False, description="answer only with completions seen in training (classification)")
-    preferences: Files = Field([], description="files of pairs: prompt, chosen and rejected; learned after `train`")
+    preferences: Files = Field([], description="files of pairs (prompt, chosen, rejected), learned after `train`")
     lora: LoraSpec = LoraSpec()
     adapter: AdapterSpec = AdapterSpec()
     prompt: PromptSpec = PromptSpec()
@@ -118,11 +112,34 @@ class BusinessSpec(_Strict):
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
 
 
+class RuleSpec(_Strict):
+    """[[routing.rules]]: experts forced or forbidden for a channel, or for words in the question."""
+
+    channel: str = Field("", description="only requests on this channel (header X-Coterie-Channel); empty: any")
+    words: list[str] = Field([], description="only questions with one of these words; none: any")
+    use: list[str] = Field([], description="the nearest of these answers, however far the question is")
+    forbid: list[str] = Field([], description="none of these answers")
+
+
+class RoutingSpec(_Strict):
+    """[routing]: how "auto" chooses."""
+
+    top_k: int = Field(1, ge=1, le=64, description="most experts that answer one request together")
+    combine: Literal["merge", "logits", "arrow"] = Field(
+        "merge", description="how they do: weighted sum of updates, mean of scores, or token by token (Arrow)"
+    )
+    abstain: float = Field(
+        0.05, ge=0, lt=1, description="an expert turns away what is farther off than this share of its own inputs"
+    )
+    rules: list[RuleSpec] = Field([], description="experts forced or forbidden for a channel or for words")
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
     business: BusinessSpec = BusinessSpec()
     experts: dict[str, ExpertSpec] = {}
+    routing: RoutingSpec = RoutingSpec()
 
 
 def read_config(folder: Path) -> Config:

@@ -59,7 +59,7 @@ def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = F
 @app.command("import")
 def import_expert(
     name: Name,
-    source: Annotated[Path, typer.Argument(help="Folder in PEFT's or AdapterHub's format.")],
+    source: Annotated[Path, typer.Argument(help="Folder in PEFT's format (adapter_config.json and .safetensors).")],
     folder: Folder = Path(),
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
     system: Annotated[str, typer.Option(help="Instruction for requests that bring none.")] = "",
@@ -85,3 +85,26 @@ def export(
 
     Business.open(folder).library.export(name, target, version)
     result({"path": str(target)}, as_json, str(target))
+
+
+@app.command("learn-route")
+def learn_route(
+    name: Name,
+    inputs: Annotated[Path, typer.Option(help="What people will ask it: .txt (one a line), .jsonl, .csv, .parquet.")],
+    folder: Folder = Path(),
+    column: Annotated[str, typer.Option(help="The column of the inputs, in .jsonl, .csv and .parquet.")] = "prompt",
+    as_json: Json = False,
+) -> None:
+    """Let the router know an expert by examples of its inputs: an imported one, or one whose statistics are damaged."""
+    from coterie.business import Business
+    from coterie.data.read import inputs_of
+    from coterie.routing.statistics import learn
+
+    business = Business.open(folder)
+    version, target = business.library.current(name), business.library.folder(name)
+    found = list(inputs_of(inputs, column))
+    statistics = learn(business.base(), [t for _, t in found], [business.place(str(w)) for w, _ in found])
+    statistics.save(target)
+    business.library.touch()
+    result({"expert": name, "version": version, "inputs": len(found)}, as_json,
+           f"{name}: the router knows it by {len(found)} inputs")  # fmt: skip

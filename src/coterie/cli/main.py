@@ -10,7 +10,8 @@ import typer
 
 from coterie.cli import experts as expert_commands
 from coterie.cli import models as model_commands
-from coterie.cli.show import bars, in_words, percent, result, table, tell
+from coterie.cli.route import route
+from coterie.cli.show import bars, result, table, tell
 from coterie.errors import ContextTooLong, CoterieError
 
 if TYPE_CHECKING:  # what loads torch is imported when a command needs it
@@ -23,12 +24,14 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 app.add_typer(expert_commands.app, name="experts")
+app.command()(route)
 app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', or 'auto'.")]
+Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', 'auto', or 'arrow'.")]
+Channel = Annotated[str, typer.Option(help="Where the question comes from, for the rules of coterie.toml.")]
 
 
 @app.command()
@@ -80,8 +83,12 @@ def _headline(figures: dict[str, Any]) -> list[str]:
     out = []
     for who in ("base", "expert"):
         part = figures.get("held_out", {}).get(who, {})
-        out.append(next((percent(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
+        out.append(next((_figure(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
     return out
+
+
+def _figure(name: str, v: dict[str, float]) -> str:
+    return f"{name.replace('_', '-')} {v['value']:.1%} (95% CI {v['low']:.1%} to {v['high']:.1%})"
 
 
 @app.command("eval")
@@ -102,8 +109,12 @@ def evaluate(
     rows = []
     for facts, figures in measured:
         for who, name in (("base", "base model"), ("expert", facts.name)):
-            rows.append([name, str(figures[who]["rows"]), in_words(figures[who])])
-    done = [{"name": facts.name, "version": facts.version, **figures} for facts, figures in measured]
+            part = dict(figures[who])
+            count, too_long = part.pop("rows"), part.pop("too_long")
+            said = [_figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in part.items()]
+            said += [f"{too_long} too long for the context"] if too_long else []
+            rows.append([name, str(count), ", ".join(said)])
+    done = [{"expert": facts.name, "version": facts.version, **figures} for facts, figures in measured]
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 
@@ -112,6 +123,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads stdin.")],
     folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
     expert: Who = "auto",
+    channel: Channel = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
@@ -135,7 +147,7 @@ def generate(
     _check_who(business, expert)
     answerer = Answerer.open(business, tell)
     try:
-        answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling)
+        answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling, channel=channel)
         said = ""
         for piece in answer.generation:
             said += piece.text
@@ -144,6 +156,7 @@ def generate(
         if as_json:
             g = answer.generation
             result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
+                    "experts": [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts],
                     "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated)}, True, "")  # fmt: skip
         else:
             print()
@@ -184,12 +197,14 @@ def _readable(raw: bytes) -> str:
 
 def _check_who(business: "Business", who: str) -> None:
     """Raises UnknownExpert before a model is loaded in vain."""
-    if who not in ("auto", "base"):
+    from coterie.experts.library import RESERVED
+
+    if who not in RESERVED:
         business.library.folder(who)
 
 
 @app.command()
-def chat(folder: Folder = Path(), expert: Who = "auto", as_json: Json = False) -> None:
+def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", as_json: Json = False) -> None:
     """Talk in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer."""
     from coterie.answer import Answerer
     from coterie.business import Business
@@ -209,7 +224,7 @@ def chat(folder: Folder = Path(), expert: Who = "auto", as_json: Json = False) -
                 break
             messages.append({"role": "user", "content": _readable(line).strip()})
             try:
-                answer = answerer.chat(expert, messages, Sampling(max_tokens=300))
+                answer = answerer.chat(expert, messages, Sampling(max_tokens=300), channel=channel)
             except ContextTooLong as error:
                 if not person:
                     raise

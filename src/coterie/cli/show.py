@@ -44,20 +44,6 @@ def table(headings: list[str], rows: list[list[str]]) -> Table:
     return shown
 
 
-def percent(name: str, value: Any) -> str:
-    """A figure with its confidence interval, where it has one."""
-    name = name.replace("_", "-")
-    if isinstance(value, dict):
-        return f"{name} {value['value']:.1%} (95% CI {value['low']:.1%} to {value['high']:.1%})"
-    return f"{name} {value:.1%}"
-
-
-def in_words(figures: dict[str, Any]) -> str:
-    """The figures of an evaluation on one line."""
-    said = [percent(k, v) for k, v in figures.items() if k not in ("rows", "too_long")]
-    return ", ".join(said + ([f"{figures['too_long']} too long for the context"] if figures["too_long"] else []))
-
-
 class Bars:
     """Progress bars on stderr; where that is no terminal, a line now and then instead."""
 

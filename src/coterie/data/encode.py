@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -78,31 +78,29 @@ def encode(example: Example, model: Chat) -> tuple[list[int], list[bool]]:
 
 def encode_all(
     examples: Iterable[Example], model: Chat, folder: Path, longest: int, together: int = 1
-) -> tuple[TokenSet, dict[int, str]]:  # fmt: skip
+) -> tuple[TokenSet, dict[int, str]]:
     """Encode `examples` into files in `folder`; those over `longest` tokens are left out.
 
-    `together`: so many examples belong together (2 for preferences), and are left out together. The second says
-    which these are: their number among the examples (or groups), and where they stand. Raises StorageError where the
-    disk is full.
+    `together`: so many examples belong together (2 for preferences), and are left out together.
+    The second says which these are: their number among the examples, and where they stand. Raises StorageError
+    where the disk is full.
     """
     ends, skipped = [0], dict[int, str]()
-    source = iter(examples)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "tokens.bin").open("wb") as tokens, (folder / "learn.bin").open("wb") as marks:
-            for number in count():
-                group = list(islice(source, together))
-                if not group:
-                    break
+            source, number = iter(examples), 0
+            while group := list(islice(source, together)):
                 encoded = [encode(example, model) for example in group]
                 size = max(len(ids) for ids, _ in encoded)
                 if size > longest:
-                    skipped[number] = f"{group[0].where} ({size} tokens)"
-                    continue
+                    skipped |= {number + i: f"{e.where} ({size} tokens)" for i, e in enumerate(group)}
+                    encoded = []
                 for ids, learn in encoded:
                     tokens.write(np.array(ids, dtype=np.int32).tobytes())
                     marks.write(np.array(learn, dtype=np.bool_).tobytes())
                     ends.append(ends[-1] + len(ids))
+                number += len(group)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from error
     if ends == [0]:

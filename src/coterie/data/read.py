@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +15,7 @@ from coterie.errors import DataError
 Message = dict[str, str]
 Row = tuple[str, dict[str, Any]]  # where it stands, and its cells by column
 ROLES = ("system", "user", "assistant")
-Column = Literal["prompt", "completion", "messages", "system", "chosen", "rejected"]
-FIELDS: tuple[Column, ...] = get_args(Column)
+FIELDS = ("prompt", "completion", "messages", "system", "chosen", "rejected")
 LARGEST_CELL = 64 << 20  # characters of a CSV cell; Python's own limit of 131,072 is less than a long document
 
 
@@ -48,45 +47,67 @@ class Example:
         return self.messages[-1]["content"]
 
 
-def read(path: Path, columns: Mapping[Column, str] | None = None, system: str = "") -> Iterator[Example]:
+def read(path: Path, columns: Mapping[str, str] | None = None, system: str = "") -> Iterator[Example]:
     """The examples of one file.
 
     A row has `messages` (a list of role and content, the last from the assistant), or `prompt` and `completion`;
     `columns` says which column of the file holds each. `system` goes before rows that bring no system message.
     Raises DataError, naming file and line, at the first row that cannot be used.
     """
-    columns = _checked(columns)
-    for where, row in _rows(path):
-        yield _example(row, columns, where, system)
-
-
-def read_pairs(path: Path, columns: Mapping[Column, str] | None = None, system: str = "") -> Iterator[Example]:
-    """The preferences of one file, each as two examples: the better answer, then the worse one.
-
-    A row has `prompt` (text, or a list of messages), `chosen` and `rejected`. Raises DataError.
-    """
-    columns = _checked(columns)
-    for where, row in _rows(path):
-        ask = row.get(columns.get("prompt", "prompt"))
-        for answer in ("chosen", "rejected"):
-            said = row.get(columns.get(answer, answer))
-            if isinstance(said, list) and said and isinstance(said[-1], dict):  # TRL also writes whole messages
-                said = said[-1].get("content")
-            if isinstance(ask, list):
-                one = {"messages": [*ask, {"role": "assistant", "content": said}]}
-                yield _example(one, {}, where, system)
-            else:
-                yield _example({"prompt": ask, "completion": said}, {}, where, system)
-
-
-def _checked(columns: Mapping[Column, str] | None) -> dict[Column, str]:
     columns = dict(columns or {})
     for field in columns:
         if field not in FIELDS:
             raise DataError(f"columns: {field!r} is not one of {', '.join(FIELDS)}")
     if "messages" in columns and ("prompt" in columns or "completion" in columns):
         raise DataError("columns: name either messages, or prompt and completion")
-    return columns
+    try:
+        for where, row in _rows(path):
+            yield _example(row, columns, where, system)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def inputs_of(path: Path, column: str = "prompt") -> Iterator[tuple[str, str]]:
+    """Place and text of each input in a file: a .txt with one a line, or a column of the other kinds.
+
+    Raises DataError, naming file and line, at the first row that cannot be used.
+    """
+    if path.suffix != ".txt":
+        for where, row in _rows(path):
+            if column not in row:
+                raise DataError(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row))}")
+            yield where, _text(row[column], column, where)
+        return
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", line.strip()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str = "") -> Iterator[Example]:
+    """The preferences of one file, each as two examples: the better answer, then the worse one.
+
+    A row has `prompt` (text, or a list of messages), `chosen` and `rejected` (text, or messages that end in the
+    answer, as TRL writes them). Raises DataError, naming file and line.
+    """
+    columns = dict(columns or {})
+    for where, row in _rows(path):
+        ask = row.get(columns.get("prompt", "prompt"))
+        for answer in ("chosen", "rejected"):
+            column = columns.get(answer, answer)
+            if column not in row:
+                raise DataError(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row))}")
+            said = row[column]
+            if isinstance(said, list) and said and isinstance(said[-1], dict):
+                said = said[-1].get("content")
+            if isinstance(ask, list):
+                yield _example({"messages": [*ask, {"role": "assistant", "content": said}]}, {}, where, system)
+            else:
+                yield _example({"prompt": ask, "completion": said}, {}, where, system)
 
 
 def check_file(path: Path) -> None:
@@ -101,10 +122,7 @@ def check_file(path: Path) -> None:
 
 def _rows(path: Path) -> Iterator[Row]:
     check_file(path)
-    try:
-        yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -160,8 +178,8 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: truncated or not Parquet, after row {number} ({error})") from error
 
 
-def _example(row: dict[str, Any], columns: Mapping[Column, str], where: str, system: str) -> Example:
-    def cell(field: Column, required: bool = True) -> Any:
+def _example(row: dict[str, Any], columns: Mapping[str, str], where: str, system: str) -> Example:
+    def cell(field: str, required: bool = True) -> Any:
         column = columns.get(field, field)
         if column in row:
             return row[column]
@@ -172,10 +190,9 @@ def _example(row: dict[str, Any], columns: Mapping[Column, str], where: str, sys
     if "messages" in columns or ("messages" in row and "prompt" not in columns):
         messages = _messages(cell("messages"), where)
     else:
-        pair: tuple[tuple[str, Column], ...] = (("user", "prompt"), ("assistant", "completion"))
         messages = [
             {"role": role, "content": _text(cell(field), repr(columns.get(field, field)), where)}
-            for role, field in pair
+            for role, field in (("user", "prompt"), ("assistant", "completion"))
         ]
     instruction = cell("system", required=False) or system
     if instruction and messages[0]["role"] != "system":

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -22,19 +22,21 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from coterie.engine.constrain import Grammars, failure
-from coterie.engine.request import Adapter, Callback, Generation, Piece, Sampling, TokenChoice
+from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
 from coterie.engine.sampling import sample
 from coterie.engine.text import TextStream
-from coterie.errors import Busy, ContextTooLong, Stopped, UnknownExpert
+from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped, UnknownExpert
+from coterie.experts import arrow
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply, load
 from coterie.experts.library import Library
-from coterie.experts.mixture import Mixture
+from coterie.experts.mixture import Gates, Mixture
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 
 PREFILL_TOKENS = 2048  # prompt tokens taken in one step: bounds the pause of those already streaming
 STACK = 8  # experts kept in memory though idle; beyond, only those in use
+ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
 
 
@@ -67,14 +69,32 @@ class _Loaded:
 
 @dataclass(eq=False)
 class _Running:
-    """A request that holds a cache slot."""
+    """A request that holds a cache slot, or one voice of several whose scores are averaged (a Blend of `logits`).
+
+    The first voice leads: it chooses the token and owns the others, which follow it and share its request.
+    """
 
     request: Generation
     loaded: _Loaded | None
     stream: TextStream
     rng: np.random.Generator
     matcher: LLMatcher | None
+    shared: tuple[tuple[_Loaded, float], ...] = ()  # instead of one expert: several, in shares
+    woken: int = 0  # of those, how many each token wakes by Arrow, instead of in shares
+    weight: float = 1.0  # of this voice
+    leads: bool = True
+    followers: "list[_Running]" = field(default_factory=list)
     length: int = 0  # tokens in the cache
+
+    @property
+    def voices(self) -> "list[_Running]":
+        """This row and those that follow it; each holds a slot."""
+        return [self, *self.followers]
+
+    @property
+    def experts(self) -> "list[_Loaded]":
+        """Those it computes with."""
+        return [self.loaded] if self.loaded else [loaded for loaded, _ in self.shared]
 
 
 class Engine:
@@ -89,6 +109,8 @@ class Engine:
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
         self._read = lru_cache(STACK)(self._load)
+        self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
+        self._arrow: tuple[set[_Loaded], arrow.Arrow] | None = None  # of the mixture, and whom its rows may wake
         self._mixture: tuple[list[_Loaded], Mixture] = ([], Mixture([], base.decoder))
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
@@ -98,7 +120,7 @@ class Engine:
         self._thread.start()
 
     def submit(
-        self, prompt: list[int], sampling: Sampling, adapter: Adapter | None = None,
+        self, prompt: list[int], sampling: Sampling, adapter: Adapter | Blend | None = None,
         on_piece: Callback | None = None,
     ) -> Generation:  # fmt: skip
         """Queue a request; pieces of the answer arrive on the handle, or at `on_piece` in the engine's thread.
@@ -106,8 +128,9 @@ class Engine:
         Raises ContextTooLong, Busy (the queue is full), UnknownExpert, ModelError, CoterieError (constraint), Stopped.
         """
         prompt = prompt or self.base.encode(self.base.bos_token or self.base.eos_token) or [0]
-        loaded = self._open(adapter) if adapter else None
-        length = len(prompt) + (loaded.ahead if loaded else 0)
+        blend = adapter if isinstance(adapter, Blend) else Blend(((adapter, 1.0),)) if adapter else None
+        experts = [(self._open(a), weight) for a, weight in blend.parts] if blend else []
+        length = len(prompt) + max((loaded.ahead for loaded, _ in experts), default=0)
         if length >= self.context:
             raise ContextTooLong(
                 f"the prompt has {length} tokens; the context holds {self.context}, answer included: shorten it"
@@ -116,6 +139,7 @@ class Engine:
         stream = TextStream(self.base.tokenizer, sampling.stop)
         rng = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
         request = Generation(prompt, sampling, adapter, on_piece)
+        row = self._row(_Running(request, None, stream, rng, matcher), blend, experts)
         with self._wake:
             if self._closing:
                 raise Stopped("the engine has stopped")
@@ -123,9 +147,32 @@ class Engine:
                 self.stats.rejected += 1
                 raise Busy(f"{self.queue} requests wait already; try again in {Busy.retry_after_s} seconds")
             self.stats.requests += 1
-            self._waiting.append(_Running(request, loaded, stream, rng, matcher))
+            self._waiting.append(row)
             self._wake.notify()
         return request
+
+    def _row(self, row: _Running, blend: Blend | None, experts: list[tuple[_Loaded, float]]) -> _Running:
+        """`row` with its experts. Raises CoterieError where these cannot answer together."""
+        if blend is None:
+            return row
+        if len(experts) == 1:
+            return replace(row, loaded=experts[0][0])
+        if blend.how == "logits":
+            if len(experts) > self.slots:
+                raise CoterieError(f"{len(experts)} experts cannot answer together in {self.slots} slots; ask fewer")
+            total = sum(weight for _, weight in experts)
+            first, *others = [replace(row, loaded=e, weight=w / total, followers=[]) for e, w in experts]
+            first.followers = [replace(voice, leads=False) for voice in others]
+            return first
+        for (loaded, _), ((name, _), _) in zip(experts, blend.parts, strict=True):
+            config = loaded.expert.config
+            if config.kind != "lora" or config.dora:
+                kind = "lora with dora" if config.kind == "lora" else config.kind
+                raise CoterieError(f'{name} is of kind {kind}, which cannot be added up; set combine = "logits"')
+        if blend.how == "arrow":
+            for loaded, _ in experts:
+                self._directions(loaded)
+        return replace(row, shared=tuple(experts), woken=blend.top_k if blend.how == "arrow" else 0)
 
     @property
     def alive(self) -> bool:
@@ -134,7 +181,7 @@ class Engine:
 
     def load_numbers(self) -> tuple[int, int]:
         """How many requests run, and how many wait."""
-        return len(self._running), len(self._waiting)
+        return sum(row.leads for row in self._running), len(self._waiting)
 
     def close(self) -> None:
         """Cancel what runs and stop the thread."""
@@ -174,7 +221,8 @@ class Engine:
             with self._wake:
                 self._closing = True
             for row in [*self._running, *self._waiting]:
-                row.request.emit(Piece("", finish="cancelled"))
+                if row.leads:
+                    row.request.emit(Piece("", finish="cancelled"))
 
     def _work_comes(self) -> bool:
         """Wait for work; False once the engine closes."""
@@ -191,7 +239,7 @@ class Engine:
         except Exception as error:
             log.exception("a step of the engine failed; the requests in it end with an error")
             for row in rows:
-                if row in self._running:
+                if row.leads and row in self._running:
                     self._finish(row, "error", error=error)
 
     def _drop_cancelled(self) -> None:
@@ -201,7 +249,7 @@ class Engine:
                 self._waiting.remove(row)
         for row in gone:
             row.request.emit(Piece("", finish="cancelled"))
-        for row in [r for r in self._running if r.request.cancelled]:
+        for row in [r for r in self._running if r.leads and r.request.cancelled]:
             self._finish(row, "cancelled", row.stream.flush())
 
     def _admit(self) -> list[_Running]:
@@ -209,11 +257,12 @@ class Engine:
         new: list[_Running] = []
         with self._wake:
             room, tokens = self.slots - len(self._running), 0
-            while self._waiting and len(new) < room:
-                tokens += len(self._waiting[0].request.prompt)
+            while self._waiting and len(new) + len(self._waiting[0].voices) <= room:
+                voices = self._waiting[0].voices
+                tokens += len(voices) * len(voices[0].request.prompt)
                 if new and tokens > PREFILL_TOKENS:
                     break
-                new.append(self._waiting.popleft())
+                new += self._waiting.popleft().voices
             self._running += new
         return new
 
@@ -245,7 +294,7 @@ class Engine:
         slots = torch.tensor([self._running.index(row) for row in rows]).repeat_interleave(repeats).to(device)
         attend = self.cache.attend_prefill(slots, positions, lengths, prefix)
         hidden = decoder.run(torch.cat(parts), positions, attend, self._change(rows, repeats))
-        self.stats.prompt_tokens += sum(len(row.request.prompt) for row in rows)
+        self.stats.prompt_tokens += sum(len(row.request.prompt) for row in rows if row.leads)
         return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
     def _decode(self, rows: list[_Running]) -> Tensor:
@@ -262,24 +311,48 @@ class Engine:
 
     def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
         """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the mixture where it must."""
-        needed = dict.fromkeys(row.loaded for row in self._running if row.loaded)
+        needed = dict.fromkeys(loaded for row in self._running for loaded in row.experts)
         held, mixture = self._mixture
         if not needed.keys() <= set(held):
             wanted = list(dict.fromkeys([*needed, *held]))
             held = wanted if len(wanted) <= STACK else list(needed)
             mixture = Mixture([loaded.expert for loaded in held], self.base.decoder)
-            self._mixture = (held, mixture)
+            self._mixture, self._arrow = (held, mixture), None
         place = {loaded: i for i, loaded in enumerate(held)}
         owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows])
-        return mixture.change(owners.repeat_interleave(repeats))
+        shares = torch.zeros(len(rows), len(held))
+        for i, row in enumerate(rows):
+            for loaded, share in row.shared:
+                shares[i, place[loaded]] += share
+        if not bool(shares.any()):
+            return mixture.change(owners.repeat_interleave(repeats))
+        shares = shares.repeat_interleave(repeats, 0)
+        woken = torch.tensor([row.woken for row in rows]).repeat_interleave(repeats)
+        gates = self._gates(rows, shares > 0, woken) if bool(woken.any()) else None
+        return mixture.change(owners.repeat_interleave(repeats), shares, gates)
+
+    def _gates(self, rows: list[_Running], allowed: Tensor, woken: Tensor) -> Gates:
+        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, experts)."""
+        known = {loaded for row in rows if row.woken for loaded in row.experts}
+        if self._arrow is None or not known <= self._arrow[0]:
+            known |= self._arrow[0] if self._arrow else set()
+            directions = [self._directions(loaded) if loaded in known else None for loaded in self._mixture[0]]
+            self._arrow = known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
+        device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
+        return self._arrow[1].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
     def _choose(self, rows: list[_Running], logits: Tensor) -> None:
         """Choose each row's next token from its scores (rows, vocab), and send out what became certain."""
+        place = {row: i for i, row in enumerate(rows)}
         for i, row in enumerate(rows):
-            if row.matcher:
+            if row.followers:
+                logits[i] = sum(voice.weight * logits[place[voice]] for voice in row.voices)
+            if row.leads and row.matcher:
                 self.grammars.mask(row.matcher, logits[i])
         greedy = logits.argmax(dim=-1).tolist()
         for i, row in enumerate(rows):
+            if not row.leads:
+                continue
             want = row.request.sampling
             token = greedy[i] if want.temperature == 0 else sample(logits[i], want, row.rng)
             detail = () if want.logprobs is None else (self._detail(logits[i], token, want.logprobs),)
@@ -311,14 +384,15 @@ class Engine:
         self, row: _Running, why: str, text: str = "", detail: tuple[TokenChoice, ...] = (),
         error: Exception | None = None,
     ) -> None:  # fmt: skip
-        """End a request; the last running one moves into its slot."""
-        place, last = self._running.index(row), self._running[-1]
-        if last is not row:
-            end = len(self._running) - 1
-            for store in (self.cache.keys, self.cache.values):
-                store[:, place, :, : last.length] = store[:, end, :, : last.length]
-            self._running[place] = last
-        self._running.pop()
+        """End a request; the last running row moves into the slot of each of its voices."""
+        for voice in row.voices:
+            place, last = self._running.index(voice), self._running[-1]
+            if last is not voice:
+                end = len(self._running) - 1
+                for store in (self.cache.keys, self.cache.values):
+                    store[:, place, :, : last.length] = store[:, end, :, : last.length]
+                self._running[place] = last
+            self._running.pop()
         row.request.emit(Piece(text, detail, why, error))
 
     def _detail(self, scores: Tensor, token: int, top: int) -> TokenChoice:

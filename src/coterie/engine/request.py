@@ -6,13 +6,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from coterie.engine.constrain import Constraint
 from coterie.errors import CoterieError
 
 Adapter = tuple[str, int]  # name and version of an expert
+Combine = Literal["merge", "logits", "arrow"]
 Callback = Callable[["Piece"], None]
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Several experts that answer one request together.
+
+    `merge`: the weighted sum of their updates. `logits`: each computes its own scores for the next token, and their
+    weighted mean is sampled from; takes a cache slot for each expert. `arrow`: every token wakes its own `top_k` of
+    them in every layer (see experts/arrow.py), and the weights play no part.
+    """
+
+    parts: tuple[tuple[Adapter, float], ...]
+    how: Combine = "merge"
+    top_k: int = 3  # experts that a token wakes; of `arrow` only
+
+    def __post_init__(self) -> None:
+        """Raises CoterieError where the parts are none, or a weight is not positive."""
+        if not self.parts or any(weight <= 0 for _, weight in self.parts) or self.top_k < 1:
+            raise CoterieError("experts that answer together need weights above 0, and a top_k of at least 1")
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class Generation:
 
     prompt: list[int]
     sampling: Sampling
-    adapter: Adapter | None = None
+    adapter: Adapter | Blend | None = None
     on_piece: Callback | None = None
     generated: list[int] = field(default_factory=list)
     finish: str | None = None

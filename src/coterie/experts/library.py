@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-RESERVED = ("base", "auto")
+RESERVED = ("base", "auto", "arrow")
 log = logging.getLogger(__name__)
 
 
@@ -45,10 +46,15 @@ class ExpertFacts:
 
 def write_atomic(file: Path, text: str) -> None:
     """Replace `file` by `text` in one step. Raises StorageError where the disk is full."""
+    write_atomic_bytes(file, text.encode())
+
+
+def write_atomic_bytes(file: Path, content: bytes) -> None:
+    """Replace `file` by `content` in one step. Raises StorageError where the disk is full."""
     scratch = file.with_name(f".tmp-{file.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        with scratch.open("w", encoding="utf-8") as f:
-            f.write(text)
+        with scratch.open("wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(scratch, file)
@@ -169,6 +175,16 @@ class Library:
         """Let `version` answer from now on; also how one rolls back. Raises UnknownExpert."""
         self.folder(name, version)
         write_atomic(self.root / name / "current", f"{version}\n")
+        self.touch()
+
+    def stamp(self) -> int:
+        """Changes whenever an expert is added, removed or promoted; 0 while there is no shelf."""
+        return self.root.stat().st_mtime_ns if self.root.exists() else 0
+
+    def touch(self) -> None:
+        """Change the stamp: whoever watches the shelf looks again."""
+        now = max(time.time_ns(), self.stamp() + 1)
+        os.utime(self.root, ns=(now, now))
 
     def describe(self, name: str, version: int, description: str) -> ExpertFacts:
         """Say in other words what a version is for."""

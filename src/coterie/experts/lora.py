@@ -123,6 +123,12 @@ def site_of(expert: Expert, decoder: Decoder, layer: int, site: str, dtype: torc
     return Site(down, up, torch.where(magnitude == 0, 1.0, magnitude / norms).to(like))
 
 
+def columns(config: LoraConfig, model: ModelConfig, site: str) -> list[int]:
+    """For each row of a fused site's `down`, (R), which of the site's projections it belongs to."""
+    parts = enumerate(model.site_outputs(site))
+    return [i for i, (projection, _) in parts if projection in config.targets for _ in range(config.rank)]
+
+
 @torch.no_grad()
 def merged(expert: Expert, decoder: Decoder, layer: int, site: str) -> Tensor | None:
     """The base's weight at a site (out, in) with the expert in it, in float32; None where it is left alone."""

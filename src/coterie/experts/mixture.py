@@ -5,6 +5,7 @@ and the B stand side by side, so that a site costs two products however many exp
 adapters are stacked the same way. Soft prompts and prefixes change no product at all: they are rows of the cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
 from coterie.model.decoder import BLOCKS, SITES, Change, Decoder
+
+# layer, site, x (N, in), shares (N, R), expert and projection of each column (R) -> shares (N, R)
+Gates = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Mixture:
@@ -34,12 +38,20 @@ class Mixture:
         self.columns.append(wanted)
         return len(self.columns) - 1
 
-    def change(self, owners: Tensor) -> Change | None:
-        """The change for rows `owners` (N), each an index into the experts, or -1 for the base model."""
-        if not self.columns or bool((owners < 0).all()):
+    def change(self, owners: Tensor, shares: Tensor | None = None, gates: Gates | None = None) -> Change | None:
+        """The change for rows `owners` (N), each an index into the experts, or -1 for the base model.
+
+        A row of -1 may have `shares` (N, experts) of several plain LoRA experts: the hidden columns of each are
+        multiplied by its share, which is the weighted sum of their updates, exactly, without building it. `gates`
+        may put other shares in their place, read from a projection's input.
+        """
+        if not self.columns or (bool((owners < 0).all()) and shares is None):
             return None
         owners, dtype = owners.to(self.decoder.device), self.decoder.dtype
         masks = [(columns == owners[:, None]).to(dtype) for columns in self.columns]  # each (N, R)
+        if shares is not None:
+            shares = shares.to(self.decoder.device, dtype)
+            masks = [mask + shares[:, columns] for mask, columns in zip(masks, self.columns, strict=True)]
 
         def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
             if site in BLOCKS:
@@ -47,22 +59,31 @@ class Mixture:
                     out = bottleneck.apply(self.decoder, x, out, masks, owners)
                 return out
             stacked = self.low_rank.get((layer, site))
-            return stacked.apply(self.decoder, f"{layer}.{site}", x, out, masks, owners) if stacked else out
+            if stacked is None:
+                return out
+            mask, columns = masks[stacked.layout], self.columns[stacked.layout]
+            if gates is not None:
+                mask = gates(layer, site, x, mask, columns, stacked.parts)
+            return stacked.apply(self.decoder, f"{layer}.{site}", x, out, mask, owners)
 
         return change
 
 
 @dataclass(frozen=True)
 class _LowRank:
-    """LoRA experts at one site: packed A of all (R, in) and B of all (out, R); gains (experts + 1, out) of DoRA."""
+    """LoRA experts at one site: packed A of all (R, in) and B of all (out, R); gains (experts + 1, out) of DoRA.
+
+    `parts` (R): which projection of the site each column belongs to.
+    """
 
     down: Tensor
     up: Tensor
     gains: Tensor | None
     layout: int
+    parts: Tensor
 
-    def apply(self, decoder: Decoder, name: str, x: Tensor, out: Tensor, masks: list[Tensor], owners: Tensor) -> Tensor:
-        added = decoder.apply(decoder.apply(x, self.down).mul_(masks[self.layout]), self.up)
+    def apply(self, decoder: Decoder, name: str, x: Tensor, out: Tensor, mask: Tensor, owners: Tensor) -> Tensor:
+        added = decoder.apply(decoder.apply(x, self.down).mul_(mask), self.up)
         if self.gains is None:
             return out + added
         bias = decoder.weights.get(f"{name}.bias")
@@ -86,7 +107,9 @@ def _stack_loras(experts: list[Expert], decoder: Decoder, mixture: Mixture) -> d
                 for i, s in parts:
                     gains[i] = 1.0 if s.gain is None else s.gain
             layout = mixture.layout([(i, len(s.down)) for i, s in parts])
-            out[layer, site] = _LowRank(decoder.pack(down), decoder.pack(up), gains, layout)
+            owned = [i for e, _ in parts for i in lora.columns(experts[e].config, decoder.config, site)]
+            kinds = torch.tensor(owned, device=down.device)
+            out[layer, site] = _LowRank(decoder.pack(down), decoder.pack(up), gains, layout, kinds)
     return out
 
 

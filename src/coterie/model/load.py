@@ -159,7 +159,7 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         raise ModelError(f"{path}: no .safetensors here; weights in pickle files (.bin, .pt) are not opened, because "
                          "they can run programs: convert them")  # fmt: skip
     jinja = path / "chat_template.jinja"
-    template = jinja.read_text("utf-8") if jinja.exists() else settings.get("chat_template", CHATML)
+    template = jinja.read_text() if jinja.exists() else settings.get("chat_template", CHATML)
     eos_ids = hf.get("eos_token_id")
     ends = set(eos_ids if isinstance(eos_ids, list) else [eos_ids])
     eos_token = _text(settings.get("eos_token"))

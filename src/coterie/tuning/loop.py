@@ -86,13 +86,13 @@ def held_out_loss(loss: Loss, applied: Applied, sizes: Sizes, rows: list[int]) -
 def train(
     decoder: Decoder, expert: Expert, loss: Loss, sizes: Sizes, rows: list[int], held_out: list[int],
     settings: Training, checkpoint: Path, tell: Callable[[Progress], None] = lambda _: None,
-    before: Applied = Applied(), say: Callable[[str], None] = lambda _: None,  # noqa: B008
+    say: Callable[[str], None] = lambda _: None, before: Applied | None = None,
 ) -> Outcome:  # fmt: skip
     """Train `expert` in place on `rows`, going on from `checkpoint` if that file is there.
 
-    `sizes` are the tokens of every row; `before` is what the first held-out loss measures, the base model. Ctrl-C waits
-    for the end of the step, saves, and goes on to the caller as KeyboardInterrupt. Raises TrainingError where the loss
-    is no longer a number, and StorageError where the disk is full.
+    `sizes` are the tokens of every row; `before` is what the first held-out loss measures, by default the base model.
+    Ctrl-C waits for the end of the step, saves, and goes on to the caller as KeyboardInterrupt. Raises TrainingError
+    where the loss is no longer a number, and StorageError where the disk is full.
     """
     params = {k: v.to(decoder.device).requires_grad_() for k, v in sorted(expert.weights.items())}
     expert.weights = dict(params)
@@ -113,7 +113,7 @@ def train(
 
     try:
         if not outcome.held_out:
-            outcome.held_out.append(held_out_loss(loss, before, sizes, held_out))
+            outcome.held_out.append(held_out_loss(loss, before or Applied(), sizes, held_out))
         saved = time.monotonic()
         started = saved - outcome.seconds
         for epoch in range(step // per_epoch, settings.epochs + 1):
@@ -125,8 +125,8 @@ def train(
             for n, batch in enumerate(batches(lengths, settings.batch, settings.seed * 1_000_003 + epoch)):
                 if epoch * per_epoch + n < step:
                     continue
+                chosen = [rows[i] for i in batch]
                 with _undisturbed():
-                    chosen = [rows[i] for i in batch]
                     value = _step(decoder, expert, loss, sizes, chosen, optimizer, settings, step, steps)
                     step += 1
                     outcome.losses.append(value)
@@ -178,10 +178,11 @@ def _step(
     norm = float(torch.nn.utils.clip_grad_norm_(expert.weights.values(), settings.clip))
     if not math.isfinite(total + norm):
         raise TrainingError(
-            f"training diverged at step {step + 1} of {steps}: loss {total / max(count, 1):.3g}, gradient norm "
-            f"{norm:.3g}; lower the learning rate in coterie.toml"
+            f"training diverged at step {step + 1} of {steps}: loss {total / max(count, 1):.3g}, "
+            f"gradient norm {norm:.3g}; lower training.learning_rate in coterie.toml"
         )
-    done, warmup = step / steps, max(settings.warmup, 1 / steps)
+    done = step / steps
+    warmup = max(settings.warmup, 1 / steps)
     ramp = min((done + 1 / steps) / warmup, 1.0)
     decay = 0.5 * (1 + math.cos(math.pi * max(done - warmup, 0) / max(1 - warmup, 1e-9)))
     for group in optimizer.param_groups:

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from coterie.answer import Answer, Answerer
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
-from coterie.experts.library import ExpertFacts
+from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
 
@@ -66,7 +66,7 @@ def create_app(answerer: Answerer) -> FastAPI:
 
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict[str, Any]:
-        return _model(name) if name in ("base", "auto") else _expert(business.library.facts(name))
+        return _model(name) if name in RESERVED else _expert(business.library.facts(name))
 
     def _model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "coterie",
@@ -81,15 +81,16 @@ def create_app(answerer: Answerer) -> FastAPI:
         messages = [m.plain() for m in body.messages]
         sampling = body.settings()
         return await _reply(
-            request, body, lambda on_piece: answerer.chat(body.model, messages, sampling, on_piece), _ChatShape()
+            request, body, lambda to: answerer.chat(body.model, messages, sampling, to, _channel(request)), _ChatShape()
         )
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         sampling = body.settings()
         return await _reply(
-            request, body, lambda on_piece: answerer.complete(body.model, body.prompt, sampling, on_piece), _TextShape()
-        )
+            request, body, lambda to: answerer.complete(body.model, body.prompt, sampling, to, _channel(request)),
+            _TextShape(),
+        )  # fmt: skip
 
     return app
 
@@ -149,8 +150,11 @@ async def _reply(
     head = {
         "id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": answer.expert or "base",
         "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
-                    "similarity": answer.similarity},
+                    "similarity": answer.similarity,
+                    "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts]},
     }  # fmt: skip
+    shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts)  # a list, as in RFC 8941
+    who = {"X-Coterie-Experts": shares or '"base"'}
 
     def usage() -> dict[str, int]:
         asked, said = len(generation.prompt), len(generation.generated)
@@ -177,7 +181,7 @@ async def _reply(
         yield "data: [DONE]\n\n"
 
     if body.stream:
-        return _Events(events(), generation)
+        return _Events(events(), generation, who)
     watch = asyncio.create_task(_cancel_when_left(request, generation))
     text, tokens, finish = "", list[TokenChoice](), None
     try:
@@ -191,14 +195,19 @@ async def _reply(
         watch.cancel()
         generation.cancel()  # does nothing once it is finished
     choice = {"index": 0, "finish_reason": finish, **shape.all(text, tokens)}
-    return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()})
+    return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()}, headers=who)
+
+
+def _channel(request: Request) -> str:
+    """Where a request came from, for the rules of coterie.toml."""
+    return request.headers.get("x-coterie-channel", "")
 
 
 class _Events(StreamingResponse):
     """Server-sent events. However the response ends, even before its first event, the generation ends too."""
 
-    def __init__(self, events: AsyncIterator[str], generation: Generation) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, events: AsyncIterator[str], generation: Generation, headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"} | headers)
         self.generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

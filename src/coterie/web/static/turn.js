@@ -45,7 +45,8 @@ function showByline(turn, answer) {
 /** Why this one answers. The similarity is of the question to the nearest that the expert was trained on. */
 function reason({ expert, routed, similarity }) {
   if (!routed) return "";
-  return expert ? `chosen by auto, similarity ${similarity.toFixed(2)}` : "chosen by auto, as no expert is near enough";
+  if (!expert) return "chosen by auto, as no expert is near enough";
+  return similarity === null ? "chosen by a rule" : `chosen by auto, similarity ${similarity.toFixed(2)}`;
 }
 
 function showProblem(problem, element) {

@@ -1,0 +1,283 @@
+"""Does the router wake the right expert, and what is the answer worth compared with the right expert's own?
+
+Part 1: experts by their training inputs alone, from the tasks of routing_tasks.py: choice on held-out inputs, inputs
+that belong to nobody (out-of-scope questions of CLINC150), time to add and remove an expert, cost of routing beside
+an answer of 64 tokens, and 10,000 experts. Part 2: LoRA experts are trained, and base, one LoRA on the union of the
+data, uniform merge, Arrow, our router and the oracle (the right expert) answer the same held-out rows.
+
+    python benchmarks/routing.py            # both parts; experts are kept in --work, so that a second run goes on
+    python benchmarks/routing.py --part 1   # minutes
+    python benchmarks/routing.py --quick    # a small try of everything
+
+One JSON object on stdout; progress on stderr. `distinct` are 13 tasks of different subjects, the set that figures are
+compared on; `all` adds seven that overlap (two banks, two kinds of journey, ...), where the right answer is a matter
+of who asked.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from routing_tasks import Task, outside, tasks
+
+from coterie.business import Business, fit
+from coterie.data.read import Example
+from coterie.engine.engine import Engine
+from coterie.engine.request import Adapter, Blend, Generation, Sampling
+from coterie.evaluation.metrics import summarise, wilson
+from coterie.model.load import BaseModel, load
+from coterie.model.pull import DEFAULT, pull
+from coterie.routing.router import Router
+from coterie.routing.space import background, embed
+from coterie.routing.statistics import Statistics, learn, load_statistics
+
+DISTINCT = ["banking77", "clinc-kitchen", "clinc-auto", "clinc-work", "clinc-talk", "dogo-airline", "dogo-fastfood",
+            "dogo-software", "gsm8k", "sql", "tunes", "shakespeare", "code"]  # fmt: skip
+TRAINED = ["banking77", "clinc-work", "clinc-kitchen", "dogo-software", "sql", "gsm8k", "tunes", "shakespeare", "code"]
+ANSWER = 64  # tokens
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def auroc(inside: np.ndarray, out: np.ndarray) -> float:
+    """Probability that an input from inside scores higher than one from outside (Mann-Whitney)."""
+    order = np.concatenate([inside, out]).argsort(kind="stable").argsort() + 1
+    return float((order[: len(inside)].sum() - len(inside) * (len(inside) + 1) / 2) / (len(inside) * len(out)))
+
+
+def seconds(times: int, work: Any) -> float:
+    """Median time of a call."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
+def choice(base: BaseModel, found: list[Task], strangers: np.ndarray, router: Router) -> dict[str, Any]:
+    """Expert choice on held-out inputs, abstention, calibration."""
+    vectors = {t.name: embed(base, [p for p, _ in t.test]) for t in found}
+    rows = [(t.name, router.route(v)) for t in found for v in vectors[t.name]]
+    away = [router.route(v) for v in strangers]
+    right = np.array([d.scored[0].name == name for name, d in rows])
+    inside, out = (np.array([d.scored[0].similarity for d in ds]) for ds in ([d for _, d in rows], away))
+    clinc = np.array([name.startswith("clinc") for name, _ in rows])
+    sure = np.array([d.scored[0].probability for _, d in rows])
+    bins = np.minimum((sure * 10).astype(int), 9)
+    error = sum(abs(right[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+    wrong = Counter((name, d.scored[0].name) for name, d in rows if d.scored[0].name != name)
+    by_task = {t.name: round(float(right[[n == t.name for n, _ in rows]].mean()), 4) for t in found}
+    return {
+        "experts": len(found), "inputs": len(rows), "choice_accuracy": wilson(int(right.sum()), len(right)).json(),
+        "by_task": by_task, "ood_auroc": round(auroc(inside, out), 4),
+        "ood_auroc_within_clinc": round(auroc(inside[clinc], out), 4) if clinc.any() else None,
+        "inside_admitted": round(float(np.mean([bool(d.chosen) for _, d in rows])), 4),
+        "outside_admitted": round(float(np.mean([bool(d.chosen) for d in away])), 4),
+        "calibration_error": round(float(error), 4),
+        "most_confused": [[*pair, n] for pair, n in wrong.most_common(6)],
+    }  # fmt: skip
+
+
+def cost(base: BaseModel, router: Router, texts: list[str]) -> dict[str, Any]:
+    """Time of routing one question, beside an answer of 64 tokens by the base model."""
+    engine = Engine(base, slots=1, context=512)
+    prompts = [base.encode(base.chat([{"role": "user", "content": t}])) for t in texts]
+    vectors = [embed(base, [t])[0] for t in texts]
+    for v in vectors:
+        router.route(v)
+
+    def answer(i: int) -> None:
+        left, prompt = ANSWER, prompts[i]
+        while left > 0:  # the base model may end early; then it is asked to go on
+            handle = engine.submit(prompt, Sampling(max_tokens=left))
+            handle.text()
+            left -= max(1, len(handle.generated))
+
+    try:
+        turns = iter(list(range(len(texts))) * 3)
+        answering = seconds(len(texts), lambda: answer(next(turns)))
+        embedding = seconds(len(texts), lambda: embed(base, [texts[next(turns)]]))
+        routing = seconds(len(texts), lambda: router.route(vectors[next(turns)]))
+    finally:
+        engine.close()
+    return {
+        "answer_ms": round(answering * 1e3, 2), "embed_ms": round(embedding * 1e3, 2),
+        "route_ms": round(routing * 1e3, 2), "overhead": round((embedding + routing) / answering, 4),
+        "overhead_with_shared_prefill": round(routing / answering, 4),
+    }  # fmt: skip
+
+
+def growth(base: BaseModel, router: Router, task: Task, count: int) -> dict[str, Any]:
+    """Time to add and remove an expert, with few experts and with `count` invented ones of the real width."""
+    inputs = [p for p, _ in task.train]
+    start = time.perf_counter()
+    made = learn(base, inputs, [str(i) for i in range(len(inputs))])
+    learning = time.perf_counter() - start
+
+    def turn(into: Router) -> tuple[float, float]:
+        start = time.perf_counter()
+        into.add("one-more", made)
+        into.route(made.mean)
+        added = time.perf_counter()
+        into.remove("one-more")
+        into.route(made.mean)
+        return added - start, time.perf_counter() - added
+
+    few, many = turn(router), Router(router.background)
+    rng = np.random.default_rng(0)
+    spread = np.sqrt(np.diag(router.background.scatter))
+
+    def invented(seed: int) -> Statistics:
+        own = np.random.default_rng(seed)
+        sample = router.background.centre + spread * (own.normal(size=len(spread)) + own.normal(size=(64, len(spread))))
+        scatter = np.diag(spread**2).astype(np.float32)
+        where = tuple(map(str, range(64)))
+        return Statistics(
+            made.space, 64, sample.mean(axis=0).astype(np.float32), scatter, sample.astype(np.float16), where
+        )
+
+    for i in range(count):
+        many.add(f"e{i}", invented(i), lambda i=i: invented(i))
+    asked = rng.integers(0, count, 40)
+    queries = [invented(i).sample[0].astype(np.float32) for i in asked]
+    many.route(queries[0])
+    turns = iter(queries)
+    taken = seconds(len(queries), lambda: many.route(next(turns)))
+    right = np.mean([many.route(q).scored[0].name == f"e{i}" for i, q in zip(asked, queries, strict=True)])
+    large = turn(many)
+    return {
+        "learn_s": round(learning, 3), "inputs": len(inputs), "add_s": round(few[0], 3), "remove_s": round(few[1], 3),
+        "many": count, "many_add_s": round(large[0], 3), "many_remove_s": round(large[1], 3),
+        "many_route_ms_samples_made_on_the_fly": round(taken * 1e3, 2), "many_choice": round(float(right), 4),
+        "many_means_mib": round(many._means.nbytes * 2 / 2**20, 1),
+    }  # fmt: skip
+
+
+def write_business(folder: Path, found: list[Task], epochs: int) -> Business:
+    """A business with an expert for each task, and `union` on all their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    toml = ['[business]\nname = "Routing benchmark"\ncontext = 512\n']
+
+    def expert(name: str, files: list[str]) -> None:
+        toml.append(f"[experts.{name}]\ntrain = {json.dumps(files)}\n"
+                    f"training = {{ epochs = {epochs}, batch = 16, held_out = 0.02, max_tokens = 384 }}\n")  # fmt: skip
+
+    for t in found:
+        lines = [json.dumps({"prompt": p, "completion": c}) for p, c in t.train]
+        (folder / f"{t.name}.jsonl").write_text("\n".join(lines) + "\n")
+        expert(t.name, [f"{t.name}.jsonl"])
+    expert("union", [f"{t.name}.jsonl" for t in found])
+    (folder / "coterie.toml").write_text("\n".join(toml))
+    return Business.open(folder)
+
+
+def quality(work: Path, found: list[Task], epochs: int) -> dict[str, Any]:
+    """Answers of base, union, uniform merge, Arrow, router and oracle to the same rows; accuracy or token-F1."""
+    business = write_business(work, found, epochs)
+    for done in fit(business, tell=tell):
+        tell(f"{done.facts.name}: version {done.facts.version}{'' if done.trained else ', kept from before'}")
+    library, names = business.library, [t.name for t in found]
+
+    def of(name: str) -> Adapter:
+        return name, library.current(name) or 0
+
+    everyone = tuple((of(name), 1 / len(names)) for name in names)
+    router = Router(background(business.base()))
+    for name in names:  # the union is no expert of the coterie
+        router.add(name, load_statistics(library.folder(name)))
+
+    def routed(text: str) -> Adapter | None:
+        chosen = router.route(embed(business.base(), [text])[0]).chosen
+        return of(chosen[0][0]) if chosen else None
+
+    who = {
+        "base": lambda _t, _p: None, "union": lambda _t, _p: of("union"),
+        "uniform_merge": lambda _t, _p: Blend(everyone, "merge"), "arrow": lambda _t, _p: Blend(everyone, "arrow"),
+        "router": lambda _t, p: routed(p), "oracle": lambda t, _p: of(t),
+    }  # fmt: skip
+    engine = business.engine(tell, slots=16, context=512, queue=64)
+    out: dict[str, Any] = {name: {} for name in who}
+    try:
+        for method, pick in who.items():
+            for t in found:
+                most = min(96, max(len(engine.base.encode(c)) for _, c in t.test) + 4)
+                examples = [Example(({"role": "user", "content": p}, {"role": "assistant", "content": c}), "")
+                            for p, c in t.test]  # fmt: skip
+                adapters = [pick(t.name, p) for p, _ in t.test]
+                answers = answer_each(engine, examples, adapters, Sampling(max_tokens=most))
+                figures = summarise(answers, [c for _, c in t.test], t.choices)
+                out[method][t.name] = figures["accuracy" if t.choices else "token_f1"]["value"]
+            out[method]["mean"] = round(float(np.mean(list(out[method].values()))), 4)
+            tell(f"{method}: {out[method]['mean']:.4f}")
+    finally:
+        engine.close()
+    best = out["oracle"]["mean"]
+    return {"epochs": epochs, "rows_each": len(found[0].train), "scores": out,
+            "quality_of_oracle": round(out["router"]["mean"] / best, 4) if best else None}  # fmt: skip
+
+
+def answer_each(
+    engine: Engine, examples: list[Example], adapters: list[Adapter | Blend | None], sampling: Sampling
+) -> list[str]:
+    """The answer to each example by its own expert."""
+    answers: list[str] = []
+    under_way: deque[Generation] = deque()
+    for example, adapter in zip(examples, adapters, strict=True):
+        prompt = engine.base.encode(engine.base.chat(example.prompt))
+        under_way.append(engine.submit(prompt, sampling, adapter))
+        if len(under_way) >= engine.slots + engine.queue // 2:
+            answers.append(under_way.popleft().text().strip())
+    return answers + [handle.text().strip() for handle in under_way]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    here = Path(__file__).resolve().parents[2]
+    parser.add_argument("--data", type=Path, default=here / "shared" / "data")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "coterie" / "benchmarks" / "routing")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="only this part")
+    parser.add_argument("--rows", type=int, default=500, help="training rows of each expert of part 2")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="few tasks and rows: a try, no measurement")
+    args = parser.parse_args()
+    quick, report = args.quick, {"machine": f"{torch.get_num_threads()} threads", "quick": args.quick}
+    if args.part != 2:
+        base = load(pull(DEFAULT, tell), packed=True)
+        names = ["banking77", "clinc-work", "sql", "tunes"] if quick else None
+        found = tasks(args.data, 60 if quick else 1000, 15 if quick else 150, names)
+        strangers = embed(base, outside(args.data)[: 40 if quick else None])
+        back, routers = background(base), {}
+        known = {t.name: learn(base, [p for p, _ in t.train], [str(i) for i in range(len(t.train))]) for t in found}
+        for which in ("distinct", "all"):
+            chosen = [t for t in found if which == "all" or t.name in DISTINCT]
+            routers[which] = Router(back)
+            for t in chosen:
+                routers[which].add(t.name, known[t.name])
+            report[which] = choice(base, chosen, strangers, routers[which])
+            tell(f"{which}: {report[which]}")
+        texts = [t.test[i][0] for i in range(5) for t in found]
+        report["cost"] = cost(base, routers["distinct"], texts[: 8 if quick else 40])
+        report["growth"] = growth(base, routers["all"], found[0], 500 if quick else 10_000)
+        tell(f"{report['cost']} {report['growth']}")
+    if args.part != 1:
+        found = tasks(
+            args.data,
+            60 if quick else args.rows,
+            8 if quick else 60,
+            ["clinc-kitchen", "sql", "tunes"] if quick else TRAINED,
+        )
+        report["quality"] = quality(args.work / ("quick" if quick else "full"), found, 1 if quick else args.epochs)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Who answers a request for "auto": the rules of coterie.toml, then the router, kept in step with the library.
+
+Notable: one look at a time stamp tells whether an expert came, went or changed since the last request.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from coterie.business import Business
+from coterie.data.read import Message
+from coterie.errors import CoterieError, ModelError
+from coterie.experts.library import Library
+from coterie.model.load import BaseModel
+from coterie.routing.router import Decision, Router
+from coterie.routing.rules import Rule, rule
+from coterie.routing.space import background, embed
+from coterie.routing.statistics import Statistics, load_statistics
+
+SHORT = 4  # a message of fewer words ("yes, please") is read together with the one before it
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided about a text, and why some experts could not be chosen."""
+
+    text: str
+    decision: Decision
+    forced: bool
+    refused: dict[str, str]
+
+    def why_not(self) -> dict[str, str]:
+        """For each expert that was not chosen, the reason in words."""
+        chosen = dict(self.decision.chosen)
+        reasons = dict(self.refused)
+        for place, s in enumerate(self.decision.scored, 1):
+            if s.name in chosen:
+                continue
+            if s.similarity < s.threshold:
+                reasons[s.name] = f"not near enough: similarity {s.similarity:.2f}, it asks for {s.threshold:.2f}"
+            else:
+                reasons[s.name] = f"near enough, but others are nearer: place {place}"
+        return reasons
+
+
+class Chooser:
+    """The router of one business."""
+
+    def __init__(self, business: Business, base: BaseModel) -> None:
+        self.business, self.base = business, base
+        self._lock = threading.Lock()
+        self._router: Router | None = None
+        self._versions: dict[str, int] = {}
+        self._left_out: dict[str, str] = {}
+        self._stamp: int | None = None
+
+    def choose(self, text: str, channel: str = "") -> Choice:
+        """The experts for `text` and their shares. Raises CoterieError for a rule that cannot be kept."""
+        settings = self.business.config.routing
+        rules = [Rule(r.channel, tuple(r.words), tuple(r.use), tuple(r.forbid)) for r in settings.rules]
+        with self._lock:
+            router = self._in_step()
+            ruling = rule(rules, channel, text, self._versions.keys())
+            allowed = [n for n in self._versions if n not in ruling.refused] if ruling.refused else None
+            vector = embed(self.base, [text])[0] if len(router) else router.background.centre
+            decision = router.route(vector, settings.top_k, settings.abstain, allowed, sure=bool(ruling.use))
+            if ruling.use and not decision.chosen:  # none of them has statistics; the rule counts all the same
+                decision = Decision(((ruling.use[0], 1.0),), decision.scored)
+            chosen = dict(decision.chosen)
+            refused = {n: why for n, why in (self._left_out | router.lost | ruling.refused).items() if n not in chosen}
+        return Choice(text, decision, bool(ruling.use), refused)
+
+    def _in_step(self) -> Router:
+        """The router, after the library's changes since the last request."""
+        library = self.business.library
+        if self._router is None:
+            self._router = Router(background(self.base, self.business.folder / ".coterie"))
+        stamp = library.stamp()
+        if stamp == self._stamp:
+            return self._router
+        self._left_out.clear()
+        now: dict[str, int] = {}
+        for name in library.names():
+            try:
+                now[name] = library.current(name) or 0
+            except ModelError as error:
+                self._left_out[name] = str(error)
+        for name in self._versions.keys() - now.keys():
+            self._drop(name)
+        for name, version in now.items():
+            if self._versions.get(name) != version or name not in self._router:
+                self._drop(name)
+                self._take(library, name, version)
+        self._versions, self._stamp = now, stamp
+        return self._router
+
+    def _drop(self, name: str) -> None:
+        if self._router and name in self._router:
+            self._router.remove(name)
+
+    def _take(self, library: Library, name: str, version: int) -> None:
+        """Know a version of an expert, or say why not; the others go on either way."""
+        assert self._router is not None
+        mend = f"`coterie experts learn-route {name} --inputs FILE` gives it some"
+
+        def read() -> Statistics:
+            found = load_statistics(library.folder(name, version))
+            if found is None:
+                raise ModelError(f"{name}: no routing statistics; {mend}")
+            return found
+
+        try:
+            library.facts(name, version)  # an expert whose facts are damaged cannot answer
+            self._router.add(name, read(), read)
+        except CoterieError as error:
+            self._left_out[name] = str(error)
+            log.warning("left out of routing: %s", error)
+
+
+def question(messages: list[Message]) -> str:
+    """The text of a conversation that is routed by: the last message of the user, with those before it while short."""
+    said = [m["content"] for m in messages if m["role"] == "user"]
+    text = said.pop() if said else ""
+    while said and len(text.split()) < SHORT:
+        text = f"{said.pop()}\n{text}"
+    return text

@@ -1,0 +1,83 @@
+"""What the router keeps of one expert: closed-form statistics of its own training inputs, and a sample of them.
+
+They are made from the expert's own inputs and nothing else, so that adding or removing an expert leaves those of
+all others as they are, byte for byte. The sample says where each input came from (file and row) and not what it
+said: once a row is erased from the data, the router cannot show it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from coterie.errors import DataError, ModelError
+from coterie.experts.library import write_atomic_bytes
+from coterie.model.load import BaseModel
+from coterie.routing.space import Floats, embed, identity
+
+FILE = "routing.safetensors"
+MOST = 2000  # inputs that are read; beyond, a sample
+SAMPLE = 512  # of them, kept: 0.6 MB at width 576
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one version of one expert, in the space `space`.
+
+    `mean` (width); `scatter` (width, width), the covariance of its inputs; `sample` (n, width) in float16, and `where`
+    each row of it came from.
+    """
+
+    space: str
+    count: int
+    mean: Floats
+    scatter: Floats
+    sample: NDArray[np.float16]
+    where: tuple[str, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write them into the folder of an expert's version: of the covariance the upper triangle."""
+        triangle = self.scatter[np.triu_indices(len(self.mean))]
+        facts = {"space": self.space, "count": str(self.count), "where": json.dumps(self.where)}
+        content = save({"mean": self.mean, "scatter": triangle, "sample": self.sample}, facts)
+        write_atomic_bytes(folder / FILE, content)
+
+
+def load_statistics(folder: Path) -> Statistics | None:
+    """The statistics of a version; None where it has none. Raises ModelError where the file is damaged."""
+    if not (folder / FILE).exists():
+        return None
+    try:
+        with safe_open(folder / FILE, "np") as f:
+            facts = f.metadata() or {}
+            mean, triangle, sample = (f.get_tensor(name) for name in ("mean", "scatter", "sample"))
+        scatter = np.zeros((len(mean), len(mean)), np.float32)
+        scatter[np.triu_indices(len(mean))] = triangle
+        scatter += np.triu(scatter, 1).T
+        found = Statistics(
+            facts["space"], int(facts["count"]), mean, scatter, sample, tuple(json.loads(facts["where"]))
+        )
+        if sample.shape != (len(found.where), len(mean)) or not len(sample):
+            raise ValueError(f"a sample of shape {sample.shape} for {len(found.where)} rows of width {len(mean)}")
+        if not all(np.isfinite(part).all() for part in (mean, triangle, sample)):
+            raise ValueError("numbers that are not finite")
+        return found
+    except Exception as error:  # safetensors raises its own kind
+        raise ModelError(f"{folder / FILE}: damaged ({error}); `coterie experts learn-route` makes it anew") from error
+
+
+def learn(base: BaseModel, inputs: Sequence[str], where: Sequence[str], seed: int = 0) -> Statistics:
+    """The statistics of an expert that was trained on `inputs`, which came from `where`. Raises DataError for none."""
+    if not inputs:
+        raise DataError("the router needs at least one training input to know an expert by")
+    chosen = np.random.default_rng(seed).permutation(len(inputs))[:MOST]
+    vectors = embed(base, [inputs[i] for i in chosen])
+    return Statistics(
+        identity(base), len(inputs), vectors.mean(axis=0), np.cov(vectors, rowvar=False, bias=True).astype(np.float32),
+        vectors[:SAMPLE].astype(np.float16), tuple(where[i] for i in chosen[:SAMPLE]),
+    )  # fmt: skip
