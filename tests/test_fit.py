@@ -476,14 +476,14 @@ def test_a_stopped_fit_goes_on_where_it_stopped(
 KILLED = """
     import functools, os, random, signal, sys, time
     from pathlib import Path
-    from coterie import business
+    from coterie import learn
     from coterie.business import Business
     from coterie.cli.main import main
     from coterie.experts.library import Library
     from coterie.tuning import forward, loop, objective
 
     folder, moments = sys.argv[1], sys.argv[2].split(",")
-    business.Training = functools.partial(business.Training, checkpoint_every_s=-1)
+    learn.Training = functools.partial(learn.Training, checkpoint_every_s=-1)
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -562,7 +562,7 @@ def test_a_full_disk_stops_fit_and_loses_nothing(
 
     with files_up_to(10**9), monkeypatch.context() as patch:  # both are put back when the block ends
         before_that_the_disk_fills_up(
-            *{"encoding": ("prepare", 100), "checkpoint": ("train", 5000), "trial": ("route_statistics", 5000),
+            *{"encoding": ("prepare", 100), "checkpoint": ("tune", 5000), "trial": ("route_statistics", 5000),
               "publishing": ("compare", 5000)}[moment]
         )  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
