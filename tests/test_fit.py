@@ -410,6 +410,21 @@ def test_fit_trains_measures_and_publishes_every_expert(fitted_shop: Path) -> No
     assert not list((fitted_shop / ".coterie").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "full"])
+def test_every_kind_is_published_whole_and_for_all_to_read(kind: str, shop: Path) -> None:
+    edit(shop, "[experts.greet]\n", f'[experts.greet]\nkind = "{kind}"\n')
+    found = fitted(shop, "greet")["greet"]
+    assert found.facts.kind == kind
+    assert found.evaluation["held_out"]["expert"]["rows"] == 1
+    version = Business.open(shop).library.folder("greet")
+    files = [f for f in version.rglob("*") if f.is_file()]
+    assert len([f for f in files if f.suffix == ".safetensors"]) == 2  # the expert, and what the router knows of it
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o644}
+    assert not fitted(shop, "greet")["greet"].trained
+    ((_, figures),) = measure(Business.open(shop), ["greet"], shop / "greet.jsonl", limit=3)
+    assert figures["expert"]["rows"] == 3
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shop: Path, fitted_shop: Path) -> None:
     fitted(shop)
     assert weights(shop) == weights(fitted_shop)
@@ -631,7 +646,7 @@ def test_a_full_disk_stops_fit_and_loses_nothing(
     with files_up_to(10**9), monkeypatch.context() as patch:  # both are put back when the block ends
         before_that_the_disk_fills_up(
             *{"encoding": ("prepare", 100), "checkpoint": ("tune", 5000), "trial": ("route_statistics", 5000),
-              "publishing": ("compare", 5000)}[moment]
+              "publishing": ("compare", 100)}[moment]
         )  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             main(["fit", str(shop), "-e", "greet"])

@@ -60,11 +60,8 @@ def read(path: Path, columns: Mapping[str, str] | None = None, system: str = "")
             raise DataError(f"columns: {field!r} is not one of {', '.join(FIELDS)}")
     if "messages" in columns and ("prompt" in columns or "completion" in columns):
         raise DataError("columns: name either messages, or prompt and completion")
-    try:
-        for where, row in _rows(path):
-            yield _example(row, columns, where, system)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for where, row in _rows(path):
+        yield _example(row, columns, where, system)
 
 
 def inputs_of(path: Path, column: str = "prompt") -> Iterator[tuple[str, str]]:
@@ -122,7 +119,10 @@ def check_file(path: Path) -> None:
 
 def _rows(path: Path) -> Iterator[Row]:
     check_file(path)
-    yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
+    try:
+        yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
