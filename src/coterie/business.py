@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,14 @@ class Business:
             self._base = load(path, packed=True)
         return self._base
 
-    def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
-        """An engine over base and library, as the declaration sizes it."""
+    def engine(
+        self, tell: Tell = lambda _: None, library: Library | None = None, model: BaseModel | None = None,
+        **options: int,
+    ) -> Engine:  # fmt: skip
+        """An engine over base (or `model`) and library, as the declaration sizes it."""
         b = self.config.business
         sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
-        return Engine(self.base(tell), library or self.library, **sizes)
+        return Engine(model or self.base(tell), library or self.library, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:
         """The declaration of one expert. Raises CoterieError."""
@@ -195,15 +199,12 @@ def _fit_one(
         )
     tell(f"{name}: {len(rows)} rows to learn from, {len(held)} held out")
 
-    def news(step: Progress) -> None:
-        progress(name, step)
-
     def say(text: str) -> None:
         tell(f"{name}: {text}")
 
-    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, news, say)
+    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, partial(progress, name), say)
     pairs = business.files(spec.preferences)
-    preferred = prefer(spec, base, expert, pairs, work, news, say) if pairs else {}
+    preferred = prefer(spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say) if pairs else {}
 
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,
@@ -266,18 +267,25 @@ def compare(
     """Answers of the base model and of one version to the same examples, measured alike. Raises DataError for none."""
     base = business.base()
     longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
-    engine = business.engine(library=library, slots=64, queue=128)
-    out: dict[str, Any] = {}
+    library = library or business.library
+    engine = alone = business.engine(library=library, slots=64, queue=128)
+    expert: tuple[str, int] | None = (facts.name, facts.version)
+    if facts.kind == "full":  # a model of its own, which takes an engine of its own
+        model = load(library.folder(facts.name, facts.version) / "model", packed=True)
+        alone, expert = business.engine(library=library, model=model, slots=64, queue=128), None
     try:
-        for who, adapter in (("base", None), ("expert", (facts.name, facts.version))):
-            label = f"{facts.name if adapter else 'base model'} answers"
-            out[who], _ = evaluate(
-                engine, examples, adapter, facts.choices, longest,
-                lambda done, label=label: count(label, done, len(examples)),  # type: ignore[misc]
-            )  # fmt: skip
+        out: dict[str, Any] = {}
+        for who, label, on, adapter in (("base", "base model", engine, None), ("expert", facts.name, alone, expert)):
+
+            def answered(done: int, label: str = label) -> None:
+                count(f"{label} answers", done, len(examples))
+
+            out[who], _ = evaluate(on, examples, adapter, facts.choices, longest, answered)
+        return out
     finally:
         engine.close()
-    return out
+        if alone is not engine:
+            alone.close()
 
 
 def measure(

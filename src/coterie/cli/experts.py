@@ -97,12 +97,12 @@ def learn_route(
 ) -> None:
     """Let the router know an expert by examples of its inputs: an imported one, or one whose statistics are damaged."""
     from coterie.business import Business
-    from coterie.data.read import inputs_of
+    from coterie.data.read import read_inputs
     from coterie.routing.statistics import learn
 
     business = Business.open(folder)
     version, target = business.library.current(name), business.library.folder(name)
-    found = list(inputs_of(inputs, column))
+    found = list(read_inputs(inputs, column))
     statistics = learn(business.base(), [t for _, t in found], [business.place(str(w)) for w, _ in found])
     statistics.save(target)
     business.library.touch()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coterie.cli import data as data_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import models as model_commands
 from coterie.cli.route import route
@@ -28,6 +29,7 @@ app.add_typer(expert_commands.app, name="experts")
 app.command()(route)
 app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
+app.add_typer(data_commands.app, name="data")
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 from coterie.errors import DataError
 
 Message = dict[str, str]
-Row = tuple[str, dict[str, Any]]  # where it stands, and its cells by column
+Row = dict[str, Any]  # cells by column
+Refuse = Callable[[DataError], None]
 ROLES = ("system", "user", "assistant")
 FIELDS = ("prompt", "completion", "messages", "system", "chosen", "rejected")
+FACTS = {"source": "source", "licence": "licence", "license": "licence", "synthetic": "synthetic"}  # column, fact
 LARGEST_CELL = 64 << 20  # characters of a CSV cell; Python's own limit of 131,072 is less than a long document
 
 
@@ -25,6 +27,7 @@ class Example:
 
     messages: tuple[Message, ...]
     where: str
+    facts: Mapping[str, Any] = field(default_factory=dict)  # source, licence, synthetic, where the row gives them
 
     @property
     def prompt(self) -> list[Message]:
@@ -34,7 +37,7 @@ class Example:
     @property
     def question(self) -> str:
         """What the user said last, before the last answer: what a router sees."""
-        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
 
     @property
     def asked(self) -> str:
@@ -47,6 +50,24 @@ class Example:
         return self.messages[-1]["content"]
 
 
+@dataclass(frozen=True)
+class Source:
+    """Data files that are read one after another, and how: see `read`."""
+
+    paths: tuple[Path, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""
+
+    def rows(self, refuse: Refuse | None = None) -> Iterator[tuple[Example, Row]]:
+        """Each example with its row as the file has it. With `refuse`, a row that cannot be used goes there."""
+        for path in self.paths:
+            yield from read_rows(path, self.columns, self.system, refuse)
+
+    def examples(self) -> Iterator[Example]:
+        """Each example. Raises DataError at the first row that cannot be used."""
+        return (example for example, _ in self.rows())
+
+
 def read(path: Path, columns: Mapping[str, str] | None = None, system: str = "") -> Iterator[Example]:
     """The examples of one file.
 
@@ -54,35 +75,48 @@ def read(path: Path, columns: Mapping[str, str] | None = None, system: str = "")
     `columns` says which column of the file holds each. `system` goes before rows that bring no system message.
     Raises DataError, naming file and line, at the first row that cannot be used.
     """
-    columns = dict(columns or {})
-    for field in columns:
-        if field not in FIELDS:
-            raise DataError(f"columns: {field!r} is not one of {', '.join(FIELDS)}")
+    return (example for example, _ in read_rows(path, columns or {}, system))
+
+
+def read_rows(
+    path: Path, columns: Mapping[str, str], system: str, refuse: Refuse | None = None
+) -> Iterator[tuple[Example, Row]]:
+    """`read`, with the row as the file has it; with `refuse`, faults of single rows go there and reading goes on."""
+    for name in columns:
+        if name not in FIELDS:
+            raise DataError(f"columns: {name!r} is not one of {', '.join(FIELDS)}")
     if "messages" in columns and ("prompt" in columns or "completion" in columns):
         raise DataError("columns: name either messages, or prompt and completion")
-    for where, row in _rows(path):
-        yield _example(row, columns, where, system)
+    for where, row in _rows(path, refuse):
+        try:
+            example = _example(row, columns, where, system)
+        except DataError as error:
+            _refuse(error, refuse)
+            continue
+        yield example, row
 
 
-def inputs_of(path: Path, column: str = "prompt") -> Iterator[tuple[str, str]]:
-    """Place and text of each input in a file: a .txt with one a line, or a column of the other kinds.
+def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:
+    """Place and text of what people asked: one line of a .txt file, or one row's `column`.
 
-    Raises DataError, naming file and line, at the first row that cannot be used.
+    Without `column`, the last message of the user in `messages`, or `prompt`. Answers are not needed. Raises DataError.
     """
-    if path.suffix != ".txt":
-        for where, row in _rows(path):
-            if column not in row:
-                raise DataError(f"{where}: no column {column!r}; the row has {', '.join(map(repr, row))}")
-            yield where, _text(row[column], column, where)
+    if path.suffix == ".txt" and path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        yield from ((f"{path}:{n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip())
         return
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                yield f"{path}:{number}", line.strip()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error})") from error
+    for where, row in _rows(path):
+        if not column and isinstance(row.get("messages"), list):
+            asked = [m for m in row["messages"] if isinstance(m, dict) and m.get("role") == "user"]
+            yield where, _text(asked[-1].get("content") if asked else None, "messages", where)
+            continue
+        name = column or "prompt"
+        if name not in row:
+            raise DataError(f"{where}: no column {name!r}; the row has {', '.join(map(repr, row))}")
+        yield where, _text(row[name], repr(name), where)
 
 
 def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str = "") -> Iterator[Example]:
@@ -117,15 +151,22 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: no such file")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _refuse(error: DataError, refuse: Refuse | None) -> None:
+    """A row's fault: raised, or handed to who collects them."""
+    if refuse is None:
+        raise error
+    refuse(error)
+
+
+def _rows(path: Path, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
     check_file(path)
     try:
-        yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path)
+        yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path, refuse)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path, refuse: Refuse | None) -> Iterator[tuple[str, Row]]:
     with path.open("rb") as f:
         for number, line in enumerate(f, 1):
             where = f"{path}:{number}"
@@ -135,13 +176,15 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     continue
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                raise DataError(f"{where}: not valid JSON ({error})") from error
+                _refuse(DataError(f"{where}: not valid JSON ({error})"), refuse)
+                continue
             if not isinstance(row, dict):
-                raise DataError(f"{where}: a row must be an object, not {type(row).__name__}")
+                _refuse(DataError(f"{where}: a row must be an object, not {type(row).__name__}"), refuse)
+                continue
             yield where, row
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path, refuse: Refuse | None) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(LARGEST_CELL)
     # What is not UTF-8 becomes lone surrogates here, so that the row that has them can be named.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
@@ -159,14 +202,14 @@ def _csv(path: Path) -> Iterator[Row]:
                     if twice is not None:
                         raise DataError(f"{where}: the header names {twice!r} twice")
                 elif len(cells) != len(header):
-                    raise DataError(f"{where}: {len(cells)} columns where the header has {len(header)}")
+                    _refuse(DataError(f"{where}: {len(cells)} columns where the header has {len(header)}"), refuse)
                 else:
                     yield where, dict(zip(header, cells, strict=True))
         except csv.Error as error:
             raise DataError(f"{path}:{line}: not readable as CSV ({error})") from error
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, _refuse: Refuse | None) -> Iterator[tuple[str, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -178,7 +221,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: truncated or not Parquet, after row {number} ({error})") from error
 
 
-def _example(row: dict[str, Any], columns: Mapping[str, str], where: str, system: str) -> Example:
+def _example(row: Row, columns: Mapping[str, str], where: str, system: str) -> Example:
     def cell(field: str, required: bool = True) -> Any:
         column = columns.get(field, field)
         if column in row:
@@ -197,7 +240,8 @@ def _example(row: dict[str, Any], columns: Mapping[str, str], where: str, system
     instruction = cell("system", required=False) or system
     if instruction and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(instruction, "'system'", where)})
-    return Example(tuple(messages), where)
+    facts = {fact: row[column] for column, fact in FACTS.items() if row.get(column)}
+    return Example(tuple(messages), where, facts)
 
 
 def _text(value: Any, what: str, where: str) -> str:

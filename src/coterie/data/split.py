@@ -3,6 +3,7 @@
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from rapidfuzz import process
@@ -10,6 +11,7 @@ from rapidfuzz.distance import Indel
 
 from coterie.data.read import Example
 
+Item = TypeVar("Item")
 SIMILAR = 0.95  # normalised Indel similarity from which two prompts count as the same
 PART = 4096  # rows looked at together
 CELLS = 20_000_000  # similarities computed at once: 20 MB
@@ -39,6 +41,18 @@ def hold_out(keys: Sequence[Hashable], share: float, most: int, seed: int) -> tu
         held = min(shuffled, key=len)  # every group is larger than what was wanted
     chosen = set(held)
     return [i for i in range(len(keys)) if i not in chosen], sorted(held)
+
+
+def draw(items: Iterable[Item], most: int, seed: int = 0) -> list[Item]:
+    """`most` of a stream by chance, in its order (reservoir sampling, Vitter 1985); 0: all of it."""
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[int, Item]] = []
+    for n, item in enumerate(items):
+        if not most or n < most:
+            kept.append((n, item))
+        elif (place := int(rng.integers(0, n + 1))) < most:
+            kept[place] = (n, item)
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
 def leaks(train: Sequence[str], test: Sequence[str], similar: float = SIMILAR) -> list[int]:
