@@ -137,20 +137,20 @@ def test_what_twice_the_data_brings_is_foretold_on_banking77(public_data: Callab
 
 def test_the_expert_is_trained_on_parts_and_nothing_is_published(shop: Path) -> None:
     business = Business.open(shop)
-    examples = list(business.examples("colors", "colors.csv"))
+    examples = list(business.examples("colors", ["colors.csv"]))
     measure = expert_measure(business, "colors", examples, examples[:6])
     scores = measure(np.arange(12))
     assert len(scores) == 6
     assert set(scores) <= {0.0, 1.0}
     assert business.library.names() == []
     assert {p.name for p in shop.iterdir()} <= {"colors.csv", "greet.jsonl", "coterie.toml", "experts"}
-    free = expert_measure(business, "greet", list(business.examples("greet", "greet.jsonl")), examples[:2])
+    free = expert_measure(business, "greet", list(business.examples("greet", ["greet.jsonl"])), examples[:2])
     assert all(0 <= s <= 1 for s in free(np.arange(10)))
 
 
 def test_the_base_model_counts_tokens_and_makes_vectors(shop: Path) -> None:
     business = Business.open(shop)
-    example = next(business.examples("colors", "colors.csv"))
+    example = next(business.examples("colors", ["colors.csv"]))
     assert token_counter(business)(example) > len(example.completion.split())
     vectors = embedder(business)
     both = vectors(["a frog", "the deep blue sea", "a frog"])

@@ -407,7 +407,7 @@ def test_fit_trains_measures_and_publishes_every_expert(fitted_shop: Path) -> No
         for who in ("base", "expert"):
             assert figures["held_out"][who]["rows"] == 1
             assert ("accuracy" in figures["held_out"][who]) == bool(choices)
-    assert not list((fitted_shop / ".coterie").rglob("*.safetensors"))
+    assert not list((fitted_shop / ".coterie" / "runs").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "full"])

@@ -145,10 +145,10 @@ def check_file(path: Path) -> None:
     """Raises DataError where `path` is no file of a known kind."""
     if path.is_dir():
         raise DataError(f"{path}: a folder; name a data file (.jsonl, .csv or .parquet)")
-    if path.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
-        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; use .jsonl, .csv or .parquet")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if path.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
+        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; use .jsonl, .csv or .parquet")
 
 
 def _refuse(error: DataError, refuse: Refuse | None) -> None:
