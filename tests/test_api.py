@@ -429,7 +429,11 @@ def test_a_wrong_request_gets_one_clear_message_and_its_code(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": ["a", "b"]}, "prompt: "), ({"prompt": None}, "prompt: field required"),
+        ({"prompt": ["a", 3]}, "prompt: must be"), ({"prompt": []}, "prompt: must be"), ({"prompt": 3}, "prompt: must"),
+        ({"prompt": [[]]}, "prompt: must be"), ({"prompt": [1, "a"]}, "prompt: must"),
+        ({"prompt": [-1]}, "no token -1"),
+        ({"prompt": ["a", [999999]]}, "no token 999999"), ({"prompt": ["a", "b"], "stream": True}, "stream: "),
+        ({"prompt": None}, "prompt: field required"),
         ({"max_tokens": -1}, "max_tokens: "), ({"logprobs": 21}, "logprobs: "), ({"logprobs": True}, "logprobs: "),
         ({"prompt": "word " * 2000}, "the context holds 256"),
     ],

@@ -1,5 +1,6 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
+import threading
 from dataclasses import dataclass, replace
 
 from coterie.business import Business, Tell
@@ -9,6 +10,7 @@ from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
 from coterie.engine.request import Blend, Callback, Combine, Generation, Sampling
 from coterie.errors import CoterieError
+from coterie.experts.instruction import frame, weights_of
 from coterie.experts.library import ExpertFacts
 
 ARROW_MOST = 64  # experts that Arrow may choose among
@@ -42,7 +44,10 @@ class _Chosen:
 
     def adapter(self) -> tuple[str, int] | Blend | None:
         """As the engine wants it."""
-        parts = tuple(((f.name, f.version), share) for f, share in zip(self.facts, self.shares, strict=True))
+        parts = tuple(
+            (key, share) for f, share in zip(self.facts, self.shares, strict=True)
+            if f.kind != "full" and (key := weights_of(f))
+        )  # fmt: skip
         if len(parts) > 1:
             return Blend(parts, self.combine)
         return parts[0][0] if parts else None
@@ -54,6 +59,26 @@ class Answerer:
     def __init__(self, business: Business, engine: Engine) -> None:
         self.business, self.engine = business, engine
         self.chooser = Chooser(business, engine.base)
+        self._own: dict[tuple[str, int], Engine] = {}  # of experts that are models of their own
+        self._opening = threading.Lock()
+
+    def close(self) -> None:
+        """Stop the engines."""
+        for engine in (self.engine, *self._own.values()):
+            engine.close()
+
+    def _engine_of(self, chosen: _Chosen) -> Engine:
+        """The engine that the first of the experts runs in: its own, where it is a model of its own."""
+        first = chosen.facts[0] if chosen.facts and chosen.leads else None
+        if first is None or first.kind != "full":
+            return self.engine
+        with self._opening:
+            key = (first.name, first.version)
+            if key not in self._own:
+                opened = self.business.own_engine(first)
+                assert opened is not None, "a full expert has an engine of its own"
+                self._own[key] = opened
+            return self._own[key]
 
     @classmethod
     def open(cls, business: Business, tell: Tell = lambda _: None) -> "Answerer":
@@ -72,18 +97,28 @@ class Answerer:
         chosen = self._choose(who, question(messages), channel)
         if chosen.facts and chosen.leads:
             first = chosen.facts[0]
-            if first.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": first.system}, *messages]
+            messages = frame(first, messages)
             if first.choices and sampling.constraint is None:
                 sampling = replace(sampling, constraint=choices(first.choices))
         prompt = self.engine.base.encode(self.engine.base.chat(messages))
         return self._submit(prompt, sampling, chosen, on_piece)
 
     def complete(
-        self, who: str, text: str, sampling: Sampling, on_piece: Callback | None = None, channel: str = ""
-    ) -> Answer:
-        """Go on from `text` as it stands, without a chat template."""
-        return self._submit(self.engine.base.encode(text), sampling, self._choose(who, text, channel), on_piece)
+        self, who: str, prompt: str | list[int], sampling: Sampling, on_piece: Callback | None = None,
+        channel: str = "",
+    ) -> Answer:  # fmt: skip
+        """Go on from a text, or tokens, as they stand, without a chat template. Raises CoterieError for a token that
+        the model does not have."""
+        base = self.engine.base
+        if isinstance(prompt, str):
+            text, tokens = prompt, base.encode(prompt)
+        else:
+            vocab = base.decoder.config.vocab
+            wrong = next((t for t in prompt if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise CoterieError(f"prompt: there is no token {wrong}; the model has tokens 0 to {vocab - 1}")
+            text, tokens = base.tokenizer.decode(prompt, skip_special_tokens=False) if who == "auto" else "", prompt
+        return self._submit(tokens, sampling, self._choose(who, text, channel), on_piece)
 
     def _choose(self, who: str, text: str, channel: str) -> _Chosen:
         library, config = self.business.library, self.business.config
@@ -109,7 +144,9 @@ class Answerer:
     def _submit(
         self, prompt: list[int], sampling: Sampling, chosen: _Chosen, on_piece: Callback | None
     ) -> Answer:  # fmt: skip
-        generation = self.engine.submit(prompt, sampling, chosen.adapter(), on_piece)
+        engine = self._engine_of(chosen)
+        adapter = chosen.adapter() if engine is self.engine else None
+        generation = engine.submit(prompt, sampling, adapter, on_piece)
         who = tuple((f.name, f.version, share) for f, share in zip(chosen.facts, chosen.shares, strict=True))
         name, version = (who[0][0], who[0][1]) if who else (None, None)
         if not chosen.leads:

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -26,6 +26,7 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError, ModelError, StorageError
 from coterie.evaluation.run import evaluate
 from coterie.experts import kinds
+from coterie.experts.instruction import posed, weights_of
 from coterie.experts.library import ExpertFacts, Library
 from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
@@ -64,14 +65,19 @@ class Business:
             self._base = load(path, packed=True)
         return self._base
 
-    def engine(
-        self, tell: Tell = lambda _: None, library: Library | None = None, model: BaseModel | None = None,
-        **options: int,
-    ) -> Engine:  # fmt: skip
-        """An engine over base (or `model`) and library, as the declaration sizes it."""
+    def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
+        """An engine over base and library, as the declaration sizes it."""
         b = self.config.business
         sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
-        return Engine(model or self.base(tell), library or self.library, **sizes)
+        return Engine(self.base(tell), library or self.library, **sizes)
+
+    def own_engine(self, facts: ExpertFacts, library: Library | None = None, **options: int) -> Engine | None:
+        """The engine of an expert that is a model of its own (`full`); None for all others."""
+        if facts.kind != "full":
+            return None
+        b, folder = self.config.business, (library or self.library).folder(facts.name, facts.version)
+        sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
+        return Engine(load(folder / "model", packed=True), None, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:
         """The declaration of one expert. Raises CoterieError."""
@@ -224,6 +230,8 @@ def _fit_one(
     def fill(folder: Path) -> None:
         save_expert(base, expert, folder, facts.base)
         statistics.save(folder)
+        curve = {"losses": outcome.losses, "held_out": outcome.held_out}
+        (folder / "losses.json").write_text(json.dumps(curve) + "\n")
 
     trial = Library(work / "trial")
     shutil.rmtree(trial.root, ignore_errors=True)
@@ -267,25 +275,26 @@ def compare(
     """Answers of the base model and of one version to the same examples, measured alike. Raises DataError for none."""
     base = business.base()
     longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
-    library = library or business.library
-    engine = alone = business.engine(library=library, slots=64, queue=128)
-    expert: tuple[str, int] | None = (facts.name, facts.version)
-    if facts.kind == "full":  # a model of its own, which takes an engine of its own
-        model = load(library.folder(facts.name, facts.version) / "model", packed=True)
-        alone, expert = business.engine(library=library, model=model, slots=64, queue=128), None
+    engine = business.engine(library=library, slots=64, queue=128)
+    own = business.own_engine(facts, library, slots=64, queue=128)
+    out: dict[str, Any] = {}
     try:
-        out: dict[str, Any] = {}
-        for who, label, on, adapter in (("base", "base model", engine, None), ("expert", facts.name, alone, expert)):
-
-            def answered(done: int, label: str = label) -> None:
-                count(f"{label} answers", done, len(examples))
-
-            out[who], _ = evaluate(on, examples, adapter, facts.choices, longest, answered)
-        return out
+        framed = [replace(e, messages=(*posed(facts, e.prompt), e.messages[-1])) for e in examples]
+        asked = (
+            ("base", examples, engine, None),
+            ("expert", framed, own or engine, None if own else weights_of(facts)),
+        )
+        for who, rows, served, adapter in asked:
+            label = f"{facts.name if who == 'expert' else 'base model'} answers"
+            out[who], _ = evaluate(
+                served, rows, adapter, facts.choices, longest,
+                lambda done, label=label: count(label, done, len(examples)),  # type: ignore[misc]
+            )  # fmt: skip
     finally:
         engine.close()
-        if alone is not engine:
-            alone.close()
+        if own:
+            own.close()
+    return out
 
 
 def measure(
@@ -300,9 +309,11 @@ def measure(
     if not names and not library.names():
         raise CoterieError(f"{business.folder}: no experts in the library yet; `coterie fit` trains them")
     for name in names or library.names():
-        facts, spec = library.facts(name), business.config.experts.get(name)
+        facts = library.facts(name)
+        task = str(facts.training.get("task", name))  # a searched prompt is measured on its task's data
+        spec = business.config.experts.get(task)
         listed = [str(data.resolve())] if data else spec.test if spec else []
-        examples = list(islice(business.examples(name, listed), limit or None))
+        examples = list(islice(business.examples(task, listed), limit or None))
         if not examples:
             if data or names:
                 raise DataError(f'{data or name}: no test rows; declare test = "..." in coterie.toml, or give --data')

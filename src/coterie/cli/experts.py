@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from coterie.cli.show import result, table
+from coterie.errors import CoterieError
 
 app = typer.Typer(help="List, show, remove, import, export and roll back experts.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
@@ -75,15 +76,24 @@ def import_expert(
 @app.command()
 def export(
     name: Name,
-    target: Annotated[Path, typer.Argument(help="A new folder, which PEFT can load.")],
+    target: Annotated[Path, typer.Argument(help="A new folder; with --format gguf-lora a new file.")],
     folder: Folder = Path(),
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
+    form: Annotated[str, typer.Option("--format", help="peft, or gguf-lora for llama.cpp's --lora.")] = "peft",
     as_json: Json = False,
 ) -> None:
     """Copy a version out, in the format that PEFT (adapters: AdapterHub) loads."""
     from coterie.business import Business
 
-    Business.open(folder).library.export(name, target, version)
+    if form not in ("peft", "gguf-lora"):
+        raise CoterieError(f"--format {form}: known are peft and gguf-lora")
+    business = Business.open(folder)
+    if form == "gguf-lora":
+        from coterie.export import export_gguf_lora
+
+        export_gguf_lora(business, name, target, version)
+    else:
+        business.library.export(name, target, version)
     result({"path": str(target)}, as_json, str(target))
 
 

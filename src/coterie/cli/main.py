@@ -10,7 +10,10 @@ import typer
 
 from coterie.cli import data as data_commands
 from coterie.cli import experts as expert_commands
+from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli import models as model_commands
+from coterie.cli import suite as suite_commands
+from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import ContextTooLong, CoterieError
@@ -30,6 +33,9 @@ app.command()(route)
 app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
 app.add_typer(data_commands.app, name="data")
+app.add_typer(suite_commands.app, name="suite")
+app.command()(suite_commands.compare)
+app.command("optimise-prompt")(optimise_prompt)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -156,7 +162,7 @@ def generate(
         else:
             print()
     finally:
-        answerer.engine.close()
+        answerer.close()
 
 
 def _constraint(choice: list[str], regex: str, schema: Path | None) -> "Constraint | None":
@@ -244,7 +250,7 @@ def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", a
                 print()
             messages.append({"role": "assistant", "content": said})
     finally:
-        answerer.engine.close()
+        answerer.close()
 
 
 @app.command()
@@ -280,7 +286,7 @@ def serve(
     try:
         server.run([listener])
     finally:
-        answerer.engine.close()
+        answerer.close()
 
 
 @app.command()

@@ -143,6 +143,8 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str
 
 def check_file(path: Path) -> None:
     """Raises DataError where `path` is no file of a known kind."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
     if path.is_dir():
         raise DataError(f"{path}: a folder; name a data file (.jsonl, .csv or .parquet)")
     if not path.is_file():

@@ -35,6 +35,7 @@ from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 
 PREFILL_TOKENS = 2048  # prompt tokens taken in one step: bounds the pause of those already streaming
+ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
 STACK = 8  # experts kept in memory though idle; beyond, only those in use
 ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
@@ -295,6 +296,9 @@ class Engine:
         attend = self.cache.attend_prefill(slots, positions, lengths, prefix)
         hidden = decoder.run(torch.cat(parts), positions, attend, self._change(rows, repeats))
         self.stats.prompt_tokens += sum(len(row.request.prompt) for row in rows if row.leads)
+        for row, part in zip(rows, hidden.split(lengths), strict=True):
+            if row.request.sampling.echo and row.leads:
+                self._echo(row.request, decoder.finish(part[-len(row.request.prompt) :]))
         return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
     def _decode(self, rows: list[_Running]) -> Tensor:
@@ -373,7 +377,9 @@ class Engine:
         if row.matcher and (broken := failure(row.matcher)):
             self._finish(row, "error", error=broken)
         elif ended or row.stream.stopped or (row.matcher and row.matcher.is_stopped()):
-            self._finish(row, "stop", text + row.stream.flush(), () if ended else detail)
+            # After an echo the end mark is told too: who scores a prompt counts on one token more than it has.
+            told = () if ended and not request.sampling.echo else detail
+            self._finish(row, "stop", text + row.stream.flush(), told)
         elif len(request.generated) >= request.sampling.max_tokens or row.length + 1 >= self.context:
             text += row.stream.flush()
             self._finish(row, "stop" if row.stream.stopped else "length", text, detail)
@@ -394,6 +400,19 @@ class Engine:
                 self._running[place] = last
             self._running.pop()
         row.request.emit(Piece(text, detail, why, error))
+
+    def _echo(self, request: Generation, hidden: Tensor) -> None:
+        """Send out the prompt, and how likely each of its tokens (N) was, from their hidden states (N, width)."""
+        text = self.base.tokenizer.decode(request.prompt, skip_special_tokens=False)
+        top, detail = request.sampling.logprobs, list[TokenChoice]()
+        if top is not None:
+            first = self.base.tokenizer.decode(request.prompt[:1], skip_special_tokens=False)
+            detail.append(TokenChoice(request.prompt[0], first, None))
+            for start in range(0, len(hidden) - 1, ECHOED):
+                following = request.prompt[start + 1 : start + 1 + ECHOED]
+                scores = self.base.decoder.logits(hidden[start : start + len(following)])
+                detail += [self._detail(s, t, top) for s, t in zip(scores, following, strict=True)]
+        request.emit(Piece(text, tuple(detail)))
 
     def _detail(self, scores: Tensor, token: int, top: int) -> TokenChoice:
         log_probs = torch.log_softmax(scores, dim=-1)

@@ -51,6 +51,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no log-probabilities
     constraint: Constraint | None = None
+    echo: bool = False  # report the prompt first, its tokens with log-probabilities where `logprobs` asks for them
 
     def __post_init__(self) -> None:
         """Raises CoterieError, naming the field and what it may be."""
@@ -68,11 +69,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """One generated token, its log-probability in nats, and the likeliest alternatives."""
+    """One token, its log-probability in nats, and the likeliest alternatives; a prompt's first token has neither."""
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[str, float], ...] = ()
 
 

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,83 @@ def token_f1(answer: str, wanted: str) -> float:
         return float(not a and not b)
     precision, recall = shared / sum(a.values()), shared / sum(b.values())
     return 2 * precision * recall / (precision + recall)
+
+
+def exact_match(answer: str, wanted: str) -> float:
+    """1 where the two are the same but for white space around them."""
+    return float(answer.strip() == wanted.strip())
+
+
+def rouge_l(answer: str, wanted: str) -> float:
+    """F1 over the longest common subsequence of words (Lin 2004, ROUGE-L of one reference, no stemming)."""
+    a, b = (re.findall(r"\w+", t.lower()) for t in (answer, wanted))
+    if not a or not b:
+        return float(not a and not b)
+    row = [0] * (len(b) + 1)  # row[j]: longest common subsequence of the words read so far and b[:j]
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(a) + len(b))  # = 2PR / (P + R) with P = LCS / |a|, R = LCS / |b|
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+CALCULATOR = re.compile(r"<<[^<>]*>>")  # gsm8k writes its sums twice: 3*4=<<3*4=12>>12
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number a worked answer ends in: the first after its last "####", else the last one; None without one."""
+    worked = CALCULATOR.sub("", text)
+    _, mark, tail = worked.rpartition("####")
+    found = NUMBER.findall(tail)
+    if not found:
+        return None
+    try:
+        return Decimal((found[0] if mark else found[-1]).replace(",", ""))
+    except InvalidOperation:
+        return None
+
+
+def numeric_match(answer: str, wanted: str) -> float:
+    """1 where both end in the same number: 42, 42.0, $42 and "#### 42" are the same (Cobbe et al. 2021, GSM8K)."""
+    said = final_number(answer)
+    return float(said is not None and said == final_number(wanted))
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How surprised a model is by held-out text: summed negative log-likelihood in nats, tokens scored, their bytes."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.bytes < 1:
+            raise ValueError("no text to measure")
+
+    @property
+    def per_token(self) -> float:
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def per_byte(self) -> float:
+        """Comparable between models of different tokenizers, as perplexity per token is not."""
+        return math.exp(self.nats / self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / self.bytes / math.log(2)
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Unbiased chance that one of k answers passes, from `passed` of `samples` tried (Chen et al. 2021, section 2.1).
+
+    Raises ValueError where k is more than the samples or a count is negative.
+    """
+    if not (0 <= passed <= samples and 1 <= k <= samples):
+        raise ValueError(f"pass@{k} cannot be told from {passed} of {samples} samples")
+    return 1.0 - math.prod(1 - k / i for i in range(samples - passed + 1, samples + 1))
 
 
 def macro_f1(answers: Sequence[str], wanted: Sequence[str]) -> float:

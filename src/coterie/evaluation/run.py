@@ -1,10 +1,10 @@
 """Let the base model or an expert answer examples, and measure the answers."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from coterie.data.read import Example
+from coterie.data.read import Example, Message
 from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
@@ -12,32 +12,45 @@ from coterie.errors import ContextTooLong, DataError
 from coterie.evaluation.metrics import summarise
 
 
+def answer_each(
+    engine: Engine, prompts: Iterable[list[Message]], adapter: Adapter | None, sampling: Sampling
+) -> Iterator[str | None]:
+    """The answer to each conversation, in order; None where it does not fit into the context.
+
+    As many are under way at once as the engine has slots.
+    """
+    under_way: deque[Generation | None] = deque()
+
+    def collect() -> str | None:
+        generation = under_way.popleft()
+        return generation.text().strip() if generation else None
+
+    try:
+        for messages in prompts:
+            prompt = engine.base.encode(engine.base.chat(messages))
+            try:
+                under_way.append(engine.submit(prompt, sampling, adapter))
+            except ContextTooLong:
+                under_way.append(None)
+            if len(under_way) >= engine.slots + engine.queue // 2:
+                yield collect()
+        while under_way:
+            yield collect()
+    finally:
+        for generation in under_way:
+            if generation:
+                generation.cancel()
+
+
 def answer_all(
     engine: Engine, examples: Iterable[Example], adapter: Adapter | None, sampling: Sampling,
     tell: Callable[[int], None] = lambda _: None,
 ) -> list[str | None]:  # fmt: skip
-    """The answer to each example's prompt, in order; None where the prompt does not fit into the context.
-
-    As many are under way at once as the engine has slots.
-    """
+    """The answer to each example's prompt, in order; None where the prompt does not fit into the context."""
     answers: list[str | None] = []
-    under_way: deque[Generation | None] = deque()
-
-    def collect() -> None:
-        generation = under_way.popleft()
-        answers.append(generation.text().strip() if generation else None)
+    for answer in answer_each(engine, (e.prompt for e in examples), adapter, sampling):
+        answers.append(answer)
         tell(len(answers))
-
-    for example in examples:
-        prompt = engine.base.encode(engine.base.chat(example.prompt))
-        try:
-            under_way.append(engine.submit(prompt, sampling, adapter))
-        except ContextTooLong:
-            under_way.append(None)
-        if len(under_way) >= engine.slots + engine.queue // 2:
-            collect()
-    while under_way:
-        collect()
     return answers
 
 

@@ -39,6 +39,7 @@ class ExpertFacts:
     description: str = ""
     system: str = ""  # the instruction it was trained with, given to requests that bring none
     choices: tuple[str, ...] = ()  # the answers it may give; empty for free text
+    examples: tuple[tuple[str, str], ...] = ()  # questions and answers shown before the conversation
     base: str = ""
     fingerprint: str = ""  # of base, data and settings: `fit` trains again only when it changes
     created: str = ""
@@ -116,6 +117,7 @@ class Library:
             raw = json.loads(file.read_text(encoding="utf-8"))
             known = {f.name for f in fields(ExpertFacts)}
             facts: dict[str, Any] = {k: tuple(v) if k == "choices" else v for k, v in raw.items() if k in known}
+            facts["examples"] = tuple((asked, answered) for asked, answered in raw.get("examples", ()))
             return ExpertFacts(**facts)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{file}: damaged ({error}); remove this version or import it again") from error

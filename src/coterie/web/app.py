@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from starlette.types import Receive, Scope, Send
 from coterie.answer import Answer, Answerer
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
+from coterie.errors import CoterieError
+from coterie.evaluation import charts
+from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
@@ -68,6 +72,10 @@ def create_app(answerer: Answerer) -> FastAPI:
     def model(name: str) -> dict[str, Any]:
         return _model(name) if name in RESERVED else _expert(business.library.facts(name))
 
+    @app.get("/experts/{name}/loss.svg")
+    def loss(name: str) -> Response:
+        return Response(charts.svg(loss_chart(business.library, name)), media_type="image/svg+xml")
+
     def _model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "coterie",
                 "root": business.config.business.base}  # fmt: skip
@@ -87,10 +95,15 @@ def create_app(answerer: Answerer) -> FastAPI:
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         sampling = body.settings()
-        return await _reply(
-            request, body, lambda to: answerer.complete(body.model, body.prompt, sampling, to, _channel(request)),
-            _TextShape(),
-        )  # fmt: skip
+        channel = _channel(request)
+        starts: list[Start] = [
+            partial(answerer.complete, body.model, prompt, sampling, channel=channel) for prompt in body.prompt
+        ]
+        if len(starts) == 1:
+            return await _reply(request, body, starts[0], _TextShape())
+        if body.stream:
+            raise CoterieError("stream: several prompts cannot be streamed; send them one by one")
+        return await _reply_all(request, starts, _TextShape())
 
     return app
 
@@ -110,7 +123,7 @@ class _ChatShape:
         return {"message": {"role": "assistant", "content": text, "refusal": None}, **self._logprobs(tokens)}
 
     def _logprobs(self, tokens: list[TokenChoice]) -> dict[str, Any]:
-        def entry(text: str, logprob: float) -> dict[str, Any]:
+        def entry(text: str, logprob: float | None) -> dict[str, Any]:
             part = "\ufffd" in text  # of a character that takes several tokens
             return {"token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
 
@@ -129,23 +142,28 @@ class _TextShape:
     def part(self, text: str, tokens: list[TokenChoice]) -> dict[str, Any]:
         log_probs = {
             "tokens": [t.text for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens],
+            "top_logprobs": [None if t.logprob is None else dict(t.top) for t in tokens],
         }  # fmt: skip
         return {"text": text, "logprobs": log_probs if tokens else None}
 
     all = part
 
 
-async def _reply(
-    request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape
-) -> Response:
-    """Start the generation and answer with all of it, or with a stream of events."""
-    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+def _handing_over(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece]) -> Callable[[Piece], None]:
+    """What the engine's thread calls with a piece, to put it in line for the event loop."""
 
     def arrived(piece: Piece) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    answer = await asyncio.to_thread(start, arrived)
+    return arrived
+
+
+async def _reply(
+    request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape
+) -> Response:
+    """Start the generation and answer with all of it, or with a stream of events."""
+    pieces = asyncio.Queue[Piece]()
+    answer = await asyncio.to_thread(start, _handing_over(asyncio.get_running_loop(), pieces))
     generation = answer.generation
     head = {
         "id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": answer.expert or "base",
@@ -182,7 +200,7 @@ async def _reply(
 
     if body.stream:
         return _Events(events(), generation, who)
-    watch = asyncio.create_task(_cancel_when_left(request, generation))
+    watch = asyncio.create_task(_cancel_when_left(request, [answer]))
     text, tokens, finish = "", list[TokenChoice](), None
     try:
         while not finish:
@@ -203,6 +221,34 @@ def _channel(request: Request) -> str:
     return request.headers.get("x-coterie-channel", "")
 
 
+async def _reply_all(request: Request, starts: list[Start], shape: _TextShape) -> Response:
+    """Start several generations and answer with all of them, in the order of their prompts."""
+    loop, arrived = asyncio.get_running_loop(), [asyncio.Queue[Piece]() for _ in starts]
+    answers: list[Answer] = []
+    choices: list[dict[str, Any]] = []
+    watch = asyncio.create_task(_cancel_when_left(request, answers))
+    try:
+        for start, pieces in zip(starts, arrived, strict=True):
+            answers.append(await asyncio.to_thread(start, _handing_over(loop, pieces)))
+        for index, pieces in enumerate(arrived):
+            text, tokens, finish = "", list[TokenChoice](), None
+            while not finish:
+                piece = await pieces.get()
+                if failed := broken_off(piece):
+                    return failed
+                text, finish = text + piece.text, piece.finish
+                tokens += piece.tokens
+            choices.append({"index": index, "finish_reason": finish, **shape.all(text, tokens)})
+    finally:
+        watch.cancel()
+        for answer in answers:
+            answer.generation.cancel()
+    asked, said = (sum(len(getattr(a.generation, part)) for a in answers) for part in ("prompt", "generated"))
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return JSONResponse({"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "object": shape.whole,
+                         "model": answers[0].expert or "base", "choices": choices, "usage": usage})  # fmt: skip
+
+
 class _Events(StreamingResponse):
     """Server-sent events. However the response ends, even before its first event, the generation ends too."""
 
@@ -217,11 +263,12 @@ class _Events(StreamingResponse):
             self.generation.cancel()
 
 
-async def _cancel_when_left(request: Request, generation: Generation) -> None:
-    """Cancel the generation when the client closes the connection."""
+async def _cancel_when_left(request: Request, answers: list[Answer]) -> None:
+    """Cancel the answers when the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    generation.cancel()
+    for answer in answers:
+        answer.generation.cancel()
 
 
 class _EngineMetrics:

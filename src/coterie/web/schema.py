@@ -4,6 +4,7 @@ Where we differ: temperature is 0 where a request does not say (OpenAI: 1), beca
 to the same question; and n is 1.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -27,6 +28,17 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
+
+
+def _prompts(given: Any) -> list[str | list[int]]:
+    """One prompt or several, each a text or tokens."""
+    several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    for one in several:
+        if isinstance(one, str):
+            _whole(one)
+        elif not isinstance(one, list) or not one or not all(type(t) is int for t in one):
+            raise PydanticCustomError("prompt", "must be a text or a list of tokens, or a list of these")
+    return several
 
 
 class _Lenient(Record):
@@ -126,9 +138,10 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text
+    prompt: Annotated[Any, AfterValidator(_prompts)]  # of every form a list[str | list[int]] is made
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
 
     def settings(self) -> Sampling:
         """The engine's settings. Raises CoterieError, naming the field."""
-        return self.sampling(self.max_tokens or COMPLETION_TOKENS, self.logprobs)
+        return replace(self.sampling(self.max_tokens or COMPLETION_TOKENS, self.logprobs), echo=self.echo)
