@@ -117,7 +117,7 @@ def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_in_a_s
     changes = [apply(e, tiny_base.decoder).change for e in experts]
 
     def summed(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
-        return out + sum(w * (c(layer, site, x, out) - out) for w, c in zip(weights, changes, strict=True))
+        return out + sum(w * (c(layer, site, x, out.clone()) - out) for w, c in zip(weights, changes, strict=True))
 
     (row,) = random_rows(tiny_base, [12])
     (wanted,) = logits_of(tiny_base, [row], summed)

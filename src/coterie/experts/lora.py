@@ -17,7 +17,8 @@ from torch import Tensor
 
 from coterie.errors import ModelError
 from coterie.experts.expert import CONFIG, Applied, Expert, number, read_config, read_weights, write
-from coterie.model.decoder import SITES, Decoder, ModelConfig
+from coterie.model.decoder import SITES, Change, Decoder, ModelConfig
+from coterie.model.gradients import low_rank
 
 BLOCKS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
@@ -150,6 +151,33 @@ def _row_norms(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 def apply(expert: Expert, decoder: Decoder, training: bool = False) -> Applied:
     """What the expert makes of every row, differentiable in its weights."""
     config: LoraConfig = expert.config
+    if config.dora:
+        return Applied(_dora(expert, decoder, training))
+    sites: dict[str, list[tuple[str, slice]]] = {}  # projections that the expert changes, and their columns
+    for site in SITES:
+        sites[site], start = [], 0
+        for projection, size in decoder.config.site_outputs(site):
+            if projection in config.targets:
+                sites[site].append((projection, slice(start, start + size)))
+            start += size
+
+    def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
+        found = sites.get(site)
+        if not found or layer < config.first_layer:
+            return out
+        if training and config.dropout:
+            x = F.dropout(x, config.dropout)
+        downs, ups = (
+            [expert.weights[weight_name(layer, projection, f"lora_{side}.weight")] for projection, _ in found]
+            for side in "AB"
+        )
+        return low_rank(out, x, downs, ups, [span for _, span in found], config.scale)
+
+    return Applied(change)
+
+
+def _dora(expert: Expert, decoder: Decoder, training: bool) -> Change:
+    config: LoraConfig = expert.config
     sites = {
         (layer, site): site_of(expert, decoder, layer, site)
         for layer in range(config.first_layer, decoder.config.layers) for site in SITES
@@ -157,19 +185,17 @@ def apply(expert: Expert, decoder: Decoder, training: bool = False) -> Applied:
 
     def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
         found = sites.get((layer, site))
-        if found is None:
+        if found is None or found.gain is None:
             return out
         if training and config.dropout:
             x = F.dropout(x, config.dropout)
         added = (x @ found.down.T) @ found.up.T
-        if found.gain is None:
-            return out + added
         bias = decoder.weights.get(f"{layer}.{site}.bias")
         if bias is None:
             return (out + added) * found.gain
         return (out - bias + added) * found.gain + bias
 
-    return Applied(change)
+    return change
 
 
 def save(expert: Expert, folder: Path, base: str, model: ModelConfig) -> None:

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.model import moe
+from coterie.model.gradients import Padded, rms_norm, rotate, swiglu, written_out_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
-Change = Callable[[int, str, Tensor, Tensor], Tensor]  # layer, site, x (N,in), out (N,out) -> what out becomes
+# Layer, site, x (N, in), out (N, out) -> what out becomes; it may write into out, and leaves unknown sites alone.
+Change = Callable[[int, str, Tensor, Tensor], Tensor]
 SHORT = 256  # tokens; up to here training writes attention out
 SITES = ("qkv", "o", "gate_up", "down")  # projections, fused as they are computed
 BLOCKS = ("attn", "ffn")  # the two halves of a layer: for a change there, x is the residual stream they add to
@@ -153,13 +155,8 @@ class Decoder:
         out = self.linear(x, f"{layer}.{site}")
         return change(layer, site, x, out) if change else out
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of x (N, H, D) by cos and sin (N, 1, D/2)."""
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
     def norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weights[name], self.config.eps)
+        return rms_norm(x, self.weights[name], self.config.eps)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Where the residual stream begins, (N, width), for token ids (N)."""
@@ -171,6 +168,7 @@ class Decoder:
     ) -> Tensor:  # fmt: skip
         """The residual stream (N, width) of packed tokens at `positions` (N) after `layers`, by default all."""
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (N, 1, D), as `rotate` wants them
         for layer in range(self.config.layers) if layers is None else layers:
             mixed = self._attention(layer, hidden, cos, sin, attend, change)
             hidden = hidden + (change(layer, "attn", hidden, mixed) if change else mixed)
@@ -184,11 +182,12 @@ class Decoder:
         c, n = self.config, len(hidden)
         q_size, kv_size = c.heads * c.head_dim, c.kv_heads * c.head_dim
         x = self.norm(hidden, f"{layer}.attn_norm")
-        q, k, v = self.project(layer, "qkv", x, change).split([q_size, kv_size, kv_size], dim=-1)
-        q, k = q.view(n, c.heads, c.head_dim), k.view(n, c.kv_heads, c.head_dim)
+        qk, v = self.project(layer, "qkv", x, change).split([q_size + kv_size, kv_size], dim=-1)
+        qk = qk.view(n, c.heads + c.kv_heads, c.head_dim)
         if c.qk_norm:
-            q, k = self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")
-        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+            q, k = qk.split([c.heads, c.kv_heads], dim=1)
+            qk = torch.cat((self.norm(q, f"{layer}.q_norm"), self.norm(k, f"{layer}.k_norm")), dim=1)
+        q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], dim=1)
         mixed = attend(layer, q, k, v.view(n, c.kv_heads, c.head_dim)).reshape(n, q_size)
         return self.project(layer, "o", mixed, change)
 
@@ -196,8 +195,7 @@ class Decoder:
         x = self.norm(hidden, f"{layer}.ffn_norm")
         if layer in self.config.sparse:
             return self._experts(layer, x, change)
-        gate, up = self.project(layer, "gate_up", x, change).chunk(2, dim=-1)
-        return self.project(layer, "down", F.silu(gate) * up, change)
+        return self.project(layer, "down", swiglu(self.project(layer, "gate_up", x, change)), change)
 
     def _experts(self, layer: int, x: Tensor, change: Change | None) -> Tensor:
         c = self.config
@@ -228,43 +226,66 @@ def packed_positions(lengths: list[int], device: torch.device | str = "cpu") -> 
     return torch.cat([torch.arange(n, device=device) for n in lengths])
 
 
-def attend_packed(lengths: list[int], prefix: Tensor | None = None) -> Attend:
-    """Causal attention within each packed sequence; all see `prefix` (layers, 2, P, Hkv, D), keys and values, first.
+def attend_packed(lengths: list[int], shared: int = 0, prefix: Tensor | None = None) -> Attend:
+    """Causal attention within each packed sequence. The first `shared` tokens of all stand before every sequence.
 
+    `prefix` (layers, 2, P, Hkv, D), keys and values of no tokens, stands before everything.
     Only here are sequences padded, on the right, where a causal mask already hides the padding.
     """
     longest, count = max(lengths), len(lengths)
-    behind = 0 if prefix is None else prefix.shape[2]
-    rows = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    place = rows * longest + packed_positions(lengths)  # (N) where a token lies in the padded batch
-
-    future = torch.empty(0)
-    if longest <= SHORT or behind:
-        future = torch.full((longest, behind + longest), -math.inf).triu(1 + behind)
+    behind = shared + (0 if prefix is None else prefix.shape[2])
+    rows = torch.arange(count).repeat_interleave(torch.tensor(lengths))
+    places = packed_positions(lengths)
+    first = attend_packed([shared], prefix=prefix) if shared else None
+    layout: list[Padded] = []  # made when the first layer says how many heads there are
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = [] if prefix is None else [(prefix[layer, 0], prefix[layer, 1])]
+        if first is None:
+            return each(q, k, v, seen)
+        (q0, q), (k0, k), (v0, v) = (t.split([shared, len(t) - shared]) for t in (q, k, v))
+        return torch.cat([first(layer, q0, k0, v0), each(q, k, v, [*seen, (k0, v0)])])
+
+    def each(q: Tensor, k: Tensor, v: Tensor, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
+        before = (
+            (torch.cat([s[0] for s in seen]), torch.cat([s[1] for s in seen])) if seen else None
+        )  # (behind, Hkv, D)
+        learns = q.requires_grad or k.requires_grad or (before is not None and before[0].requires_grad)
+        if longest <= SHORT and learns:
+            if not layout:
+                layout.append(_padded(rows, places, longest, count, behind, q.shape[1], k.shape[1], q.device))
+            return written_out_attention(q, k, v, before, layout[0])
+        place = (rows * longest + places).to(q.device)  # (N) where a token lies in the padded batch
+
         def pad(x: Tensor) -> Tensor:  # (N, H, D) -> (B, H, T, D)
-            out = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, place.to(x.device), x)
+            out = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, place, x)
             return out.view(count, longest, *x.shape[1:]).transpose(1, 2)
 
-        group = q.shape[1] // k.shape[1]
         keys, values = pad(k), pad(v)
-        if prefix is not None:
-            before = prefix[layer].transpose(1, 2).unsqueeze(1).expand(2, count, -1, -1, -1)  # (2, B, Hkv, P, D)
-            keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-        if longest <= SHORT and (q.requires_grad or keys.requires_grad):
-            # The CPU's fused backward takes 18 ms where three small products take 2.
-            grouped = pad(q).reshape(count, k.shape[1], group, longest, -1)
-            scores = (grouped @ keys.unsqueeze(2).transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-            scores = scores + future.to(scores.device)
-            out: Tensor = (scores.softmax(-1).to(q.dtype) @ values.unsqueeze(2)).view(count, q.shape[1], longest, -1)
-        else:
-            keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
-            mask = future.to(q) if behind else None
-            out = F.scaled_dot_product_attention(pad(q), keys, values, attn_mask=mask, is_causal=not behind)
-        return out.transpose(1, 2).reshape(count * longest, *q.shape[1:])[place.to(q.device)]
+        mask = None
+        if before is not None:
+            first_keys, first_values = (t.transpose(0, 1).expand(count, -1, -1, -1) for t in before)  # (B, Hkv, P, D)
+            keys, values = torch.cat([first_keys, keys], dim=2), torch.cat([first_values, values], dim=2)
+            mask = torch.ones(longest, behind + longest, dtype=torch.bool, device=q.device).tril(behind)
+        group = q.shape[1] // k.shape[1]
+        keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+        out = F.scaled_dot_product_attention(pad(q), keys, values, attn_mask=mask, is_causal=mask is None)
+        return out.transpose(1, 2).reshape(count * longest, *q.shape[1:])[place]
 
     return attend
+
+
+def _padded(
+    rows: Tensor, places: Tensor, longest: int, count: int, shared: int, heads: int, kv_heads: int,
+    device: torch.device,
+) -> Padded:  # fmt: skip
+    """Where the heads of each token (row, place) go, with the queries of a group side by side."""
+    group, span = heads // kv_heads, shared + longest
+    h, kv = torch.arange(heads), torch.arange(kv_heads)
+    queries = ((rows[:, None] * kv_heads + h // group) * longest + places[:, None]) * group + h % group
+    keys = (rows[:, None] * kv_heads + kv) * span + shared + places[:, None]
+    mask = torch.full((longest, span), -math.inf).triu(1 + shared).repeat_interleave(group, 0)
+    return Padded(queries.flatten().to(device), keys.flatten().to(device), mask.to(device), count)
 
 
 class KVCache:
@@ -282,7 +303,7 @@ class KVCache:
 
         `prefix` (layers, 2, P, Hkv, D) goes before every prompt, whose positions then begin at P.
         """
-        inner = attend_packed(lengths, prefix)
+        inner = attend_packed(lengths, prefix=prefix)
         own = slots.unique()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

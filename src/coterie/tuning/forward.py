@@ -12,34 +12,52 @@ from torch.utils.checkpoint import checkpoint
 from coterie.experts.expert import Applied
 from coterie.model.decoder import Decoder, attend_packed, packed_positions
 
+SHARED_LEAST = 4  # tokens; below, sharing them costs more than it saves
 CHUNK = 512  # completion tokens scored at once: 512 x 49,152 float32 are 100 MB
 Row = tuple[Tensor, Tensor]  # tokens and marks of the tokens to learn, both (tokens of the row)
 
 
-def hidden_states(decoder: Decoder, applied: Applied, rows: list[Tensor], start: Tensor | None = None,
-                  first_layer: int = 0) -> Tensor:  # fmt: skip
-    """Hidden states (tokens of all rows, width), normed for `logits`; those of virtual tokens are left out.
+def hidden_states(
+    decoder: Decoder, applied: Applied, rows: list[Tensor], shared: int = 0, start: Tensor | None = None,
+    first_layer: int = 0,
+) -> Tensor:  # fmt: skip
+    """Hidden states of all tokens but the first `shared` of each row, (tokens, width), normed for `logits`.
 
-    `start`, where given, is the residual stream before `first_layer`, (tokens of all rows, width).
+    All rows begin with the same `shared` tokens, which are computed once. `start`, where given, is the residual
+    stream before `first_layer`, (tokens of all rows, width).
     """
     decoder = applied.decoder or decoder
-    lengths, device = [len(row) for row in rows], decoder.device
-    layers = range(first_layer, decoder.config.layers)
-    hidden = decoder.embed(torch.cat(rows).long().to(device)) if start is None else start
-    if applied.soft is not None:
-        virtual = len(applied.soft)
-        longer = [n + virtual for n in lengths]
-        hidden = torch.cat([x for part in hidden.split(lengths) for x in (applied.soft, part)])
-        hidden = decoder.run(hidden, packed_positions(longer, device), attend_packed(longer), applied.change, layers)
-        hidden = torch.cat([part[virtual:] for part in hidden.split(longer)])
-        return decoder.finish(hidden)
+    device, layers = decoder.device, range(first_layer, decoder.config.layers)
+    if start is None:
+        hidden = decoder.embed(torch.cat([rows[0][:shared], *(row[shared:] for row in rows)]).long().to(device))
+    else:
+        parts = start.split([len(row) for row in rows])
+        hidden = torch.cat([parts[0][:shared], *(part[shared:] for part in parts)]) if shared else start
+    lengths = [len(row) - shared for row in rows]
+    if applied.soft is not None:  # virtual tokens stand before every row: they are shared too
+        hidden, shared = torch.cat([applied.soft, hidden]), shared + len(applied.soft)
     behind = 0 if applied.prefix is None else applied.prefix.shape[2]
-    positions, attend = packed_positions(lengths, device) + behind, attend_packed(lengths, applied.prefix)
+    positions = behind + torch.cat([torch.arange(shared, device=device), packed_positions(lengths, device) + shared])
+    attend = attend_packed(lengths, shared, applied.prefix)
     if applied.decoder is None:
-        return decoder.finish(decoder.run(hidden, positions, attend, applied.change, layers))
+        return decoder.finish(decoder.run(hidden, positions, attend, applied.change, layers)[shared:])
     for layer in layers:  # all weights learn: keep what enters each layer, compute the rest again going back
         hidden = checkpoint(decoder.run, hidden, positions, attend, None, range(layer, layer + 1), use_reentrant=False)
-    return decoder.finish(hidden)
+    return decoder.finish(hidden[shared:])
+
+
+def common_start(rows: list[Row]) -> int:
+    """How many tokens all rows begin with: the system prompt, as a rule. They are computed once for the batch.
+
+    The token that follows is not to be learned in any row, since it is foretold from what is shared.
+    """
+    if len(rows) < 2:
+        return 0
+    learned = [int(marks.nonzero()[0]) if marks.any() else len(marks) - 1 for _, marks in rows]
+    most = max(min(learned) - 1, 0)
+    same = torch.stack([tokens[:most] for tokens, _ in rows]) == rows[0][0][:most]
+    found = int(same.all(dim=0).long().cumprod(0).sum())
+    return found if found >= SHARED_LEAST else 0
 
 
 class _CompletionLoss(torch.autograd.Function):
@@ -55,8 +73,9 @@ class _CompletionLoss(torch.autograd.Function):
             log_probs = torch.log_softmax(decoder.logits(part), dim=-1)
             picked = log_probs.gather(1, wanted[:, None])
             total -= picked.sum()
-            probs = log_probs.exp_().scatter_add_(1, wanted[:, None], -torch.ones_like(picked))
-            slopes[start : start + CHUNK] = probs.to(table.dtype) @ table
+            short = picked.exp() - 1  # of the wanted token's probability; exact before it is rounded
+            probs = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=table.dtype))
+            slopes[start : start + CHUNK] = probs.scatter_(1, wanted[:, None], short.to(table.dtype)) @ table
         ctx.save_for_backward(slopes)
         return total
 
@@ -74,10 +93,10 @@ def completion_loss(
     decoder: Decoder, applied: Applied, rows: list[Row], start: Tensor | None = None, first_layer: int = 0
 ) -> tuple[Tensor, int]:
     """Summed loss in nats over the marked tokens of `rows`, and how many there are."""
-    device = decoder.device
-    targets = torch.cat([tokens[1:] for tokens, _ in rows]).long().to(device)
-    marked = torch.cat([marks[1:] for _, marks in rows]).to(device)
-    hidden = hidden_states(decoder, applied, [tokens[:-1] for tokens, _ in rows], start, first_layer)
+    device, shared = decoder.device, common_start(rows)
+    targets = torch.cat([tokens[shared + 1 :] for tokens, _ in rows]).long().to(device)
+    marked = torch.cat([marks[shared + 1 :] for _, marks in rows]).to(device)
+    hidden = hidden_states(decoder, applied, [tokens[:-1] for tokens, _ in rows], shared, start, first_layer)
     hidden, targets = hidden[marked], targets[marked]
     if applied.decoder is None:
         loss: Tensor = _CompletionLoss.apply(hidden, targets, decoder)  # type: ignore[no-untyped-call]

@@ -1,0 +1,171 @@
+"""Training examples per second and peak memory: Coterie's LoRA loop against PEFT and transformers' Trainer.
+
+The same rows of Banking77 in the same chat template, the same base weights, rank, alpha, targets, batch, schedule
+and threads. Each run is a process of its own, so that neither warms or fills memory for the other, and the runs
+take turns. Of the peer's settings (VARIANTS in peers/peft_trainer.py) the fastest is compared. Steps that warm up
+are not counted. The adapters are then scored on the same held-out rows by the same code, to show that both learn.
+Ratio: `vs_peft`, our examples per second over theirs.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from peers.peft_trainer import VARIANTS
+
+from coterie.data.encode import TokenSet, batches, encode_all
+from coterie.data.read import read
+from coterie.experts import lora as loras
+from coterie.model.load import load
+from coterie.model.pull import DEFAULT, pull
+from coterie.tuning.loop import Training, held_out_loss, train
+
+SYSTEM = "Name the intent."
+COLUMNS = {"prompt": "text", "completion": "category"}
+PEER = Path(__file__).parent / "peers" / "peft_trainer.py"
+OURS = "coterie"
+UNCOUNTED = 3  # steps at the start of each run; the last is left out too, because ours evaluates in it
+HELD_OUT = 64  # rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one side: what its counted steps took."""
+
+    seconds: float
+    tokens: int
+    cpu_ms: float  # per thousand tokens, all threads: what to compare on a busy machine, with --threads 1
+    peak_mib: float
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> "Run":
+        seconds, cpu, tokens = (sum(found[key][UNCOUNTED:-1]) for key in ("seconds", "cpu", "tokens"))
+        return cls(seconds, tokens, 1e6 * cpu / tokens, found["peak_mib"])
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def prepare(folder: Path, rows: int, file: Path) -> float:
+    """Write what both sides read: base weights as a Hugging Face folder, rows as .npz. Returns tokens per row."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    path = pull(DEFAULT)
+    gguf = next(iter(path.glob("*.gguf")), None)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf and gguf.name, dtype=torch.float32)
+    if hasattr(peer.config, "quantization_config"):  # the weights are whole again, the config still says otherwise
+        del peer.config.quantization_config
+        peer.hf_quantizer = None
+    peer.save_pretrained(folder / "base")
+    transformers.AutoTokenizer.from_pretrained(path, gguf_file=gguf and gguf.name).save_pretrained(folder / "base")
+    base = load(path)
+    examples = list(read(file, COLUMNS, SYSTEM))
+    order = np.random.default_rng(0).permutation(len(examples))[: rows + HELD_OUT]
+    data, _ = encode_all([examples[i] for i in order], base, folder / "encoded", 1024)
+    for name, begin, end in (("train", 0, rows), ("held_out", rows, rows + HELD_OUT)):
+        span = slice(data.ends[begin], data.ends[end])
+        ends = data.ends[begin : end + 1] - data.ends[begin]
+        np.savez(folder / name, tokens=data.tokens[span], learn=data.learn[span], ends=ends)
+    return float(data.ends[rows]) / rows
+
+
+def rows_of(file: Path) -> TokenSet:
+    found = np.load(file)
+    return TokenSet(found["tokens"], found["learn"], found["ends"])
+
+
+def our_side(base_dir: str, data_file: str, out: str, job: dict[str, Any]) -> None:
+    """Train with Coterie; print what peers/peft_trainer.py prints."""
+    torch.set_num_threads(job["threads"])
+    base = load(Path(base_dir), packed=True)
+    data = rows_of(Path(data_file))
+    lora = loras.fresh(loras.LoraConfig(job["rank"], job["alpha"]), base.decoder.config)
+    settings = Training(1, job["batch"], job["learning_rate"], job["warmup"])
+    tokens = [int(data.lengths()[batch].sum()) for batch in batches(data.lengths(), job["batch"], settings.seed)]
+    clock = common.Clock()
+    outcome = train(
+        base.decoder, lora, data, list(range(len(data))), [0], settings, Path(out) / "none",
+        lambda _: clock.tick(),
+    )  # fmt: skip
+    peak = common.peak_mib()
+    loras.save(lora, Path(out), "base")
+    print(json.dumps(clock.steps() | {"tokens": tokens, "peak_mib": peak, "losses": outcome.losses}))
+
+
+def run_once(who: str, folder: Path, job: dict[str, Any]) -> Run:
+    """Train once: `who` is "coterie" or one of the peer's variants; the adapter stays in `folder`/who."""
+    out = folder / who
+    out.mkdir(exist_ok=True)
+    paths = [str(folder / "base"), str(folder / "train.npz"), str(out)]
+    command = [__file__, "--side", *paths] if who == OURS else [str(PEER), *paths, who]
+    return Run.of(common.run_side([*command, json.dumps(job)], job["threads"]))
+
+
+def held_out(folder: Path, names: list[str]) -> dict[str, float]:
+    """Loss of the base model and of each adapter on the held-out rows, in nats per completion token."""
+    base, data = load(folder / "base", torch.float32), rows_of(folder / "held_out.npz")
+    rows = list(range(len(data)))
+    out = {"base": held_out_loss(base.decoder, None, data, rows)}
+    for name in names:
+        out[name] = held_out_loss(base.decoder, loras.load(folder / name, base.decoder.config), data, rows)
+    return out
+
+
+def main() -> None:
+    args = common.options(__doc__ or "").parse_args()
+    common.need_packages("transformers", "peft")
+    file = common.need_data("banking77/train.csv")
+    steps, rounds = (8, 1) if args.quick else (40, 3)
+    job = {"rank": 16, "alpha": 32.0, "batch": 16, "learning_rate": 1e-3, "warmup": 0.06, "threads": args.threads}
+    report = common.Report("Fine-tuning: benchmarks/tuning.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        per_row = prepare(folder, steps * job["batch"], file)
+        trials = {name: run_once(name, folder, job) for name in VARIANTS}
+        best = max(trials, key=lambda name: trials[name].tokens_per_s)
+        runs: dict[str, list[Run]] = {best: [], OURS: []}
+        for _ in range(rounds):
+            for who, done in runs.items():
+                done.append(run_once(who, folder, job))
+        losses = held_out(folder, [*VARIANTS, OURS])
+    rows = []
+    for who, done in [*((name, [trial]) for name, trial in trials.items() if name != best), *runs.items()]:
+        pace = statistics.median(run.tokens_per_s for run in done)
+        peak = statistics.median(run.peak_mib for run in done)
+        cpu = statistics.median(run.cpu_ms for run in done)
+        label = who if who == OURS else f"PEFT + Trainer, {who}"
+        rows.append((label, pace / per_row, pace, cpu, peak, losses[who], len(done)))
+        key = "coterie" if who == OURS else "peft" if who == best else "peft " + who
+        report.figures |= {
+            f"{key} examples/s": pace / per_row, f"{key} tokens/s": pace, f"{key} peak MiB": peak,
+            f"{key} CPU ms per 1000 tokens": cpu, f"{key} held-out loss": losses[who],
+        }  # fmt: skip
+    report.figures["base held-out loss"] = losses["base"]
+    report.ratios["vs_peft"] = report.figures["coterie examples/s"] / report.figures["peft examples/s"]
+    report.say(
+        f"LoRA on {steps * job['batch']} rows of Banking77 ({per_row:.1f} tokens each), one pass: rank {job['rank']}, "
+        f"alpha {job['alpha']:.0f}, all linear projections, batch {job['batch']}, {args.threads} threads. Medians of "
+        f"{rounds} runs that took turns (the peer's slower settings: one run); the first {UNCOUNTED} steps of a run "
+        "are not counted, padding is not counted as tokens. Peak memory is of the training alone, not of loading. "
+        f"Loss is on {HELD_OUT} held-out rows, in nats per completion token; the base model's is {losses['base']:.3f}."
+    )
+    head = ("", "examples/s", "tokens/s", "CPU ms per 1,000 tokens", "peak MiB", "held-out loss", "runs")
+    report.table("Fine-tuning", head, rows)
+    report.say(f"Coterie trains {report.ratios['vs_peft']:.2f} times as many examples a second (`vs_peft`).")
+    common.finish(report, args)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--side"]:
+        our_side(*sys.argv[2:5], json.loads(sys.argv[5]))
+    else:
+        main()
