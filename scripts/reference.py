@@ -46,8 +46,8 @@ def toml_page() -> str:
     """Every field of coterie.toml, a table for each section."""
     schema = Config.model_json_schema()
     parts = [NOTE, "# coterie.toml\n",
-             "A business is a folder with this file. A field without a default must be given, the others may be left "
-             "out; a field that is not listed here is an error. Paths are relative to the folder.\n"]  # fmt: skip
+             "A business is a folder with this file. Of an expert, `train` must be given; all else may be left out. "
+             "A field that is not listed here is an error. Paths are relative to the folder.\n"]  # fmt: skip
     for section in dict.fromkeys(_refs(schema, schema["$defs"])):
         about = schema["$defs"][section]
         title, _, text = about["description"].partition(": ")
@@ -55,8 +55,8 @@ def toml_page() -> str:
         parts.append("| --- | --- | --- | --- |")
         for name, field in about["properties"].items():
             if not any(_refs(field, schema["$defs"])):  # else it is a section of its own
-                needed = name in about.get("required", [])
-                default = "" if needed else f"`{json.dumps(field.get('default'), ensure_ascii=False)}`"
+                given = field.get("default")
+                default = "" if given is None else f"`{json.dumps(given, ensure_ascii=False)}`"
                 parts.append(f"| `{name}` | {_value(field)} | {default} | {field.get('description', '')} |")
         parts.append("")
     return "\n".join(parts)

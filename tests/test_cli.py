@@ -133,6 +133,7 @@ def test_eval_measures_base_and_expert_and_keeps_the_figures(coterie: Run, own: 
     (figures,) = done.json()
     assert "greet: declares no test data; skipped" in done.err
     assert "colors answers: 2/2" in done.err
+    assert figures["name"] == "colors"
     assert (part["base"]["rows"], figures["base"]["rows"], figures["expert"]["rows"]) == (1, 2, 2)
     interval = figures["expert"]["accuracy"]
     assert interval["low"] <= interval["value"] <= interval["high"]

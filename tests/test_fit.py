@@ -27,7 +27,8 @@ from coterie.business import Business, Fitted, fit, measure
 from coterie.cli.main import main
 from coterie.data.encode import TokenSet, encode_all
 from coterie.data.read import Example
-from coterie.errors import CoterieError, DataError, StorageError, TrainingError
+from coterie.errors import CoterieError, DataError, ModelError, StorageError, TrainingError
+from coterie.experts import adapter, full, kinds, prefix, prompt
 from coterie.experts import lora as loras
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply
@@ -39,6 +40,14 @@ from coterie.tuning.objective import completions
 
 FAST = Training(epochs=3, batch=4, checkpoint_every_s=-1)  # a checkpoint after every step
 SHAPE = LoraConfig(4, 8)
+KINDS: dict[str, Callable[[BaseModel], Expert]] = {
+    "lora": lambda base: loras.fresh(SHAPE, base.decoder, seed=1),
+    "dora with dropout": lambda base: loras.fresh(LoraConfig(4, 8, dora=True, dropout=0.2), base.decoder),
+    "adapter": lambda base: adapter.fresh(adapter.BottleneckConfig(8), base.decoder),
+    "prompt": lambda base: prompt.fresh(prompt.PromptConfig(4), base.decoder, base.encode("Be kind.")),
+    "prefix": lambda base: prefix.fresh(prefix.PrefixConfig(4), base.decoder, base.encode("Be kind.")),
+    "full": lambda base: full.fresh(full.FullConfig(), base.decoder),
+}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -59,10 +68,10 @@ ROWS, HELD = list(range(3, 24)), [0, 1, 2]
 def learn(
     base: BaseModel, data: TokenSet, checkpoint: Path, settings: Training = FAST,
     tell: Callable[[Progress], None] = lambda _: None, say: Callable[[str], None] = lambda _: None,
+    kind: str = "lora",
 ) -> tuple[Expert, loop.Outcome]:  # fmt: skip
-    lora = loras.fresh(SHAPE, base.decoder, seed=1)
-    loss = completions(base.decoder, data)
-    return lora, train(base.decoder, lora, loss, data.lengths(), ROWS, HELD, settings, checkpoint, tell, say)
+    expert, loss = KINDS[kind](base), completions(base.decoder, data)
+    return expert, train(base.decoder, expert, loss, data.lengths(), ROWS, HELD, settings, checkpoint, tell, say)
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +216,47 @@ def test_a_run_stopped_at_any_steps_ends_in_the_same_weights(
     assert found[1].resumed_at == (stops[-1] if stops else 0)
 
 
-@given(delays_ms=st.lists(st.floats(1, 150), max_size=3))
-@settings(max_examples=8)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
+def test_every_kind_of_expert_goes_on_to_the_same_weights(
+    kind: str, tiny_base: BaseModel, data: TokenSet, tmp_path: Path
+) -> None:
+    def press(p: Progress) -> None:
+        if p.step == 4:
+            raise KeyboardInterrupt
+
+    short = replace(FAST, epochs=1, checkpoint_every_s=1e9)
+    wanted = learn(tiny_base, data, tmp_path / "unbroken", short, kind=kind)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny_base, data, tmp_path / "broken", short, press, kind=kind)
+    found = learn(tiny_base, data, tmp_path / "broken", short, kind=kind)
+    assert_same(found, wanted)
+    assert found[1].resumed_at == 4
+    assert found[1].losses[0] > found[1].losses[-1]
+
+
+@pytest.mark.parametrize("stop", [1, 7, 18])
+def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(
+    stop: int, tiny_base: BaseModel, data: TokenSet, unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, updates = torch.optim.AdamW.step, 0
+
+    def press_after(self: torch.optim.AdamW) -> None:
+        nonlocal updates
+        update(self)
+        updates += 1
+        if updates == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", press_after)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tiny_base, data, tmp_path / "checkpoint", replace(FAST, checkpoint_every_s=1e9))
+    found = learn(tiny_base, data, tmp_path / "checkpoint")
+    assert_same(found, unbroken)
+    assert (found[1].resumed_at, updates) == (stop, 18)
+
+
+@given(delays_ms=st.lists(st.floats(1, 150), min_size=1, max_size=3))
+@settings(max_examples=5)
 def test_ctrl_c_at_any_moment_never_leaves_half_a_step(
     delays_ms: list[float], tiny_base: BaseModel, data: TokenSet, unbroken: Any,
     tmp_path_factory: pytest.TempPathFactory,
@@ -359,7 +407,26 @@ def test_fit_trains_measures_and_publishes_every_expert(fitted_shop: Path) -> No
         for who in ("base", "expert"):
             assert figures["held_out"][who]["rows"] == 1
             assert ("accuracy" in figures["held_out"][who]) == bool(choices)
-    assert not list((fitted_shop / ".coterie").rglob("*.safetensors"))
+    assert not list((fitted_shop / ".coterie" / "runs").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "full"])
+def test_every_kind_is_published_whole_and_for_all_to_read(kind: str, shop: Path) -> None:
+    edit(shop, "[experts.greet]\n", f'[experts.greet]\nkind = "{kind}"\n')
+    found = fitted(shop, "greet")["greet"]
+    assert found.facts.kind == kind
+    assert found.evaluation["held_out"]["expert"]["rows"] == 1
+    version = Business.open(shop).library.folder("greet")
+    files = [f for f in version.rglob("*") if f.is_file()]
+    assert len([f for f in files if f.suffix == ".safetensors"]) == 2  # the expert, and what the router knows of it
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o644}
+    assert not fitted(shop, "greet")["greet"].trained
+    ((_, figures),) = measure(Business.open(shop), ["greet"], shop / "greet.jsonl", limit=3)
+    assert figures["expert"]["rows"] == 3
+    if kind == "full":
+        with pytest.raises(ModelError, match=r"a model of its own .* base = .*greet/1/model"):
+            kinds.load(version, Business.open(shop).base().decoder.config)
+        assert load(version / "model").decoder.config.layers == 2
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shop: Path, fitted_shop: Path) -> None:
@@ -473,6 +540,26 @@ def test_a_stopped_fit_goes_on_where_it_stopped(
     assert not [(name, step) for name, step in steps if step != 3 and steps.count((name, step)) > 1], "learned twice"
 
 
+def test_a_fit_stopped_while_it_learns_preferences_goes_on_where_it_stopped(shop: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Hello, I am {n}.", "chosen": f"Welcome, {n}!", "rejected": "Go away."} for n in "ABCDEFGHIJ"]
+    (shop / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    edit(shop, 'train = "greet.jsonl"\n', 'train = "greet.jsonl"\npreferences = "pairs.jsonl"\n')
+    again = shutil.copytree(shop, tmp_path / "again")
+    assert fitted(shop, "greet")["greet"].evaluation["preference_pairs"] == 9
+    steps: list[tuple[str, int]] = []
+
+    def press(name: str, p: Progress) -> None:
+        steps.append((name, p.step))
+        if name == "greet, preferences":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(fit(Business.open(again), ["greet"], progress=press))
+    list(fit(Business.open(again), ["greet"], progress=lambda name, p: steps.append((name, p.step))))
+    assert weights(again)["greet"] == weights(shop)["greet"]
+    assert [step for _, step in steps if step == 1] == [1, 1], "neither rows nor pairs are learned twice"
+
+
 KILLED = """
     import functools, os, random, signal, sys, time
     from pathlib import Path
@@ -563,7 +650,7 @@ def test_a_full_disk_stops_fit_and_loses_nothing(
     with files_up_to(10**9), monkeypatch.context() as patch:  # both are put back when the block ends
         before_that_the_disk_fills_up(
             *{"encoding": ("prepare", 100), "checkpoint": ("tune", 5000), "trial": ("route_statistics", 5000),
-              "publishing": ("compare", 5000)}[moment]
+              "publishing": ("compare", 100)}[moment]
         )  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             main(["fit", str(shop), "-e", "greet"])

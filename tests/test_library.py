@@ -204,3 +204,41 @@ def test_a_shelf_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
     (tmp_path / "experts").write_text("a file in the way")
     with pytest.raises(StorageError, match="tea"):
         publish(Library(tmp_path / "experts"))
+
+
+def test_the_card_says_figures_with_their_intervals(tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    publish(library)
+    share = {"value": 0.5, "low": 0.25, "high": 0.75}
+    figures = {"base": {"rows": 8, "too_long": 0, "accuracy": share, "macro_f1": 0.25},
+               "expert": {"rows": 8, "too_long": 2, "accuracy": share, "macro_f1": 0.5}}  # fmt: skip
+    library.record("tea", 1, {"held_out": figures})
+    text = (library.folder("tea") / "README.md").read_text()
+    assert "- held out, base, 8 rows: accuracy 50.0% (95% CI 25.0% to 75.0%), macro-f1 25.0%\n" in text
+    assert (
+        "- held out, expert, 8 rows: accuracy 50.0% (95% CI 25.0% to 75.0%), macro-f1 50.0%, 2 too long for the" in text
+    )
+
+
+def test_figures_that_cannot_be_written_leave_the_old_ones_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Library(tmp_path)
+    publish(library)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        library.record("tea", 1, {"accuracy": 0.6})
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_damaged_figures_are_refused_by_name(tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    publish(library)
+    (library.folder("tea") / "evaluation.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tea/1/evaluation\.json: damaged"):
+        library.evaluation("tea")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,7 @@ def _fit_one(
     spec, how, base = business.spec(name), business.spec(name).training, business.base(tell)
     files = ", ".join(map(str, business.files(spec.train)))
     longest = min(how.max_tokens, base.decoder.config.context)
+    expert, trunks = new_expert(spec, base), business.folder / ".coterie" / "trunk"
     tests = [e.asked for e in business.examples(name, spec.test)]
     data = prepare(business.examples(name, spec.train), tests, base, work, longest, spec.choices)
     if data.leaked:
@@ -203,16 +205,12 @@ def _fit_one(
         )
     tell(f"{name}: {len(rows)} rows to learn from, {len(held)} held out")
 
-    def news(step: Progress) -> None:
-        progress(name, step)
-
     def say(text: str) -> None:
         tell(f"{name}: {text}")
 
-    expert, trunks = new_expert(spec, base), business.folder / ".coterie" / "trunk"
-    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, news, say)
+    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, partial(progress, name), say)
     pairs = business.files(spec.preferences)
-    preferred = prefer(spec, base, expert, pairs, work, news, say) if pairs else {}
+    preferred = prefer(spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say) if pairs else {}
 
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,
@@ -237,13 +235,13 @@ def _fit_one(
 
     trial = Library(work / "trial")
     shutil.rmtree(trial.root, ignore_errors=True)
-    asked = [found[data.numbers[i]] for i in measured]
+    tried, asked = trial.publish(facts, fill), [found[data.numbers[i]] for i in measured]
     evaluation = {
         "held_out_rows": len(held), "held_out_loss_base": round(outcome.held_out[0], 4),
         "held_out_loss": round(outcome.held_out[-1], 4), **preferred,
-        "held_out": compare(business, trial.publish(facts, fill), asked, count, trial),
+        "held_out": compare(business, tried, asked, count, trial),
     }  # fmt: skip
-    facts = business.library.publish(facts, fill, evaluation)
+    facts = business.library.publish(facts, lambda folder: _move(trial.folder(name), folder), evaluation)
     tell(f"{name}: version {facts.version} is published")
     return Fitted(facts, True, evaluation)
 
@@ -257,6 +255,12 @@ def route_statistics(business: Business, examples: list[Example]) -> Statistics:
 def _sample(rows: list[int], most: int, seed: int) -> list[int]:
     """At most `most` of the rows, at random."""
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
+
+
+def _move(source: Path, target: Path) -> None:
+    """What is in one folder, into another on the same disk."""
+    for file in source.iterdir():
+        file.rename(target / file.name)
 
 
 def _pick(examples: Iterator[Example], wanted: set[int]) -> dict[int, Example]:

@@ -17,7 +17,7 @@ import torch
 from coterie.business import Business, Tell
 from coterie.data.encode import encode, encode_all
 from coterie.data.read import Example, read
-from coterie.data.split import hold_out
+from coterie.data.split import hold_out, normalise
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError
 from coterie.evaluation.run import evaluate
@@ -104,8 +104,11 @@ def tune_to(
         if long_rows:
             first = next(iter(long_rows.values()))
             tell(f"{len(long_rows)} rows longer than the context were left out, the first: {first}")
-        prompts = [e.asked for number, e in enumerate(examples) if number not in long_rows]
-        rows, held = hold_out(prompts, *HELD_OUT, settings.seed)
+        asked = [normalise(e.asked) for number, e in enumerate(examples) if number not in long_rows]
+        rows, held = hold_out(asked, *HELD_OUT, settings.seed)
+        if not held:
+            raise DataError(f"{len(set(asked))} different prompt(s) fit into the context; at least 2 are needed, one "
+                            "to learn from and one to measure")  # fmt: skip
         outcome = tune(base.decoder, data, rows, held, settings, step)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -17,6 +17,7 @@ from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import ContextTooLong, CoterieError
+from coterie.experts.card import in_words, percent
 
 if TYPE_CHECKING:  # what loads torch is imported when a command needs it
     from coterie.business import Business
@@ -91,12 +92,8 @@ def _headline(figures: dict[str, Any]) -> list[str]:
     out = []
     for who in ("base", "expert"):
         part = figures.get("held_out", {}).get(who, {})
-        out.append(next((_figure(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
+        out.append(next((percent(k, part[k]) for k in ("accuracy", "token_f1") if k in part), ""))
     return out
-
-
-def _figure(name: str, v: dict[str, float]) -> str:
-    return f"{name.replace('_', '-')} {v['value']:.1%} (95% CI {v['low']:.1%} to {v['high']:.1%})"
 
 
 @app.command("eval")
@@ -117,12 +114,8 @@ def evaluate(
     rows = []
     for facts, figures in measured:
         for who, name in (("base", "base model"), ("expert", facts.name)):
-            part = dict(figures[who])
-            count, too_long = part.pop("rows"), part.pop("too_long")
-            said = [_figure(k, v) if isinstance(v, dict) else f"{k.replace('_', '-')} {v:.1%}" for k, v in part.items()]
-            said += [f"{too_long} too long for the context"] if too_long else []
-            rows.append([name, str(count), ", ".join(said)])
-    done = [{"expert": facts.name, "version": facts.version, **figures} for facts, figures in measured]
+            rows.append([name, str(figures[who]["rows"]), in_words(figures[who])])
+    done = [{"name": facts.name, "version": facts.version, **figures} for facts, figures in measured]
     result(done, as_json, table(["who", "rows", "figures"], rows))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from coterie.cli.show import Bars, bars, result, table, tell
 from coterie.errors import CoterieError
+from coterie.experts.card import in_words
 
 moe = typer.Typer(
     help="Make mixtures of experts: upcycle a model, mix trained experts, tune, measure.", no_args_is_help=True
@@ -109,16 +110,8 @@ def evaluate(
     from coterie.mixture import measure
 
     done = measure(model, Business.open(folder), expert or [], limit)
-    rows = [[name, str(f["rows"]), _figures(f)] for name, f in done.items()]
+    rows = [[name, str(f["rows"]), in_words(f)] for name, f in done.items()]
     result(done, as_json, table(["test data of", "rows", "figures"], rows))
-
-
-def _figures(found: dict[str, Any]) -> str:
-    parts = [(k.replace("_", "-"), v) for k, v in found.items() if k != "rows"]
-    return ", ".join(
-        f"{k} {v['value']:.1%} (95% CI {v['low']:.1%} to {v['high']:.1%})" if isinstance(v, dict) else f"{k} {v:.1%}"
-        for k, v in parts
-    )
 
 
 def _written(done: dict[str, Any]) -> str:

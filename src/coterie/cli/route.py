@@ -3,15 +3,17 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coterie.business import Business
-from coterie.choose import Choice
 from coterie.cli.show import result, table, tell
 from coterie.data.read import read
 from coterie.errors import CoterieError
+
+if TYPE_CHECKING:  # loaded when the command needs them, so that --help is quick
+    from coterie.business import Business
+    from coterie.choose import Choice
 
 SHOWN = 10  # experts, of those that scored
 
@@ -23,6 +25,7 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Explain whom "auto" would ask: scores, thresholds, nearest training inputs, and why not the others."""
+    from coterie.business import Business
     from coterie.choose import Chooser
 
     business = Business.open(folder)
@@ -37,7 +40,7 @@ def route(
                 tell(f"  {cosine:.2f}  {rows.get(where, '(no longer in the data)')}  [{where}]")
 
 
-def explained(choice: Choice, rows: dict[str, str]) -> dict[str, Any]:
+def explained(choice: "Choice", rows: dict[str, str]) -> dict[str, Any]:
     """A choice as JSON."""
     return {
         "experts": [{"name": name, "weight": share} for name, share in choice.decision.chosen],
@@ -50,7 +53,7 @@ def explained(choice: Choice, rows: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def lines(choice: Choice) -> list[list[str]]:
+def lines(choice: "Choice") -> list[list[str]]:
     """A choice as rows of a table, the chosen ones first."""
     shares, why = dict(choice.decision.chosen), choice.why_not()
     scores = {s.name: s for s in choice.decision.scored[:SHOWN]}
@@ -65,7 +68,7 @@ def lines(choice: Choice) -> list[list[str]]:
     return out
 
 
-def texts_of(business: Business, wanted: set[str]) -> dict[str, str]:
+def texts_of(business: "Business", wanted: set[str]) -> dict[str, str]:
     """The inputs at these places (file and row), as far as they are still in the data."""
     found: dict[str, str] = {}
     for spec in business.config.experts.values():

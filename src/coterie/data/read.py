@@ -87,16 +87,13 @@ def read_rows(
             raise DataError(f"columns: {name!r} is not one of {', '.join(FIELDS)}")
     if "messages" in columns and ("prompt" in columns or "completion" in columns):
         raise DataError("columns: name either messages, or prompt and completion")
-    try:
-        for where, row in _rows(path, refuse):
-            try:
-                example = _example(row, columns, where, system)
-            except DataError as error:
-                _refuse(error, refuse)
-                continue
-            yield example, row
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for where, row in _rows(path, refuse):
+        try:
+            example = _example(row, columns, where, system)
+        except DataError as error:
+            _refuse(error, refuse)
+            continue
+        yield example, row
 
 
 def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:
@@ -150,10 +147,10 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path}: no such file")
     if path.is_dir():
         raise DataError(f"{path}: a folder; name a data file (.jsonl, .csv or .parquet)")
-    if path.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
-        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; use .jsonl, .csv or .parquet")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if path.suffix.lower() not in (".jsonl", ".csv", ".parquet"):
+        raise DataError(f"{path}: unknown kind of data file {path.suffix!r}; use .jsonl, .csv or .parquet")
 
 
 def _refuse(error: DataError, refuse: Refuse | None) -> None:
@@ -165,7 +162,10 @@ def _refuse(error: DataError, refuse: Refuse | None) -> None:
 
 def _rows(path: Path, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
     check_file(path)
-    yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path, refuse)
+    try:
+        yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path, refuse)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _jsonl(path: Path, refuse: Refuse | None) -> Iterator[tuple[str, Row]]:

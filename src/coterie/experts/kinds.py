@@ -25,6 +25,9 @@ def save(expert: Expert, folder: Path, base: str, model: ModelConfig) -> None:
 
 def load(folder: Path, model: ModelConfig) -> Expert:
     """Read an expert of any kind. Raises ModelError where it is damaged, of another kind or another base."""
+    if (folder / "model").is_dir():
+        raise ModelError(f"{folder}: a model of its own (kind full), which cannot share an engine with others; to "
+                         f'serve it, name it in a coterie.toml: base = "{folder / "model"}"')  # fmt: skip
     facts = read_config(folder)
     peft = facts.get("peft_type")
     if peft is None and "config" in facts:
