@@ -163,7 +163,7 @@ class _Grouped(torch.autograd.Function):
             for slope, part, out in zip(grad.split(ctx.rows), x.split(ctx.rows), to_weights, strict=True):
                 if not len(part):
                     out.zero_()
-                elif x.dtype == torch.float32 and x.device.type == "cpu" and part.numel() * grad.shape[1] > SMALL:
+                elif x.dtype == torch.float32 and x.device.type == "cpu" and len(part) >= 2 * STEP:
                     out.copy_(product(slope.t(), part.t()))
                 else:
                     torch.mm(slope.t(), part, out=out)
