@@ -7,7 +7,6 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 from coterie.answer import Answer, Answerer
 from coterie.business import Business
 from coterie.data.read import Message
+from coterie.engine.engine import Engine
 from coterie.engine.request import Callback, Piece, Sampling
 from coterie.errors import Busy
 from coterie.web.app import create_app
@@ -34,15 +34,19 @@ SUGGESTIONS = ["Which color has a lemon?", "Hello, I am Ada."]
 WELCOME = "Ask us about colors."
 
 
-@dataclass
 class HeldAnswerer(Answerer):
     """Lets `free` pieces with visible text out at once, and the rest of an answer when the test calls `release`."""
 
-    free: int = ALL
-    answers: list[Answer] = field(default_factory=list)
-    released: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, business: Business, engine: Engine) -> None:
+        super().__init__(business, engine)
+        self.free: float = ALL
+        self.answers: list[Answer] = []
+        self.released = threading.Event()
 
-    def chat(self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None) -> Answer:
+    def chat(
+        self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
+        channel: str = "",
+    ) -> Answer:  # fmt: skip
         shown = 0
 
         def held(piece: Piece) -> None:
@@ -53,7 +57,7 @@ class HeldAnswerer(Answerer):
             if on_piece:
                 on_piece(piece)
 
-        self.answers.append(super().chat(who, messages, sampling, held))
+        self.answers.append(super().chat(who, messages, sampling, held, channel))
         return self.answers[-1]
 
     def hold(self, after: int) -> None:
