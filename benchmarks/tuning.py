@@ -56,17 +56,8 @@ class Run:
 
 def prepare(folder: Path, rows: int, file: Path) -> float:
     """Write what both sides read: base weights as a Hugging Face folder, rows as .npz. Returns tokens per row."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     path = pull(DEFAULT)
-    gguf = next(iter(path.glob("*.gguf")), None)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf and gguf.name, dtype=torch.float32)
-    if hasattr(peer.config, "quantization_config"):  # the weights are whole again, the config still says otherwise
-        del peer.config.quantization_config
-        peer.hf_quantizer = None
-    peer.save_pretrained(folder / "base")
-    transformers.AutoTokenizer.from_pretrained(path, gguf_file=gguf and gguf.name).save_pretrained(folder / "base")
+    common.hugging_face_copy(path, folder / "base")
     base = load(path)
     examples = list(read(file, COLUMNS, SYSTEM))
     order = np.random.default_rng(0).permutation(len(examples))[: rows + HELD_OUT]
@@ -130,13 +121,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         per_row = prepare(folder, steps * job["batch"], file)
-        trials = {name: run_once(name, folder, job) for name in VARIANTS}
+        tried = list(VARIANTS)[:1] if args.quick else list(VARIANTS)
+        trials = {name: run_once(name, folder, job) for name in tried}
         best = max(trials, key=lambda name: trials[name].tokens_per_s)
         runs: dict[str, list[Run]] = {best: [], OURS: []}
         for _ in range(rounds):
             for who, done in runs.items():
                 done.append(run_once(who, folder, job))
-        losses = held_out(folder, [*VARIANTS, OURS])
+        losses = held_out(folder, [*tried, OURS])
     rows = []
     for who, done in [*((name, [trial]) for name, trial in trials.items() if name != best), *runs.items()]:
         pace = statistics.median(run.tokens_per_s for run in done)

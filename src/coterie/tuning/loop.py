@@ -6,12 +6,10 @@ vocabulary are never all in memory. A resumed run ends in the same weights as an
 order of the data depends on seed and epoch alone, and the checkpoint holds weights, both moments and the step.
 """
 
-import ctypes
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from torch import Tensor
 from coterie.data.encode import TokenSet, batches
 from coterie.errors import StorageError
 from coterie.experts.lora import Lora, training_change
+from coterie.model import memory
 from coterie.model.decoder import Decoder, attend_packed, packed_positions
 
 CHUNK = 512  # completion tokens scored at once: 512 x 49,152 float32 are 100 MB
@@ -144,7 +143,7 @@ def train(
 
     On Ctrl-C the state is saved and KeyboardInterrupt goes on to the caller.
     """
-    _keep_freed_memory()
+    memory.keep()
     params = {k: v.to(decoder.device).requires_grad_() for k, v in sorted(lora.weights.items())}
     lora.weights = dict(params)
     optimizer = torch.optim.AdamW(
@@ -183,14 +182,8 @@ def train(
         _save(checkpoint, params, optimizer, step, outcome)
         raise
     lora.weights = {k: v.detach().cpu() for k, v in params.items()}
+    memory.give_back()
     return outcome
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what a step frees. Given back and faulted in anew, it costs a tenth of each step."""
-    with suppress(OSError, AttributeError):  # only glibc has the call
-        for setting, most in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
-            ctypes.CDLL("libc.so.6").mallopt(setting, most)
 
 
 def _step(
