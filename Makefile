@@ -21,7 +21,8 @@ check: .venv/ready-test
 	.venv/bin/lint-imports
 
 bench: .venv/ready-test
-	@for b in benchmarks/*.py; do $(PY) $$b || exit 1; done
+	$(PY) benchmarks/tuning.py --record
+	$(PY) benchmarks/serving.py --record
 
 # Torch goes first and alone: plain PyPI torch on Linux brings gigabytes of CUDA, so set
 # TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.
@@ -39,7 +40,7 @@ bench: .venv/ready-test
 # Needs uv (pip install uv). Run after changing the dependencies in pyproject.toml.
 lock:
 	uv pip compile -q pyproject.toml -o requirements.lock
-	uv pip compile -q pyproject.toml --extra test -c requirements.lock -o requirements-test.lock
+	uv pip compile -q pyproject.toml --extra test --extra bench -c requirements.lock -o requirements-test.lock
 
 # AdapterHub's library needs an older transformers than ours: it stands apart, for one group of tests.
 .venv/adapters: .venv/ready-test

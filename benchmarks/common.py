@@ -8,12 +8,14 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES = ("torch", "transformers", "peft", "xllamacpp")
-screen = Console(stderr=True, soft_wrap=True)
+os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of the peers among our tables
+screen = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 @dataclass
@@ -68,7 +71,7 @@ def options(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def skip(why: str) -> None:
+def skip(why: str) -> NoReturn:
     """End the program without a result, and say why in one line."""
     print(f"skipped: {why}")
     sys.exit(0)
@@ -89,6 +92,21 @@ def need_packages(*names: str) -> None:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             skip(f"{name} is not installed; pip install 'coterie[bench]'")
+
+
+def hugging_face_copy(model: Path, folder: Path) -> None:
+    """Write the weights of `model` into `folder` as transformers saves them: a GGUF is opened by transformers too."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gguf = next((file.name for file in model.glob("*.gguf")), None)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, gguf_file=gguf, dtype="float32")
+    if hasattr(whole.config, "quantization_config"):  # the weights are whole again, the config still says otherwise
+        del whole.config.quantization_config
+        whole.hf_quantizer = None
+    whole.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model, gguf_file=gguf).save_pretrained(folder)
 
 
 def reset_peak() -> None:
@@ -119,14 +137,61 @@ class Clock:
         return {"seconds": [b[0] - a[0] for a, b in pairs], "cpu": [b[1] - a[1] for a, b in pairs]}
 
 
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
 def run_side(command: Sequence[str], threads: int) -> dict[str, Any]:
     """Run one side in its own process; the JSON object on its last line of stdout."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=_environment(threads), check=False
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)[:200]}\nfailed:\n{done.stderr[-3000:]}")
     out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return out
+
+
+class Side:
+    """A side that stays loaded and answers one job after another, so that sides can take turns: see `take_jobs`."""
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        self.command = command
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the object
+        self.process = subprocess.Popen(
+            [sys.executable, *command], env=_environment(threads), text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.log,
+        )  # fmt: skip
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Do a job and wait for what it found."""
+        assert self.process.stdin
+        assert self.process.stdout
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries print too
+                out: dict[str, Any] = json.loads(line)
+                return out
+        self.log.seek(0)
+        raise SystemExit(f"{' '.join(self.command)[:200]}\nfailed:\n{self.log.read()[-3000:]}")
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_jobs(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The other end of `Side`: a job a line on stdin, what it found a line on stdout, until stdin ends.
+
+    Peaks of memory are of the jobs, not of loading.
+    """
+    reset_peak()
+    for line in sys.stdin:
+        print(json.dumps(work(json.loads(line))), flush=True)
 
 
 def machine() -> dict[str, str]:
@@ -160,6 +225,8 @@ def finish(report: Report, args: argparse.Namespace) -> None:
     """Print, record, and give the JSON line, as the options ask."""
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     facts = {**machine(), **versions(), "date": date, "command": " ".join(["python", *sys.argv])}
+    if os.getloadavg()[2] > (os.cpu_count() or 1) + 1:
+        report.say("The machine was busy with other work meanwhile: do not rely on these figures.")
     screen.print(", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
     if args.record:
         _record(report, facts)

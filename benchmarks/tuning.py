@@ -23,9 +23,12 @@ from peers.peft_trainer import VARIANTS
 from coterie.data.encode import TokenSet, batches, encode_all
 from coterie.data.read import read
 from coterie.experts import lora as loras
+from coterie.experts.expert import Applied
+from coterie.experts.kinds import apply
 from coterie.model.load import load
 from coterie.model.pull import DEFAULT, pull
 from coterie.tuning.loop import Training, held_out_loss, train
+from coterie.tuning.objective import completions
 
 SYSTEM = "Name the intent."
 COLUMNS = {"prompt": "text", "completion": "category"}
@@ -56,17 +59,8 @@ class Run:
 
 def prepare(folder: Path, rows: int, file: Path) -> float:
     """Write what both sides read: base weights as a Hugging Face folder, rows as .npz. Returns tokens per row."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     path = pull(DEFAULT)
-    gguf = next(iter(path.glob("*.gguf")), None)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf and gguf.name, dtype=torch.float32)
-    if hasattr(peer.config, "quantization_config"):  # the weights are whole again, the config still says otherwise
-        del peer.config.quantization_config
-        peer.hf_quantizer = None
-    peer.save_pretrained(folder / "base")
-    transformers.AutoTokenizer.from_pretrained(path, gguf_file=gguf and gguf.name).save_pretrained(folder / "base")
+    common.hugging_face_copy(path, folder / "base")
     base = load(path)
     examples = list(read(file, COLUMNS, SYSTEM))
     order = np.random.default_rng(0).permutation(len(examples))[: rows + HELD_OUT]
@@ -88,16 +82,16 @@ def our_side(base_dir: str, data_file: str, out: str, job: dict[str, Any]) -> No
     torch.set_num_threads(job["threads"])
     base = load(Path(base_dir), packed=True)
     data = rows_of(Path(data_file))
-    lora = loras.fresh(loras.LoraConfig(job["rank"], job["alpha"]), base.decoder.config)
+    lora = loras.fresh(loras.LoraConfig(job["rank"], job["alpha"]), base.decoder)
     settings = Training(1, job["batch"], job["learning_rate"], job["warmup"])
     tokens = [int(data.lengths()[batch].sum()) for batch in batches(data.lengths(), job["batch"], settings.seed)]
     clock = common.Clock()
     outcome = train(
-        base.decoder, lora, data, list(range(len(data))), [0], settings, Path(out) / "none",
-        lambda _: clock.tick(),
+        base.decoder, lora, completions(base.decoder, data), data.lengths(), list(range(len(data))), [0], settings,
+        Path(out) / "none", lambda p: clock.tick() if p.step < p.steps or p.seconds_left else None,
     )  # fmt: skip
     peak = common.peak_mib()
-    loras.save(lora, Path(out), "base")
+    loras.save(lora, Path(out), "base", base.decoder.config)
     print(json.dumps(clock.steps() | {"tokens": tokens, "peak_mib": peak, "losses": outcome.losses}))
 
 
@@ -114,9 +108,11 @@ def held_out(folder: Path, names: list[str]) -> dict[str, float]:
     """Loss of the base model and of each adapter on the held-out rows, in nats per completion token."""
     base, data = load(folder / "base", torch.float32), rows_of(folder / "held_out.npz")
     rows = list(range(len(data)))
-    out = {"base": held_out_loss(base.decoder, None, data, rows)}
+    loss, sizes = completions(base.decoder, data), data.lengths()
+    out = {"base": held_out_loss(loss, Applied(), sizes, rows)}
     for name in names:
-        out[name] = held_out_loss(base.decoder, loras.load(folder / name, base.decoder.config), data, rows)
+        expert = loras.load(folder / name, base.decoder.config)
+        out[name] = held_out_loss(loss, apply(expert, base.decoder), sizes, rows)
     return out
 
 
@@ -130,13 +126,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         per_row = prepare(folder, steps * job["batch"], file)
-        trials = {name: run_once(name, folder, job) for name in VARIANTS}
+        tried = list(VARIANTS)[:1] if args.quick else list(VARIANTS)
+        trials = {name: run_once(name, folder, job) for name in tried}
         best = max(trials, key=lambda name: trials[name].tokens_per_s)
         runs: dict[str, list[Run]] = {best: [], OURS: []}
         for _ in range(rounds):
             for who, done in runs.items():
                 done.append(run_once(who, folder, job))
-        losses = held_out(folder, [*VARIANTS, OURS])
+        losses = held_out(folder, [*tried, OURS])
     rows = []
     for who, done in [*((name, [trial]) for name, trial in trials.items() if name != best), *runs.items()]:
         pace = statistics.median(run.tokens_per_s for run in done)

@@ -39,7 +39,7 @@ class HeldAnswerer(Answerer):
 
     def __init__(self, business: Business, engine: Engine) -> None:
         super().__init__(business, engine)
-        self.free: float = ALL
+        self.free = ALL
         self.answers: list[Answer] = []
         self.released = threading.Event()
 

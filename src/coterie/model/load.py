@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 
 from coterie.errors import DataError, ModelError
+from coterie.model import memory
 from coterie.model.decoder import Decoder, ModelConfig
 from coterie.model.hf import DENSE, Facts, attention_names, config_of, expert_names, null_shared_expert, router_name
 
@@ -89,9 +90,9 @@ def load(path: Path, dtype: torch.dtype | None = None, packed: bool = False) -> 
         path = ggufs[0]
     if not path.exists():
         raise ModelError(f"{path}: no such model; `coterie pull` fetches one")
-    if path.suffix == ".gguf":
-        return _load_gguf(path, dtype, packed)
-    return _load_hf(path, dtype, packed)
+    base = (_load_gguf if path.suffix == ".gguf" else _load_hf)(path, dtype, packed)
+    memory.give_back()
+    return base
 
 
 def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packed: bool, where: Path) -> Decoder:

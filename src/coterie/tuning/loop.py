@@ -5,14 +5,13 @@ resumed run ends in the same weights as an unbroken one, bit for bit: the order 
 epoch alone, dropout on seed and step, and the checkpoint holds weights, both moments and the step.
 """
 
-import ctypes
 import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from coterie.data.encode import batches
 from coterie.errors import StorageError, TrainingError
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply
+from coterie.model import memory
 from coterie.model.decoder import Decoder
 from coterie.tuning.objective import Loss
 
@@ -95,7 +95,7 @@ def train(
     Ctrl-C waits for the end of the step, saves, and goes on to the caller as KeyboardInterrupt. Raises TrainingError
     where the loss is no longer a number, and StorageError where the disk is full.
     """
-    _keep_freed_memory()
+    memory.keep()
     params = {k: v.to(decoder.device).requires_grad_() for k, v in sorted(expert.weights.items())}
     expert.weights = dict(params)
     optimizer = torch.optim.AdamW(
@@ -144,14 +144,8 @@ def train(
         raise
     _save(checkpoint, params, optimizer, step, outcome)  # what follows may be killed too
     expert.weights = {k: v.detach().cpu() for k, v in params.items()}
+    memory.give_back()
     return outcome
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what a step frees. Given back and faulted in anew, it costs a tenth of each step."""
-    with suppress(OSError, AttributeError):  # only glibc has the call
-        for setting, most in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
-            ctypes.CDLL("libc.so.6").mallopt(setting, most)
 
 
 @contextmanager
