@@ -88,7 +88,7 @@ def our_side(base_dir: str, data_file: str, out: str, job: dict[str, Any]) -> No
     clock = common.Clock()
     outcome = train(
         base.decoder, lora, completions(base.decoder, data), data.lengths(), list(range(len(data))), [0], settings,
-        Path(out) / "none", lambda p: clock.tick() if p.step < p.steps or p.seconds_left else None,
+        Path(out) / "none", lambda p: clock.tick() if p.step == len(clock.at) else None,
     )  # fmt: skip
     peak = common.peak_mib()
     loras.save(lora, Path(out), "base", base.decoder.config)
