@@ -1,13 +1,24 @@
 """Pages that are written out of the code are up to date, and what they say works."""
 
 import re
+import shlex
+import socket
+import threading
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+import typer
+import uvicorn
 
 import reference
+from coterie.answer import Answerer
+from coterie.business import Business
+from coterie.cli.main import app
 from coterie.config import Config
+from coterie.web.app import create_app
 
 
 @pytest.mark.parametrize("page", reference.pages(), ids=lambda path: path.name)
@@ -31,3 +42,61 @@ def test_the_defaults_in_the_table_are_the_defaults() -> None:
     ):
         given = tomllib.loads(f"[business]\n{name} = {default}")
         assert Config.model_validate(given) == Config()
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(*kinds: str) -> list[tuple[str, str]]:
+    """The code blocks of these kinds ("": of none) in all pages: the page, and the block."""
+    found = [(p.name, fence) for p in PAGES for fence in p.read_text().split("\n```")[1::2]]
+    return [(page, text) for page, fence in found for kind, _, text in [fence.partition("\n")] if kind in kinds]
+
+
+COMMANDS = [
+    (page, line.removeprefix("$ "))
+    for page, block in blocks("console", "")
+    for line in block.replace("\\\n", " ").splitlines() if line.removeprefix("$ ").startswith("coterie ")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}: {line[:50]}" for page, line in COMMANDS])
+def test_every_command_in_the_pages_is_one_that_there_is(page: str, line: str) -> None:
+    """Its name, its options and the kinds of their values; what they name need not be there."""
+    words = shlex.split(line, comments=True)[1:]
+    command, name = typer.main.get_command(app), "coterie"
+    context = None
+    while hasattr(command, "get_command"):
+        name = words.pop(0)
+        context = click.Context(command, context, name)
+        command = command.get_command(context, name)
+        assert command is not None, f"{page}: there is no command {name!r}"
+    command.make_context(name, words, context)
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("toml"), ids=lambda x: str(x)[:30])
+def test_every_declaration_in_the_pages_is_valid(page: str, block: str, tmp_path: Path) -> None:
+    found = tomllib.loads(block)
+    for spec in found.get("experts", {}).values():
+        spec.setdefault("train", "data.csv")
+    if "experts" in found or "business" in found or "routing" in found:
+        Config.model_validate(found)
+
+
+def test_the_python_of_the_readme_works(fitted_shop: Path) -> None:
+    business = Business.open(fitted_shop)
+    answerer = Answerer.open(business)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="critical"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        ((_, code),) = [b for b in blocks("python") if b[0] == "README.md"]
+        scope: dict[str, Any] = {}
+        exec(code.replace("localhost:8000", f"127.0.0.1:{listener.getsockname()[1]}"), scope)
+        assert scope["answer"].choices[0].message.role == "assistant"
+    finally:
+        server.should_exit = True
+        thread.join()
+        answerer.close()
