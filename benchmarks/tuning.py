@@ -85,10 +85,12 @@ def our_side(base_dir: str, data_file: str, out: str, job: dict[str, Any]) -> No
     lora = loras.fresh(loras.LoraConfig(job["rank"], job["alpha"]), base.decoder)
     settings = Training(1, job["batch"], job["learning_rate"], job["warmup"])
     tokens = [int(data.lengths()[batch].sum()) for batch in batches(data.lengths(), job["batch"], settings.seed)]
+    checkpoint = Path(out) / "checkpoint"
+    checkpoint.unlink(missing_ok=True)  # an earlier round's: training would go on where that ended
     clock = common.Clock()
     outcome = train(
         base.decoder, lora, completions(base.decoder, data), data.lengths(), list(range(len(data))), [0], settings,
-        Path(out) / "none", lambda p: clock.tick() if p.step == len(clock.at) else None,
+        checkpoint, lambda p: clock.tick() if p.step == len(clock.at) else None,
     )  # fmt: skip
     peak = common.peak_mib()
     loras.save(lora, Path(out), "base", base.decoder.config)
@@ -120,7 +122,7 @@ def main() -> None:
     args = common.options(__doc__ or "").parse_args()
     common.need_packages("transformers", "peft")
     file = common.need_data("banking77/train.csv")
-    steps, rounds = (8, 1) if args.quick else (40, 3)
+    steps, rounds = (8, 1) if args.quick else (24, 3)
     job = {"rank": 16, "alpha": 32.0, "batch": 16, "learning_rate": 1e-3, "warmup": 0.06, "threads": args.threads}
     report = common.Report("Fine-tuning: benchmarks/tuning.py")
     with tempfile.TemporaryDirectory() as scratch:
