@@ -157,7 +157,7 @@ def main() -> None:
     common.need_data("banking77/train.csv")
     from peers import llama_cpp, peft_generate
 
-    tokens, rounds = (24, 1) if args.quick else (128, 5)
+    tokens, rounds = (24, 1) if args.quick else (48, 3)
     report = common.Report("Generation: benchmarks/serving.py")
     work = jobs(tokens)
     with tempfile.TemporaryDirectory() as scratch:
