@@ -1,5 +1,7 @@
 """What goes wrong, in OpenAI's words: every error has the same shape, and none tells our secrets."""
 
+import logging
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -11,6 +13,7 @@ from coterie.engine.request import Piece
 from coterie.errors import Busy, CoterieError, Stopped
 
 LARGEST_BODY = 8 << 20  # bytes
+log = logging.getLogger(__name__)
 SECURITY = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -92,6 +95,7 @@ class Guard:
         try:
             await self.app(scope, counted, secured)
         except Exception:
-            if not begun:
-                await _error(500, "a fault of ours; the server's log says more", "internal")(scope, receive, secured)
-            raise  # so that the server logs it
+            if begun:
+                raise  # nothing can be said any more: the server logs it and breaks off
+            log.exception("%s %s failed by a fault of ours", scope["method"], scope["path"])
+            await _error(500, "a fault of ours; the server's log says more", "internal")(scope, receive, secured)
