@@ -1,9 +1,9 @@
 """The engine: one thread that generates for everyone at once, whichever expert each request wants.
 
 Notable: a step decodes one token for every running request, rows of different experts and of the base model in
-the same matrix products (see experts/lora.py). Requests join and leave between steps (continuous batching, Yu et
-al. 2022, Orca). Running request i owns cache slot i: when one leaves, the last moves into its place, so that a
-step reads the cache without gathering.
+the same pass over the weights (experts/mixture.py; on a CPU step.c). Requests join and leave between steps
+(continuous batching, Yu et al. 2022, Orca). Running request i owns cache slot i: when one leaves, the last moves
+into its place, so that a step reads the cache without gathering.
 """
 
 import logging
@@ -24,19 +24,21 @@ from torch import Tensor
 from coterie.engine.constrain import Grammars, failure
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
 from coterie.engine.sampling import sample
+from coterie.engine.step import Prepared, Step
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped, UnknownExpert
 from coterie.experts import arrow
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply, load
 from coterie.experts.library import Library
-from coterie.experts.mixture import Gates, Mixture
+from coterie.experts.mixture import Gates, Laid, lay, mixed
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
+from coterie.model.threads import give_back_pool
 
 PREFILL_TOKENS = 2048  # prompt tokens taken in one step: bounds the pause of those already streaming
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
-STACK = 8  # experts kept in memory though idle; beyond, only those in use
+EXPERT_MEMORY = 1 << 30  # bytes: 26 LoRA experts of rank 16 on SmolLM2-135M
 ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,14 @@ class _Loaded:
 
     expert: Expert
     applied: Applied
+    laid: Laid
+    prepared: Prepared | None  # for the decoding step in C, where that runs
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes in memory: the weights in float32, and in the base's precision for each way of computing."""
+        weights = sum(w.nbytes for w in self.expert.weights.values())
+        return weights + weights // 2 * (1 + (self.prepared is not None))
 
     @property
     def ahead(self) -> int:
@@ -102,21 +112,26 @@ class Engine:
     """Generates for the base model and the experts of a library."""
 
     def __init__(
-        self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64
-    ) -> None:
+        self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64,
+        expert_memory: int = EXPERT_MEMORY, pinned: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        """`expert_memory`: bytes that experts in memory may take, those `pinned` by name never leave it."""
         config = base.decoder.config
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self._read = lru_cache(STACK)(self._load)
+        self._native = Step.open(base.decoder)
+        self.expert_memory, self.pinned = expert_memory, pinned
+        self._kept: dict[tuple[Path, int], _Loaded] = {}
+        self._shelf = threading.Lock()
         self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
-        self._arrow: tuple[set[_Loaded], arrow.Arrow] | None = None  # of the mixture, and whom its rows may wake
-        self._mixture: tuple[list[_Loaded], Mixture] = ([], Mixture([], base.decoder))
+        self._arrow: tuple[list[_Loaded], set[_Loaded], arrow.Arrow] | None = None  # of a batch, and whom it may wake
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
         self._closing = False
+        give_back_pool()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -201,13 +216,28 @@ class Engine:
         if self.library is None:
             raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
         folder = self.library.folder(*adapter)
-        return self._read(folder, folder.stat().st_mtime_ns)
+        key = folder, folder.stat().st_mtime_ns
+        with self._shelf:
+            loaded = self._kept.pop(key, None) or self._load(folder)
+            if loaded.size > self.expert_memory:
+                raise CoterieError(
+                    f"the expert {adapter[0]} takes {loaded.size / 2**20:.0f} MiB, and expert_memory under [business] "
+                    f"allows {self.expert_memory / 2**20:.0f} for all experts: raise it"
+                )
+            self._kept[key] = loaded  # the last is the latest used; those that answer stay in memory until they end
+            idle = [other for other in self._kept if other != key and other[0].parent.name not in self.pinned]
+            while idle and sum(each.size for each in self._kept.values()) > self.expert_memory:
+                del self._kept[idle.pop(0)]
+        return loaded
 
-    def _load(self, folder: Path, _written: int) -> _Loaded:
+    def _load(self, folder: Path) -> _Loaded:
         decoder = self.base.decoder
         expert = load(folder, decoder.config)
         before = expert.config.kind in ("prompt", "prefix")
-        return _Loaded(expert, apply(expert, decoder) if before else Applied())
+        prepared = self._native.prepare(expert) if self._native else None
+        loaded = _Loaded(expert, apply(expert, decoder) if before else Applied(), lay(expert, decoder), prepared)
+        give_back_pool()
+        return loaded
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -228,6 +258,8 @@ class Engine:
     def _work_comes(self) -> bool:
         """Wait for work; False once the engine closes."""
         with self._wake:
+            if not (self._waiting or self._running or self._closing):
+                give_back_pool()  # others compute while the engine rests
             self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
             return not self._closing
 
@@ -273,6 +305,8 @@ class Engine:
         for i, row in enumerate(new):
             with_prefix = row.loaded if row.loaded and row.loaded.applied.prefix is not None else None
             groups.setdefault(with_prefix, []).append(i)
+        for places in groups.values():
+            places.sort(key=lambda i: id(new[i].loaded))  # the rows of each expert side by side
         scores = torch.cat([
             self._prefill_after([new[i] for i in places], loaded.applied.prefix if loaded else None)
             for loaded, places in groups.items()
@@ -308,42 +342,51 @@ class Engine:
         positions = torch.tensor([row.length for row in rows], device=device)
         for row in rows:
             row.length += 1
+        self.stats.steps += 1
+        if self._native and not any(row.woken for row in rows):
+            return self._decode_native(self._native, rows, ids, positions)
         attend = self.cache.attend_decode(torch.arange(len(rows), device=device), positions)
         hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
-        self.stats.steps += 1
         return self.base.decoder.logits(hidden)
 
+    def _decode_native(self, step: Step, rows: list[_Running], ids: Tensor, positions: Tensor) -> Tensor:
+        """The same by the step in C, with the rows of each expert side by side."""
+        order = sorted(range(len(rows)), key=lambda i: id(rows[i].loaded))
+        groups: list[tuple[Prepared, int, int, float]] = []
+        for place, i in enumerate(order):
+            for loaded, share in [(rows[i].loaded, 1.0)] if rows[i].loaded else rows[i].shared:
+                assert loaded is not None and loaded.prepared is not None, "prepared when it was loaded"
+                if rows[i].loaded and groups and groups[-1][0] is loaded.prepared:
+                    groups[-1] = (loaded.prepared, groups[-1][1], groups[-1][2] + 1, share)
+                else:
+                    groups.append((loaded.prepared, place, 1, share))
+        return step.run(ids, positions, torch.tensor(order), self.cache, groups)
+
     def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
-        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the mixture where it must."""
-        needed = dict.fromkeys(loaded for row in self._running for loaded in row.experts)
-        held, mixture = self._mixture
-        if not needed.keys() <= set(held):
-            wanted = list(dict.fromkeys([*needed, *held]))
-            held = wanted if len(wanted) <= STACK else list(needed)
-            mixture = Mixture([loaded.expert for loaded in held], self.base.decoder)
-            self._mixture, self._arrow = (held, mixture), None
+        """What the experts of `rows` make of `repeats` (rows) tokens of each."""
+        held = list(dict.fromkeys(loaded for row in rows for loaded in row.experts))
         place = {loaded: i for i, loaded in enumerate(held)}
-        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows])
+        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows]).repeat_interleave(repeats)
+        laid = [loaded.laid for loaded in held]
+        if not any(row.shared for row in rows):
+            return mixed(laid, self.base.decoder, owners)
         shares = torch.zeros(len(rows), len(held))
         for i, row in enumerate(rows):
             for loaded, share in row.shared:
                 shares[i, place[loaded]] += share
-        if not bool(shares.any()):
-            return mixture.change(owners.repeat_interleave(repeats))
         shares = shares.repeat_interleave(repeats, 0)
         woken = torch.tensor([row.woken for row in rows]).repeat_interleave(repeats)
-        gates = self._gates(rows, shares > 0, woken) if bool(woken.any()) else None
-        return mixture.change(owners.repeat_interleave(repeats), shares, gates)
+        gates = self._gates(rows, held, shares > 0, woken) if bool(woken.any()) else None
+        return mixed(laid, self.base.decoder, owners, shares, gates)
 
-    def _gates(self, rows: list[_Running], allowed: Tensor, woken: Tensor) -> Gates:
-        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, experts)."""
+    def _gates(self, rows: list[_Running], held: list[_Loaded], allowed: Tensor, woken: Tensor) -> Gates:
+        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, held)."""
         known = {loaded for row in rows if row.woken for loaded in row.experts}
-        if self._arrow is None or not known <= self._arrow[0]:
-            known |= self._arrow[0] if self._arrow else set()
-            directions = [self._directions(loaded) if loaded in known else None for loaded in self._mixture[0]]
-            self._arrow = known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
+        if self._arrow is None or self._arrow[0] != held or not known <= self._arrow[1]:
+            directions = [self._directions(loaded) if loaded in known else None for loaded in held]
+            self._arrow = held, known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
         device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
-        return self._arrow[1].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
+        return self._arrow[2].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
     def _choose(self, rows: list[_Running], logits: Tensor) -> None:
         """Choose each row's next token from its scores (rows, vocab), and send out what became certain."""
