@@ -185,7 +185,7 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
     budget = all_of_them // 2
     engine = Engine(tiny_base, library, slots=12, context=CONTEXT, expert_memory=budget, pinned=frozenset({"e0"}))
     try:
-        first = engine._open(("e0", 1))
+        first = engine._shelf.open(("e0", 1))
         for names in (list(made), list(made)[::-1]):
             asked = {name: engine.submit(prompt, Sampling(max_tokens=4), (name, 1)) for name in names}
             for name, generation in asked.items():
@@ -194,7 +194,7 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
         for name in made:
             engine.submit(prompt, Sampling(max_tokens=1), (name, 1)).text()
         assert budget / 4 < held() - before < budget
-        assert engine._open(("e0", 1)) is first  # pinned
+        assert engine._shelf.open(("e0", 1)) is first  # pinned
     finally:
         engine.close()
 
@@ -204,7 +204,7 @@ def test_an_expert_larger_than_all_the_memory_for_experts_is_refused(tiny_base: 
     publish(library, tiny_base, "large", 0)
     engine = Engine(tiny_base, library, expert_memory=1000)
     try:
-        with pytest.raises(CoterieError, match="large takes .* MiB, and expert_memory under .business. allows"):
+        with pytest.raises(CoterieError, match=r"large takes .* MiB, and expert_memory under \[business\] allows"):
             engine.submit([1, 2], Sampling(max_tokens=1), ("large", 1))
         assert engine.submit([1, 2], Sampling(max_tokens=1)).text() is not None
     finally:

@@ -3,16 +3,18 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.engine import step as native
 from coterie.engine.engine import Engine
+from coterie.engine.guess import continuation
 from coterie.engine.request import Blend, Sampling, TokenChoice
 from coterie.engine.step import Prepared, Step
 from coterie.experts.expert import Expert
@@ -79,9 +81,10 @@ def experts_of(model: Model) -> list[Expert]:
 def scores(model: Model, rows: list[list[int]], groups: list[tuple[Prepared, int, int, float]]) -> list[Tensor]:
     """Scores after each token of rows of equal length, (rows, vocab), fed one by one."""
     cache = KVCache(model.base.decoder.config, len(rows), 64, torch.bfloat16, torch.device("cpu"))
-    ids, order = torch.tensor(rows), torch.arange(len(rows))
+    embedded, slots = model.base.decoder.embed(torch.tensor(rows)), torch.arange(len(rows))
     return [
-        model.step.run(ids[:, t], torch.full((len(rows),), t), order, cache, groups) for t in range(len(rows[0]))
+        model.step.run(embedded[:, t], torch.full((len(rows),), t), slots, cache, groups, slots)
+        for t in range(len(rows[0]))
     ]
 
 
@@ -141,6 +144,91 @@ def test_a_rows_scores_are_the_same_bit_for_bit_alone_and_in_any_batch(
         assert torch.equal(a[row], b[0])
 
 
+@given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_a_prompt_read_in_any_stretches_gives_the_same_bits(cuts: list[int], models: dict[str, Model]) -> None:
+    model = models["Qwen3"]
+    length = sum(cuts)
+    rows = random_rows(model.base, [length] * 2)
+    one_by_one = scores(model, rows, [])
+    cache = KVCache(model.base.decoder.config, 2, 64, torch.bfloat16, torch.device("cpu"))
+    start = 0
+    for count in cuts:
+        span = torch.arange(start, start + count).repeat(2)
+        slots = torch.arange(2).repeat_interleave(count)
+        found = model.step.run(
+            model.base.decoder.embed(torch.tensor(rows)[slots, span]), span, slots, cache, [], torch.arange(2 * count)
+        )
+        for t in range(count):
+            assert torch.equal(found[[t, count + t]], one_by_one[start + t])
+        start += count
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9), chunk=st.integers(1, 40),
+    guessed=st.sampled_from((0, 8, 64)), repeats=st.integers(1, 6),
+)  # fmt: skip
+@settings(max_examples=15)
+def test_the_engine_writes_the_same_alone_in_any_batch_in_any_chunks_and_with_any_guesses(
+    lengths: list[int], chunk: int, guessed: int, repeats: int, models: dict[str, Model], shelf: Library
+) -> None:
+    """In bfloat16, bit for bit: the log-probabilities too, of those that ask for them."""
+    prompts = [(row * repeats)[:40] for row in random_rows(models["Llama"].base, lengths)]
+    adapters = [None, *[(name, 1) for name in sorted(shelf.names())]]
+
+    def answers(together: bool, chunk: int, guessed: int) -> list[tuple[list[int], list[float | None]]]:
+        with patch("coterie.engine.engine.CHUNK", chunk), patch("coterie.engine.engine.SPECULATED", guessed):
+            engine = Engine(replace(models["Llama"].base, eos=frozenset()), shelf, slots=5, context=64)
+            try:
+                out, waiting = [], []
+                for n, prompt in enumerate(prompts):
+                    want = Sampling(max_tokens=12 + n % 5, logprobs=1 if n % 3 == 0 else None)
+                    waiting.append(engine.submit(prompt, want, adapters[n % len(adapters)]))
+                    if not together or n == len(prompts) - 1:
+                        for g in waiting:
+                            chances = [choice.logprob for piece in g for choice in piece.tokens]
+                            out.append((g.generated, chances))
+                        waiting.clear()
+                return out
+            finally:
+                engine.close()
+
+    assert answers(True, chunk, guessed) == answers(False, 256, 0)
+
+
+@pytest.fixture(scope="module")
+def shelf(models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """An expert of each of a few kinds."""
+    model = models["Llama"]
+    library = Library(tmp_path_factory.mktemp("shelf"))
+    for number, name in enumerate(("all projections", "DoRA", "Houlsby adapter", "soft prompt", "prefix")):
+        expert = trained(CONFIGS[name], replace(model.base, decoder=model.exact), number)
+        library.publish(
+            ExpertFacts(f"e{number}", kind=CONFIGS[name].kind),
+            lambda folder, e=expert: save(e, folder, "x", model.exact.config),  # type: ignore[misc]
+        )
+    return library
+
+
+def test_right_guesses_save_steps(models: dict[str, Model]) -> None:
+    """A model that repeats itself is guessed: fewer steps than tokens."""
+    engine = Engine(replace(models["Llama"].base, eos=frozenset()), slots=2, context=200)
+    try:
+        engine.submit([5, 6, 7, 8] * 4, Sampling(max_tokens=120)).text()
+        assert engine.stats.generated_tokens == 120
+        assert engine.stats.steps < 100
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("tokens", "most", "wanted"), [
+    ([1, 2, 3, 4, 5, 1, 2, 3], 2, [4, 5]), ([1, 2, 3, 4, 5, 1, 2, 3], 9, [4, 5, 1, 2, 3]),
+    ([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 1, [8]), ([7, 7, 7, 7], 3, [7]),
+    ([1, 2, 3, 4], 3, []), ([1], 3, []), ([], 3, []),
+])  # fmt: skip
+def test_a_continuation_is_what_followed_last_time(tokens: list[int], most: int, wanted: list[int]) -> None:
+    assert continuation(tokens, most) == wanted
+
+
 @pytest.fixture(scope="module")
 def prepared(models: dict[str, Model]) -> list[Prepared]:
     return [models["Llama"].step.prepare(expert) for expert in experts_of(models["Llama"])]
@@ -167,7 +255,7 @@ def test_the_engine_answers_alike_with_and_without_it(
     model = models["Llama"]
     wide = replace(model.base, decoder=model.exact)
     library = Library(tmp_path)
-    for number, (name, config) in enumerate(CONFIGS.items()):
+    for number, config in enumerate(CONFIGS.values()):
         expert = trained(config, wide, number)
         library.publish(
             ExpertFacts(f"e{number}", kind=config.kind),

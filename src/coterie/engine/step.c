@@ -1,4 +1,5 @@
-// One decoding step of a Llama-like decoder for a batch whose rows use different experts, in one call.
+// One step of a Llama-like decoder for a batch whose rows use different experts, in one call. A row is a token: the
+// next one of a sequence, or one of a stretch of its prompt, whose rows follow one another.
 //
 // Notable: a step of a small model is a few hundred small operations; run one by one, calls and synchronisation cost
 // more than the arithmetic. Here the threads stay together for the whole step and share each product by columns.
@@ -179,7 +180,7 @@ typedef struct {
     int64_t rows, n_groups, widest, longest;
     float *hidden, *qkv, *added;           // added: a block's output
     bf16 *x, *mixed, *fed, *low;           // low: (groups, PROJECTIONS, rows, widest) x A^T
-    float *scores;                         // (threads, group of heads, longest)
+    float *scores;                         // (threads, longest)
 } Step;
 
 static void share_of(int64_t n, int thread, int threads, int64_t *first, int64_t *end) {
@@ -187,12 +188,13 @@ static void share_of(int64_t n, int thread, int threads, int64_t *first, int64_t
     *end = n * (thread + 1) / threads;
 }
 
-static void norm_rows(const Step *s, const float *weight, int thread, int threads) {
+// The rows of the residual stream, or `count` of them that `chosen` names, normed into x.
+static void norm_rows(const Step *s, const float *weight, int64_t count, const int64_t *chosen, int thread, int threads) {
     int64_t first, end, width = s->model->width;
-    share_of(s->rows, thread, threads, &first, &end);
+    share_of(count, thread, threads, &first, &end);
     for (int64_t n = first; n < end; n++) {
         float out[width];
-        rms_norm(out, s->hidden + n * width, weight, width, s->model->eps);
+        rms_norm(out, s->hidden + (chosen ? chosen[n] : n) * width, weight, width, s->model->eps);
         for (int64_t i = 0; i < width; i += 16) narrow(s->x + n * width + i, _mm512_loadu_ps(out + i));
     }
 }
@@ -261,6 +263,12 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
     }
 }
 
+// Where in the cache the row's sequence begins, at a layer and key-value head.
+static int64_t head_of(const Step *s, int64_t layer, int64_t row, int64_t kv) {
+    const Cache *c = s->cache;
+    return layer * c->layer_stride + s->slots[row] * c->slot_stride + kv * c->head_stride;
+}
+
 // The products of two vectors, `dim` a multiple of 32, in 16 sums.
 static inline __m512 dot(const bf16 *a, const bf16 *b, int64_t dim) {
     __m512 sum = _mm512_setzero_ps();
@@ -290,29 +298,37 @@ weigh(const int n, bf16 *out, const bf16 *values, int64_t dim, const float *scor
     for (int i = 0; i < n; i++) narrow(out + i * 16, _mm512_mul_ps(sum[i], _mm512_set1_ps(share)));
 }
 
-// One row and key-value head: rotate, store in the cache, and attend to everything before.
-static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float *scores) {
+// One row and key-value head: rotate its queries and its key, and store key and value in the cache.
+static void store(const Step *s, int64_t layer, int64_t row, int64_t kv) {
     const Model *m = s->model;
     const Layer *l = m->layer + layer;
-    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, seen = s->positions[row] + 1;
+    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, at = s->positions[row];
     float *all = s->qkv + row * (m->heads + 2 * m->kv_heads) * dim;
-    float *q = all + kv * group * dim, *k = all + (m->heads + kv) * dim, *v = all + (m->heads + m->kv_heads + kv) * dim;
-    const float *cos = m->cos + s->positions[row] * dim / 2, *sin = m->sin + s->positions[row] * dim / 2;
+    float *k = all + (m->heads + kv) * dim, *v = all + (m->heads + m->kv_heads + kv) * dim;
+    const float *cos = m->cos + at * dim / 2, *sin = m->sin + at * dim / 2;
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        if (l->q_norm) rms_norm(all + h * dim, all + h * dim, l->q_norm, dim, m->eps);
+        rotate(all + h * dim, cos, sin, dim / 2);
+    }
     if (l->k_norm) rms_norm(k, k, l->k_norm, dim, m->eps);
     rotate(k, cos, sin, dim / 2);
-    int64_t place = layer * s->cache->layer_stride + s->slots[row] * s->cache->slot_stride + kv * s->cache->head_stride;
-    bf16 *keys = s->cache->keys + place, *values = s->cache->values + place;
+    int64_t place = head_of(s, layer, row, kv) + at * dim;
     for (int64_t i = 0; i < dim; i += 16) {
-        narrow(keys + (seen - 1) * dim + i, _mm512_loadu_ps(k + i));
-        narrow(values + (seen - 1) * dim + i, _mm512_loadu_ps(v + i));
+        narrow(s->cache->keys + place + i, _mm512_loadu_ps(k + i));
+        narrow(s->cache->values + place + i, _mm512_loadu_ps(v + i));
     }
-    for (int64_t h = 0; h < group; h++) {
-        float *query = q + h * dim, *score = scores + h * s->longest, most = -INFINITY;
+}
+
+// One row and key-value head: attend to its own place in the sequence, and to all before.
+static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float *score) {
+    const Model *m = s->model;
+    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, seen = s->positions[row] + 1;
+    const bf16 *keys = s->cache->keys + head_of(s, layer, row, kv), *values = s->cache->values + head_of(s, layer, row, kv);
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        const float *query = s->qkv + (row * (m->heads + 2 * m->kv_heads) + h) * dim;
+        float scale = 1.0f / sqrtf(dim), most = -INFINITY;
         bf16 narrowed[dim];
-        if (l->q_norm) rms_norm(query, query, l->q_norm, dim, m->eps);
-        rotate(query, cos, sin, dim / 2);
         for (int64_t i = 0; i < dim; i += 16) narrow(narrowed + i, _mm512_loadu_ps(query + i));
-        float scale = 1.0f / sqrtf(dim);
         int64_t t = 0;
         for (; t + 4 <= seen; t += 4)
             _mm_storeu_ps(score + t, _mm_mul_ps(four_dots(keys + t * dim, narrowed, dim), _mm_set1_ps(scale)));
@@ -326,7 +342,7 @@ static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float 
             total = _mm512_mask_add_ps(total, in, total, e);
         }
         float share = 1.0f / _mm512_reduce_add_ps(total);
-        bf16 *out = s->mixed + (row * m->heads + kv * group + h) * dim;
+        bf16 *out = s->mixed + (row * m->heads + h) * dim;
         for (int64_t i = 0; i < dim; i += 64)
             if (dim - i >= 64) weigh(4, out + i, values + i, dim, score, seen, share);
             else weigh(2, out + i, values + i, dim, score, seen, share);
@@ -408,7 +424,7 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     int64_t q = m->heads * m->head_dim, kv = m->kv_heads * m->head_dim, all = q + 2 * kv, width = m->width, first, end;
     float out[s->rows * 16];
 
-    norm_rows(s, l->attn_norm, thread, threads);
+    norm_rows(s, l->attn_norm, s->rows, NULL, thread, threads);
     meet(s->meeting, threads);
     lower(s, layer, Q, V, s->x, width, thread, threads);
     share_of(all / 16, thread, threads, &first, &end);
@@ -419,14 +435,15 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
         for (int64_t n = 0; n < s->rows; n++) _mm512_storeu_ps(s->qkv + n * all + c, _mm512_loadu_ps(out + n * 16));
     }
     meet(s->meeting, threads);
-    float *scores = s->scores + thread * (m->heads / m->kv_heads) * s->longest;
+    for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads) store(s, layer, i / m->kv_heads, i % m->kv_heads);
+    meet(s->meeting, threads);
     for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads)
-        attend(s, layer, i / m->kv_heads, i % m->kv_heads, scores);
+        attend(s, layer, i / m->kv_heads, i % m->kv_heads, s->scores + thread * s->longest);
     meet(s->meeting, threads);
     lower(s, layer, O, O, s->mixed, q, thread, threads);
     close_block(s, layer, O, l->o, s->mixed, q, l->o_bias, ATTN, thread, threads);
 
-    norm_rows(s, l->ffn_norm, thread, threads);
+    norm_rows(s, l->ffn_norm, s->rows, NULL, thread, threads);
     meet(s->meeting, threads);
     lower(s, layer, GATE, UP, s->x, width, thread, threads);
     float up[s->rows * 16];
@@ -444,17 +461,16 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
 
 static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-// Scores after one more token in each row, those of row n at logits[places[n]] (vocab). `embedded` (rows, width) are the
-// tokens' embeddings, `positions` where they stand, `slots` where their sequences lie in the cache. Returns 0, or 1
+// Go on with every row: `embedded` (rows, width) are the tokens' embeddings, `positions` where they stand, `slots` where
+// their sequences lie in the cache. Writes the scores (scored, vocab) after the rows `wanted` (scored). Returns 0, or 1
 // where memory ran out.
-int coterie_step(const Model *model, const Cache *cache, int64_t rows, const bf16 *embedded, const int64_t *positions,
-                 const int64_t *slots, const int64_t *places, int64_t n_groups, const Group *groups, float *logits,
-                 int threads) {
-    const Model *m = model;
+int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *embedded, const int64_t *positions,
+                 const int64_t *slots, int64_t n_groups, const Group *groups, int64_t scored, const int64_t *wanted,
+                 float *logits, int threads) {
     int64_t width = m->width, q = m->heads * m->head_dim, all = q + 2 * m->kv_heads * m->head_dim;
     Meeting meeting = {0};
-    Step s = {.meeting = &meeting, .model = m, .groups = groups, .cache = cache, .positions = positions, .slots = slots, .rows = rows,
-              .n_groups = n_groups, .widest = 16, .longest = 0};
+    Step s = {.meeting = &meeting, .model = m, .groups = groups, .cache = cache, .positions = positions, .slots = slots,
+              .rows = rows, .n_groups = n_groups, .widest = 16};
     for (int64_t g = 0; g < n_groups; g++)
         if (groups[g].expert->widest > s.widest) s.widest = groups[g].expert->widest;
     for (int64_t n = 0; n < rows; n++)
@@ -463,8 +479,7 @@ int coterie_step(const Model *model, const Cache *cache, int64_t rows, const bf1
     void *rooms[] = {
         s.hidden = room(rows * width * 4), s.qkv = room(rows * all * 4), s.added = room(rows * width * 4),
         s.x = room(rows * width * 2), s.mixed = room(rows * q * 2), s.fed = room(rows * m->ffn * 2),
-        s.low = room((n_groups + 1) * PROJECTIONS * rows * s.widest * 2),
-        s.scores = room(threads * (m->heads / m->kv_heads) * s.longest * 4),
+        s.low = room((n_groups + 1) * PROJECTIONS * rows * s.widest * 2), s.scores = room(threads * s.longest * 4),
     };
     int failed = 0, count = sizeof rooms / sizeof *rooms;
     for (int i = 0; i < count; i++) failed |= !rooms[i];
@@ -474,16 +489,16 @@ int coterie_step(const Model *model, const Cache *cache, int64_t rows, const bf1
         {
             int thread = omp_get_thread_num(), team = omp_get_num_threads();
             for (int64_t layer = 0; layer < m->layers; layer++) run_layer(&s, layer, thread, team);
-            norm_rows(&s, m->final_norm, thread, team);
+            norm_rows(&s, m->final_norm, scored, wanted, thread, team);
             meet(s.meeting, team);
             int64_t first, end;
             share_of((m->vocab + 15) / 16, thread, team, &first, &end);
-            float out[rows * 16];
-            for (int64_t c = first * 16; c < end * 16; c += 16) {
-                memset(out, 0, sizeof out);
-                block(rows, out, 16, s.x, width, m->head + c * width, width);
+            float out[(scored + 1) * 16];
+            for (int64_t c = first * 16; c < end * 16 && scored; c += 16) {
+                memset(out, 0, scored * 16 * sizeof(float));
+                block(scored, out, 16, s.x, width, m->head + c * width, width);
                 int64_t columns = m->vocab - c < 16 ? m->vocab - c : 16;
-                for (int64_t n = 0; n < rows; n++) memcpy(logits + places[n] * m->vocab + c, out + n * 16, columns * 4);
+                for (int64_t n = 0; n < scored; n++) memcpy(logits + n * m->vocab + c, out + n * 16, columns * 4);
             }
         }
     }

@@ -1,4 +1,4 @@
-"""The decoding step in C (step.c): built on this machine, fed with packed weights, called once for each token.
+"""The engine's step in C (step.c): built on this machine, fed with packed weights, called once for each step.
 
 Only where the processor multiplies bfloat16 (AVX512-BF16), a C compiler is there, and the base is a dense decoder
 whose sizes are multiples of 32. Everywhere else, and for rows that Arrow routes, PyTorch computes the same.
@@ -70,9 +70,9 @@ def _library() -> Any | None:
                 made.replace(built)
         library = ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the decoding step in C cannot be built (%s): PyTorch computes it, more slowly", error)
+        log.warning("the engine's step in C cannot be built (%s): PyTorch computes it, more slowly", error)
         return None
-    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _P, ctypes.c_int]
+    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, ctypes.c_int]
     return library
 
 
@@ -93,7 +93,7 @@ class Prepared:
 
 
 class Step:
-    """The decoding step of one base model."""
+    """The step of one base model."""
 
     def __init__(self, decoder: Decoder, library: Any) -> None:
         self.decoder, self._library = decoder, library
@@ -135,7 +135,9 @@ class Step:
         config, model = expert.config, self.decoder.config
         updates = (_LowRank * (model.layers * len(PROJECTIONS)))()
         bottlenecks = (_Bottleneck * (model.layers * len(BLOCKS)))()
-        ready = Prepared(_Expert(ctypes.addressof(updates), ctypes.addressof(bottlenecks), LANES), [updates, bottlenecks])
+        ready = Prepared(
+            _Expert(ctypes.addressof(updates), ctypes.addressof(bottlenecks), LANES), [updates, bottlenecks]
+        )
         for layer in range(getattr(config, "first_layer", 0), model.layers):
             if config.kind == "lora":
                 for site in SITES:
@@ -146,9 +148,7 @@ class Step:
                     bottlenecks[place] = _bottleneck(expert, layer, block, ready)
         return ready
 
-    def _prepare_site(
-        self, expert: Expert, layer: int, site: str, updates: Any, ready: Prepared
-    ) -> None:
+    def _prepare_site(self, expert: Expert, layer: int, site: str, updates: Any, ready: Prepared) -> None:
         found = lora.site_of(expert, self.decoder, layer, site)
         if found is None:
             return
@@ -172,24 +172,27 @@ class Step:
             )
 
     def run(
-        self, ids: Tensor, positions: Tensor, order: Tensor, cache: KVCache,
-        groups: Sequence[tuple[Prepared, int, int, float]],
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: KVCache,
+        groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Scores (rows, vocab) in float32 after one more token, `ids` (rows), at `positions` (rows); row i also goes
-        into the cache's slot i. `order` (rows) is how step.c takes them, and `groups` counts in that order: expert,
-        first row, rows, and the share that its update has."""
-        embedded, positions = self.decoder.embed(ids[order]), positions[order]
-        logits = torch.empty(len(ids), self.decoder.config.vocab)
+        """Scores (wanted, vocab) in float32 after the rows `wanted`, where every row is one more token of a sequence.
+
+        embedded (rows, width), positions (rows); slots (rows) of the cache, which takes their keys and values. Rows
+        of one sequence follow one another. groups: expert, first row, rows, and the share that its update has.
+        """
+        embedded = embedded.contiguous()
+        logits = torch.empty(len(wanted), self.decoder.config.vocab)
         table = (_Group * max(1, len(groups)))(*[
             _Group(ctypes.addressof(expert.struct), first, count, share) for expert, first, count, share in groups
         ])  # fmt: skip
         where = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.stride()[:3])
         failed = self._library.coterie_step(
-            ctypes.byref(self._model), ctypes.byref(where), len(ids), embedded.data_ptr(), positions.data_ptr(),
-            order.data_ptr(), order.data_ptr(), len(groups), table, logits.data_ptr(), torch.get_num_threads(),
+            ctypes.byref(self._model), ctypes.byref(where), len(embedded), embedded.data_ptr(), positions.data_ptr(),
+            slots.data_ptr(), len(groups), table, len(wanted), wanted.data_ptr(), logits.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise MemoryError("a decoding step found no memory for its buffers")
+            raise MemoryError("a step found no memory for its buffers")
         return logits
 
 
