@@ -25,7 +25,7 @@ from coterie.experts.kinds import save
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
 from coterie.experts.mixture import lay, mixed
-from coterie.model.decoder import Decoder, KVCache
+from coterie.model.decoder import Decoder, KVCache, attend_packed
 from coterie.model.load import BaseModel, load
 from support import random_rows, reference_model, train_tokenizer, trained
 from test_experts import ALL, CONFIGS, ROWS
@@ -256,6 +256,16 @@ def test_smollm2_in_bfloat16_chooses_the_token_that_transformers_chooses_in_floa
             wanted = reference(torch.tensor([row])).logits[0]
         agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
     assert agreed > 0.99 * sum(map(len, rows))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_trunk_is_the_residual_stream_after_the_lower_layers(layers: int, models: dict[str, Model]) -> None:
+    model = models["Qwen3"]
+    (row,) = random_rows(model.base, [TOKENS])
+    at = torch.arange(TOKENS)
+    wanted = model.exact.run(model.exact.embed(torch.tensor(row)), at, attend_packed([TOKENS]), layers=range(layers))
+    found = model.step.trunk(row, layers)
+    assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
 def test_several_experts_of_one_row_add_up_in_their_shares(models: dict[str, Model]) -> None:
