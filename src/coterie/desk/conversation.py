@@ -76,6 +76,7 @@ class Handoff:
     suggestion: str = ""
     evidence: tuple[dict[str, Any], ...] = ()
     confidence: float | None = None
+    queue: str = "general"
 
 
 class Conversations:
@@ -180,6 +181,13 @@ class Conversations:
             row.lease_until = self.clock() + LEASE_S
             return True
 
+    def let_go(self, turn: Turn) -> None:
+        """Leave the answer to whoever comes next; it is still owed."""
+        with writing(self.database) as session:
+            row = self._row(session, turn.conversation.id)
+            if row.answering == turn.number:
+                row.lease_until = None
+
     def finish(
         self, turn: Turn, text: str, data: dict[str, Any] | None = None, handoff: Handoff | None = None
     ) -> Outcome:
@@ -194,7 +202,7 @@ class Conversations:
                     self._append(session, row, "bot", "message", text, f"turn:{turn.number}", data)
                 row.answering = row.lease_until = None
                 if handoff:
-                    row.reason = handoff.reason[:200]
+                    row.reason, row.queue = handoff.reason[:200], handoff.queue
                     self._move(session, row, "hand_over", by="bot")
                     self._brief(session, row, handoff)
                 return "sent"
@@ -292,6 +300,13 @@ class Conversations:
                     self._move(session, row, cast(Action, action), by="system")
                     moved.append(id)
         return moved
+
+    def disliked(self, id: str) -> dict[int, str]:
+        """The messages that the customer put a thumb down on, and the reasons they gave."""
+        with reading(self.database) as session:
+            customer = self._row(session, id, lock=False).customer
+            rows = session.scalars(select(RatingRow).filter_by(conversation_id=id, good=False))
+            return {row.seq: self._unseal(customer, row.reason) for row in rows}
 
     # What is read
 
