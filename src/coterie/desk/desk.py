@@ -169,17 +169,18 @@ class Desk:
                 self.live.write(id, text)
 
         try:
-            rules = Rules(self.spec, self.confidence, frozenset(self.conversations.disliked(id)))
-            result = flow.answer(self.answerer, turn, rules, self.parts, show, begun)
-        except Exception:
-            log.exception("conversation %s: a fault of ours; a person takes over", id)
-            result = Result(handoff=handoff.brief("assistant_failed", turn.messages))
+            try:
+                rules = Rules(self.spec, self.confidence, frozenset(self.conversations.disliked(id)))
+                result = flow.answer(self.answerer, turn, rules, self.parts, show, begun)
+            except Exception:
+                log.exception("conversation %s: a fault of ours; a person takes over", id)
+                result = Result(handoff=handoff.brief("assistant_failed", turn.messages))
+            if work.dropped:
+                self.conversations.let_go(turn)
+            else:
+                self.conversations.finish(turn, result.text, result.data, result.handoff)
         finally:
             with self._lock:
                 if self._at_work.get(id) is work:
                     del self._at_work[id]
-        if work.dropped:
-            self.conversations.let_go(turn)
-        else:
-            self.conversations.finish(turn, result.text, result.data, result.handoff)
-        self.live.written(id)
+            self.live.written(id)
