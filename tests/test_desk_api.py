@@ -1,6 +1,9 @@
 """The doors of the desk: what a visitor's page and an agent's page may do, and what nobody may."""
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +18,10 @@ from itsdangerous import URLSafeTimedSerializer
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
+from coterie.desk.conversation import Conversations
 from coterie.desk.desk import Desk
 from coterie.errors import StorageError
+from coterie.store.database import open_database
 from coterie.web import widget
 from coterie.web.app import create_app
 from coterie.web.door import COOKIE, TOKEN_S, Agent, Door, Limit, open_door
@@ -24,6 +29,7 @@ from desk_support import Script, open_desk, scripted, settled
 
 SHOP, KEY, IDENTITY = "https://shop.example", "k" * 32, "i" * 32
 AGENT = {"X-Coterie-Desk": "1"}
+ALL_KINDS = ("message", "note", "suggestion", "event")
 
 
 @pytest.fixture(autouse=True)
@@ -334,3 +340,69 @@ def test_no_message_is_lost_when_many_visitors_write_at_once(client: TestClient,
         settled(desk, ids[n])
         said = [m.text for m in desk.conversations.messages(ids[n]) if m.author == "customer"]
         assert said == [f"{n} {k}" for k in range(5)]
+
+
+SERVER = """
+import sys
+from pathlib import Path
+import uvicorn
+sys.path.insert(0, sys.argv[1])
+from coterie.store.database import open_database
+from coterie.web import widget
+from coterie.web.app import create_app
+from coterie.web.door import Limit
+from desk_support import Script, open_desk, scripted
+
+widget.SAYS = Limit(1_000_000, 60)
+folder = Path(sys.argv[2])
+desk = open_desk(scripted(folder, lambda text: Script("Yes. " * 20)), f"sqlite:///{folder}/desk.db")
+uvicorn.run(create_app(desk.answerer, desk), port=int(sys.argv[3]), log_level="warning")
+"""
+
+
+def test_a_server_killed_under_load_loses_no_accepted_message(tmp_path: Path) -> None:
+    """Visitors write while the server is killed and started anew; they send again what they got no word of."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, str(Path(__file__).parent), str(tmp_path), str(port)]
+    over, accepted, ids = threading.Event(), dict[int, list[str]](), dict[int, str]()
+
+    def patiently(visitor: httpx.Client, path: str, body: dict[str, Any]) -> Any:
+        while True:
+            try:
+                return visitor.post(path, json=body).raise_for_status().json()
+            except httpx.TransportError:
+                time.sleep(0.05)
+
+    def visit(n: int) -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/widget", timeout=10) as visitor:
+            token = patiently(visitor, "/visits", {})["token"]
+            visitor.headers["Authorization"] = f"Bearer {token}"
+            ids[n], accepted[n] = patiently(visitor, "/conversations", {"key": "1"})["id"], []
+            while not over.is_set():
+                text = f"message {len(accepted[n])} of {n}"
+                patiently(visitor, f"/conversations/{ids[n]}/messages", {"text": text, "key": str(len(accepted[n]))})
+                accepted[n].append(text)
+
+    threads = [threading.Thread(target=visit, args=(n,)) for n in range(4)]
+    for t in threads:
+        t.start()
+    for round in range(3):
+        server = subprocess.Popen(command)
+        try:
+            before = sum(map(len, accepted.values()))
+            while sum(map(len, accepted.values())) < before + 40:
+                assert server.poll() is None, "the server ended by itself"
+                time.sleep(0.01)
+            if round == 2:
+                over.set()
+                for t in threads:
+                    t.join()
+        finally:
+            server.kill()
+            server.wait()
+    talks = Conversations(open_database(f"sqlite:///{tmp_path}/desk.db"))
+    for n, texts in accepted.items():
+        entries = talks.messages(ids[n], kinds=ALL_KINDS)
+        assert [m.text for m in entries if m.author == "customer"] == texts
+        assert [m.seq for m in entries] == list(range(1, len(entries) + 1))

@@ -11,7 +11,6 @@ from coterie.engine.request import Sampling
 from coterie.evaluation.metrics import token_f1
 
 AGREES = 0.5  # token F1 from which on a free answer says the same as the right one
-AT_ONCE = 16
 Right = Callable[[Answer, str, Example], bool]
 
 
@@ -27,7 +26,7 @@ def outcomes(
     answerer: Answerer, rows: Sequence[Example], count: Callable[[int], None] = lambda _: None, right: Right = agrees
 ) -> tuple[list[Signals], list[bool]]:
     """Ask "auto" every row, several at once."""
-    signals, good = list[Signals](), list[bool]()
+    signals, good, at_once = list[Signals](), list[bool](), answerer.business.config.business.slots
     running: deque[tuple[Answer, Example]] = deque()
 
     def take() -> None:
@@ -45,7 +44,7 @@ def outcomes(
         prompt = [m for m in example.prompt if m["role"] != "system"]  # customers bring no instruction
         longest = max(16, len(answerer.engine.base.encode(example.completion)) + 8)
         running.append((answerer.chat("auto", prompt, Sampling(max_tokens=longest, logprobs=0)), example))
-        if len(running) >= AT_ONCE:
+        if len(running) >= at_once:
             take()
     while running:
         take()
