@@ -60,7 +60,6 @@ def intents(report: Report, base: BaseModel, quick: bool, business: Path | None)
         began = time.monotonic()
         learned = learn(base, BUSINESS[name], [t for t, _ in train], [label for _, label in train])
         seconds = time.monotonic() - began
-        place = {label: n for n, label in enumerate(learned.names)}
         out = learned.left_out
         left_right = _left_out_right(learned.names, out, train)
         at = threshold_for(margin(out).tolist(), left_right, ERROR)
@@ -79,6 +78,13 @@ def intents(report: Report, base: BaseModel, quick: bool, business: Path | None)
     report.table(f"Intents: threshold set for {ERROR:.0%} wrong on training rows, each left out in turn", head, rows)
     if business:
         expert(report, business, sets["banking77"].test, quick)
+
+
+def _coverage(confidence: np.ndarray, right: np.ndarray, error: float) -> float:
+    """The largest share of the test rows, the surest first, with at most this share of errors (risk-coverage curve)."""
+    order = np.argsort(-confidence, kind="stable")
+    good = np.flatnonzero(np.cumsum(~right[order]) / np.arange(1, len(order) + 1) <= error)
+    return float(good[-1] + 1) / len(order) if len(good) else 0.0
 
 
 def _pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
