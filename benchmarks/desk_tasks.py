@@ -145,9 +145,15 @@ class Bm25:
         return sorted(scored, reverse=True)[:most]
 
 
-def products(tasks: Sequence[Task]) -> list[str]:
-    """Names that a customer may act on, the longest first."""
-    named = {v for t in tasks for a in t.gold for v in (a.get("arguments") or {}).values() if isinstance(v, str)}
+PRODUCT = re.compile(r"\b(?:[A-Z][a-z]+ ){1,3}(?:Card|Account)\b|\bEcoCard\b")
+
+
+def products(tasks: Sequence[Task], documents: dict[str, str]) -> list[str]:
+    """Names that a customer may act on, the longest first: those in titles of documents, and in gold solutions."""
+    titles = {name for text in documents.values() for name in PRODUCT.findall(text.partition("\n")[0])}
+    named = titles | {
+        v for t in tasks for a in t.gold for v in (a.get("arguments") or {}).values() if isinstance(v, str)
+    }
     return sorted(
         (n for n in named if re.search(r"\b(Card|Account|Loan)\b", n) or n == "EcoCard"), key=len, reverse=True
     )

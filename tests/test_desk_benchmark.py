@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from desk_tasks import Reply, Run, Task, oracle, play, products, read_tasks, replay, state
+from desk_tasks import Reply, Run, Task, oracle, play, products, read_documents, read_tasks, replay, state
 
 
 @pytest.fixture(scope="module")
 def tasks(public_data: Callable[[str], Path]) -> list[Task]:
     return read_tasks(public_data("tau2_banking"))
+
+
+@pytest.fixture(scope="module")
+def names(tasks: list[Task], public_data: Callable[[str], Path]) -> list[str]:
+    return products(tasks, read_documents(public_data("tau2_banking")))
 
 
 def test_the_gold_oracle_solves_all_and_doing_nothing_or_more_does_not(tasks: list[Task]) -> None:
@@ -25,22 +30,23 @@ def test_the_gold_oracle_solves_all_and_doing_nothing_or_more_does_not(tasks: li
     assert not any(Run(t, t.wants_person, [*oracle(t, ()).actions, extra]).verified for t in tasks)
 
 
-def test_calling_a_person_counts_where_the_gold_solution_calls_one(tasks: list[Task]) -> None:
-    runs = [play(t, lambda _t, _s: Reply(person=True), products(tasks)) for t in tasks]
+def test_calling_a_person_counts_where_the_gold_solution_calls_one(tasks: list[Task], names: list[str]) -> None:
+    runs = [play(t, lambda _t, _s: Reply(person=True), names) for t in tasks]
     assert not any(r.assumed or r.silent_failure for r in runs)
     assert {r.task.name for r in runs if r.verified} == {t.name for t in tasks if t.wants_person and not t.state}
 
 
-def test_the_customer_acts_on_what_the_assistant_names(tasks: list[Task]) -> None:
+def test_the_customer_acts_on_what_the_assistant_names(tasks: list[Task], names: list[str]) -> None:
     task = next(t for t in tasks if t.name == "task_001")
-    names = products(tasks)
     good = play(task, lambda _t, _s: Reply("Take the Gold Rewards Card."), names)
     bad = play(task, lambda _t, _s: Reply("Take the Bronze Rewards Card, not the Gold Rewards Card."), names)
     none = play(task, lambda _t, _s: Reply("We have many cards."), names)
     assert (good.verified, bad.silent_failure, none.silent_failure) == (True, True, True)
 
 
-def test_the_customer_tells_facts_only_when_asked_and_never_the_gold_answer(tasks: list[Task]) -> None:
+def test_the_customer_tells_facts_only_when_asked_and_never_the_gold_answer(
+    tasks: list[Task], names: list[str]
+) -> None:
     for task in tasks:
         heard: list[str] = []
 
@@ -48,7 +54,7 @@ def test_the_customer_tells_facts_only_when_asked_and_never_the_gold_answer(task
             heard[:] = list(said)  # type: ignore[call-overload]
             return Reply("What is your income?" if len(heard) < 4 else "Goodbye.")
 
-        play(task, listen, products(tasks))
+        play(task, listen, names)
         assert heard[0] == task.opening
         assert set(heard[2::2]) <= set(task.facts)
 
