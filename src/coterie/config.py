@@ -146,6 +146,18 @@ class DeskRuleSpec(_Strict):
     queue: str = Field("general", min_length=1, description="the queue that it goes to")
 
 
+class CrmSpec(_Strict):
+    """[desk.crm]: where the customer's record is, and what of it a model may see."""
+
+    kind: Literal["salesforce", "sql"] = Field(description="which CRM")
+    url: str = Field(min_length=1, description="salesforce: https://NAME.my.salesforce.com; sql: SQLAlchemy's URL")
+    client_id_env: str = Field("SALESFORCE_CLIENT_ID", description="salesforce: the environment variable of the id")
+    client_secret_env: str = Field("SALESFORCE_CLIENT_SECRET", description="salesforce: and of the secret")
+    find: str = Field("", description="sql: gives the id of the customer named :customer")
+    read: str = Field("", description="sql: gives the fields of the customer with :id")
+    fields: dict[str, str] = Field({}, description="fields that may reach the prompt, and the names they have there")
+
+
 class WebhookSpec(_Strict):
     """[[desk.webhooks]]: another system that is told what happens at the desk."""
 
@@ -177,6 +189,7 @@ class DeskSpec(_Strict):
     rules: list[DeskRuleSpec] = Field([], description="conversations that a person must see")
     answers: dict[str, str] = Field({}, description="for a label of an expert with choices, what the customer is told")
     canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
+    crm: CrmSpec | None = Field(None, description="where the customer's record is")
     webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
     idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
     workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
