@@ -12,6 +12,7 @@ from coterie.data.read import Message
 from coterie.errors import CoterieError, ModelError
 from coterie.experts.library import Library
 from coterie.model.load import BaseModel
+from coterie.model.threads import give_back_pool
 from coterie.routing.router import Decision, Router
 from coterie.routing.rules import Rule, rule
 from coterie.routing.space import background, embed
@@ -64,6 +65,7 @@ class Chooser:
             ruling = rule(rules, channel, text, self._versions.keys())
             allowed = [n for n in self._versions if n not in ruling.refused] if ruling.refused else None
             vector = embed(self.base, [text])[0] if len(router) else router.background.centre
+            give_back_pool()
             decision = router.route(vector, settings.top_k, settings.abstain, allowed, sure=bool(ruling.use))
             if ruling.use and not decision.chosen:  # none of them has statistics; the rule counts all the same
                 decision = Decision(((ruling.use[0], 1.0),), decision.scored)
