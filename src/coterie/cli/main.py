@@ -281,7 +281,11 @@ def serve(
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
-    desk = Desk.open(answerer)
+    try:
+        desk = Desk.open(answerer)
+    except BaseException:
+        answerer.close()  # its threads would keep the process alive
+        raise
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
     server = uvicorn.Server(uvicorn.Config(create_app(answerer, desk), log_level="warning", lifespan="on"))

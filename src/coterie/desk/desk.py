@@ -93,7 +93,10 @@ class Desk:
 
     @classmethod
     def open(cls, answerer: Answerer, parts: Parts | None = None) -> "Desk":
-        """The desk of the answerer's business, at work. Of `parts` that are not given, those that it declares."""
+        """The desk of the answerer's business, at work. Of `parts` that are not given, those that it declares.
+
+        Raises CoterieError for a declaration that cannot be used, StorageError for a database that cannot be opened.
+        """
         crm = answerer.business.config.desk.crm
         if crm and parts is None:
             parts = Parts(profile=profile_of(open_crm(crm), crm.fields))
