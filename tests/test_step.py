@@ -1,6 +1,8 @@
 """The decoding step in C computes what PyTorch computes, for every kind of expert, whatever else is in the batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coterie.data.read import read
 from coterie.engine import step as native
 from coterie.engine.engine import Engine
 from coterie.engine.guess import continuation
@@ -22,9 +25,9 @@ from coterie.experts.kinds import save
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
 from coterie.experts.mixture import lay, mixed
-from coterie.model.decoder import Decoder, KVCache
+from coterie.model.decoder import Decoder, KVCache, attend_packed
 from coterie.model.load import BaseModel, load
-from support import random_rows, train_tokenizer, trained
+from support import random_rows, reference_model, train_tokenizer, trained
 from test_experts import ALL, CONFIGS, ROWS
 
 if native._library() is None:
@@ -232,6 +235,37 @@ def test_a_continuation_is_what_followed_last_time(tokens: list[int], most: int,
 @pytest.fixture(scope="module")
 def prepared(models: dict[str, Model]) -> list[Prepared]:
     return [models["Llama"].step.prepare(expert) for expert in experts_of(models["Llama"])]
+
+
+def test_smollm2_in_bfloat16_chooses_the_token_that_transformers_chooses_in_float32(
+    smol_path: Path, public_data: Callable[[str], Path]
+) -> None:
+    """Over all tokens, near ties too. Of 6,258 of customers' questions it is 99.6%; of 5,760 of Shakespeare 99.0%,
+    and PyTorch in bfloat16 comes to 97%."""
+    base = load(smol_path, torch.bfloat16, packed=True)
+    step = Step.open(base.decoder)
+    assert step is not None
+    asked = read(public_data("banking77/test.csv"), {"prompt": "text", "completion": "category"}, "")
+    rows = [base.encode(base.chat(list(e.prompt))) for e in islice(asked, 40)]
+    reference, agreed = reference_model(smol_path), 0
+    for row in rows:
+        at, slots = torch.arange(len(row)), torch.zeros(len(row), dtype=torch.long)
+        cache = KVCache(base.decoder.config, 1, len(row), torch.bfloat16, torch.device("cpu"))
+        found = step.run(base.decoder.embed(torch.tensor(row)), at, slots, cache, [], at)
+        with torch.no_grad():
+            wanted = reference(torch.tensor([row])).logits[0]
+        agreed += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+    assert agreed > 0.99 * sum(map(len, rows))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_trunk_is_the_residual_stream_after_the_lower_layers(layers: int, models: dict[str, Model]) -> None:
+    model = models["Qwen3"]
+    (row,) = random_rows(model.base, [TOKENS])
+    at = torch.arange(TOKENS)
+    wanted = model.exact.run(model.exact.embed(torch.tensor(row)), at, attend_packed([TOKENS]), layers=range(layers))
+    found = model.step.trunk(row, layers)
+    assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
 def test_several_experts_of_one_row_add_up_in_their_shares(models: dict[str, Model]) -> None:

@@ -115,8 +115,8 @@ class Engine:
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self._native = Step.open(base.decoder)
-        self._shelf = Shelf(library, base.decoder, self._native, expert_memory, pinned)
+        self.step = Step.open(base.decoder)  # None where PyTorch has to do it
+        self._shelf = Shelf(library, base.decoder, self.step, expert_memory, pinned)
         self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
         self._arrow: tuple[list[Loaded], set[Loaded], arrow.Arrow] | None = None  # of a batch, and whom it may wake
         self._waiting: deque[_Running] = deque()
@@ -209,10 +209,10 @@ class Engine:
             while self._work_comes():
                 started = time.monotonic()
                 self._drop_cancelled()
-                whole = [row for row in self._admit() if not self._native or row.woken or row.request.sampling.echo]
+                whole = [row for row in self._admit() if not self.step or row.woken or row.request.sampling.echo]
                 self._step(whole, self._prefill)
                 running = list(self._running)
-                by_torch = [row for row in running if not self._native or row.woken]
+                by_torch = [row for row in running if not self.step or row.woken]
                 self._step(by_torch, self._decode)
                 self._step([row for row in running if row not in by_torch and row in self._running], self._go_on)
                 self.stats.busy_seconds += time.monotonic() - started
@@ -266,7 +266,7 @@ class Engine:
                 new += self._waiting.popleft().voices
             self._running += new
         for row in new:
-            if self._native and row.loaded and row.loaded.applied.prefix is not None:
+            if self.step and row.loaded and row.loaded.applied.prefix is not None:
                 keys_values = row.loaded.applied.prefix.transpose(2, 3)  # (layers, 2, Hkv, P, D)
                 row.length, slot = row.loaded.ahead, self._running.index(row)
                 self.cache.keys[:, slot, :, : row.length] = keys_values[:, 0]
@@ -275,7 +275,7 @@ class Engine:
 
     def _go_on(self, rows: list[_Running]) -> Scored:
         """By the step in C: everyone's next token, and some more of the prompts that are still being read."""
-        assert self._native, "chosen where it runs"
+        assert self.step, "chosen where it runs"
         turns = sorted(self._turns(rows), key=lambda turn: id(turn[0].loaded))  # an expert's rows side by side
         ids: list[int] = []
         spans, wanted, soft = [], list[int](), list[tuple[int, Tensor]]()
@@ -296,7 +296,7 @@ class Engine:
         repeats = torch.tensor([count for _, count in spans])
         positions = torch.cat([torch.arange(start, start + count) for start, count in spans])
         slots = torch.tensor([self._running.index(row) for row, _, _ in turns]).repeat_interleave(repeats)
-        scores = self._native.run(
+        scores = self.step.run(
             embedded, positions, slots, self.cache, self._groups(turns, spans), torch.tensor(wanted, dtype=torch.long)
         )
         chosen: list[tuple[_Running, list[int]]] = []

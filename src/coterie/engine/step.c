@@ -462,11 +462,11 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
 static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 // Go on with every row: `embedded` (rows, width) are the tokens' embeddings, `positions` where they stand, `slots` where
-// their sequences lie in the cache. Writes the scores (scored, vocab) after the rows `wanted` (scored). Returns 0, or 1
-// where memory ran out.
+// their sequences lie in the cache. Writes the scores (scored, vocab) after the rows `wanted` (scored), and where `stream`
+// is not NULL the residual stream after the first `layers` (rows, width). Returns 0, or 1 where memory ran out.
 int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *embedded, const int64_t *positions,
                  const int64_t *slots, int64_t n_groups, const Group *groups, int64_t scored, const int64_t *wanted,
-                 float *logits, int threads) {
+                 float *logits, int64_t layers, float *stream, int threads) {
     int64_t width = m->width, q = m->heads * m->head_dim, all = q + 2 * m->kv_heads * m->head_dim;
     Meeting meeting = {0};
     Step s = {.meeting = &meeting, .model = m, .groups = groups, .cache = cache, .positions = positions, .slots = slots,
@@ -488,7 +488,7 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *e
 #pragma omp parallel num_threads(threads)
         {
             int thread = omp_get_thread_num(), team = omp_get_num_threads();
-            for (int64_t layer = 0; layer < m->layers; layer++) run_layer(&s, layer, thread, team);
+            for (int64_t layer = 0; layer < layers; layer++) run_layer(&s, layer, thread, team);
             norm_rows(&s, m->final_norm, scored, wanted, thread, team);
             meet(s.meeting, team);
             int64_t first, end;
@@ -502,6 +502,7 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *e
             }
         }
     }
+    if (!failed && stream) memcpy(stream, s.hidden, rows * width * 4);
     for (int i = 0; i < count; i++) free(rooms[i]);
     return failed;
 }

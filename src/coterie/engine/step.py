@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def _library() -> Any | None:
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the engine's step in C cannot be built (%s): PyTorch computes it, more slowly", error)
         return None
-    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, ctypes.c_int]
+    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
     return library
 
 
@@ -180,8 +180,25 @@ class Step:
         embedded (rows, width), positions (rows); slots (rows) of the cache, which takes their keys and values. Rows
         of one sequence follow one another. groups: expert, first row, rows, and the share that its update has.
         """
-        embedded = embedded.contiguous()
         logits = torch.empty(len(wanted), self.decoder.config.vocab)
+        self._call(embedded, positions, slots, cache, groups, wanted, logits, self.decoder.config.layers, None)
+        return logits
+
+    def trunk(self, ids: list[int], layers: int) -> Tensor:
+        """The residual stream (tokens, width) in float32 of one text after the lowest `layers`."""
+        c = self.decoder.config
+        cache = KVCache(replace(c, layers=layers), 1, len(ids), self.decoder.dtype, self.decoder.device)
+        stream, nothing = torch.empty(len(ids), c.width), torch.zeros(0, dtype=torch.long)
+        at, embedded = torch.arange(len(ids)), self.decoder.embed(torch.tensor(ids))
+        self._call(embedded, at, torch.zeros_like(at), cache, (), nothing, torch.empty(0), layers, stream)
+        return stream
+
+    def _call(
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: KVCache,
+        groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor, logits: Tensor, layers: int,
+        stream: Tensor | None,
+    ) -> None:  # fmt: skip
+        embedded = embedded.contiguous()
         table = (_Group * max(1, len(groups)))(*[
             _Group(ctypes.addressof(expert.struct), first, count, share) for expert, first, count, share in groups
         ])  # fmt: skip
@@ -189,11 +206,10 @@ class Step:
         failed = self._library.coterie_step(
             ctypes.byref(self._model), ctypes.byref(where), len(embedded), embedded.data_ptr(), positions.data_ptr(),
             slots.data_ptr(), len(groups), table, len(wanted), wanted.data_ptr(), logits.data_ptr(),
-            torch.get_num_threads(),
+            layers, None if stream is None else stream.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("a step found no memory for its buffers")
-        return logits
 
 
 def _bottleneck(expert: Expert, layer: int, block: str, ready: Prepared) -> ctypes.Structure:
