@@ -79,7 +79,7 @@ class Business:
         if facts.kind != "full":
             return None
         b, folder = self.config.business, (library or self.library).folder(facts.name, facts.version)
-        sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
+        sizes: dict[str, Any] = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
         return Engine(load(folder / "model", packed=True), None, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:
