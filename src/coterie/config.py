@@ -136,12 +136,74 @@ class RoutingSpec(_Strict):
     rules: list[RuleSpec] = Field([], description="experts forced or forbidden for a channel or for words")
 
 
+class DeskRuleSpec(_Strict):
+    """[[desk.rules]]: a conversation that a person must see. All conditions that are given must hold."""
+
+    reason: str = Field(min_length=1, max_length=80, description="shown to the agent, such as vulnerable_customer")
+    words: list[str] = Field([], description="one of these words or phrases is in the customer's message")
+    topics: list[str] = Field([], description="one of these experts, or of their labels, answers")
+    amount_above: float | None = Field(None, ge=0, description="the message names an amount of money above this")
+    profile: dict[str, str | bool | float] = Field({}, description="the customer's profile has these values")
+    negative: bool = Field(False, description="the message is negative, as `sentiment` sees it")
+    queue: str = Field("general", min_length=1, description="the queue that it goes to")
+
+
+class CrmSpec(_Strict):
+    """[desk.crm]: where the customer's record is, and what of it a model may see."""
+
+    kind: Literal["salesforce", "sql"] = Field(description="which CRM")
+    url: str = Field(min_length=1, description="salesforce: https://NAME.my.salesforce.com; sql: SQLAlchemy's URL")
+    client_id_env: str = Field("SALESFORCE_CLIENT_ID", description="salesforce: the environment variable of the id")
+    client_secret_env: str = Field("SALESFORCE_CLIENT_SECRET", description="salesforce: and of the secret")
+    find: str = Field("", description="sql: gives the id of the customer named :customer")
+    read: str = Field("", description="sql: gives the fields of the customer with :id")
+    fields: dict[str, str] = Field({}, description="fields that may reach the prompt, and the names they have there")
+
+
+class WebhookSpec(_Strict):
+    """[[desk.webhooks]]: another system that is told what happens at the desk."""
+
+    url: str = Field(pattern="^https?://", description="where it is sent to, by POST")
+    secret_env: str = Field(min_length=1, description="the environment variable that holds the secret to sign with")
+    kinds: list[Literal["message", "note", "suggestion", "event"]] = Field(
+        ["message", "event"], description="which entries of a conversation"
+    )
+    texts: bool = Field(False, description="tell what was said, too")
+
+
+class DeskSpec(_Strict):
+    """[desk]: customer service."""
+
+    database: str = Field("sqlite:///.coterie/desk.db", description="SQLAlchemy URL: sqlite or postgresql")
+    origins: list[str] = Field([], description="sites that may show the widget, such as https://shop.example")
+    disclosure: str = Field(
+        "You are talking to an AI. It can be wrong; you can ask for a person at any time.",
+        min_length=1, description="the first thing that a visitor reads",
+    )  # fmt: skip
+    greeting: str = Field("How can we help?", description="shown above an empty conversation")
+    unknown: Literal["hand_over", "answer"] = Field(
+        "hand_over", description="when no expert is near enough and no knowledge was found"
+    )
+    error: float = Field(0.02, gt=0, lt=1, description="share of wrong answers that `coterie desk calibrate` aims at")
+    failures: int = Field(2, ge=1, description="a person is called when an answer has failed so often in a row")
+    sentiment: str = Field("", description="an expert with choices that tells negative messages")
+    negative: list[str] = Field(["negative"], description="its labels that count as negative")
+    rules: list[DeskRuleSpec] = Field([], description="conversations that a person must see")
+    answers: dict[str, str] = Field({}, description="for a label of an expert with choices, what the customer is told")
+    canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
+    crm: CrmSpec | None = Field(None, description="where the customer's record is")
+    webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
+    idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
+    workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
     business: BusinessSpec = BusinessSpec()
     experts: dict[str, ExpertSpec] = {}
     routing: RoutingSpec = RoutingSpec()
+    desk: DeskSpec = DeskSpec()
 
 
 def read_config(folder: Path) -> Config:

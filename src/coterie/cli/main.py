@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.cli import data as data_commands
+from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli import models as model_commands
@@ -33,6 +34,7 @@ app.command()(route)
 app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
 app.add_typer(data_commands.app, name="data")
+app.add_typer(desk_commands.app, name="desk")
 app.add_typer(suite_commands.app, name="suite")
 app.command()(suite_commands.compare)
 app.command("optimise-prompt")(optimise_prompt)
@@ -267,6 +269,7 @@ def serve(
 
     from coterie.answer import Answerer
     from coterie.business import Business
+    from coterie.desk.desk import Desk
     from coterie.web.app import create_app
 
     business = Business.open(folder)
@@ -278,14 +281,20 @@ def serve(
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
+    try:
+        desk = Desk.open(answerer)
+    except BaseException:
+        answerer.close()  # its threads would keep the process alive
+        raise
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(create_app(answerer, desk), log_level="warning", lifespan="on"))
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
     try:
         server.run([listener])
     finally:
+        desk.close()
         answerer.close()
 
 

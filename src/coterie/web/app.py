@@ -23,12 +23,14 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from coterie.answer import Answer, Answerer
+from coterie.desk.desk import Desk
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
 from coterie.evaluation import charts
 from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
+from coterie.web.desk import add_desk
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
 
@@ -36,8 +38,8 @@ HERE = Path(__file__).parent
 Start = Callable[[Callable[[Piece], None]], Answer]
 
 
-def create_app(answerer: Answerer) -> FastAPI:
-    """The application over one business."""
+def create_app(answerer: Answerer, desk: Desk | None = None) -> FastAPI:
+    """The application over one business, with its desk where it is open."""
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
@@ -46,6 +48,8 @@ def create_app(answerer: Answerer) -> FastAPI:
     business, started = answerer.business, int(time.time())
     app.add_middleware(Guard)
     handle_errors(app)
+    if desk:
+        add_desk(app, desk, pages)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
