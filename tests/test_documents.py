@@ -23,7 +23,7 @@ from coterie.knowledge.documents import Documents, Learned, learn, listed, overv
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import EVERYONE, Reader
 from coterie.knowledge.parse import OLE, Parsed, Section, parse
-from coterie.knowledge.store import Store, allowed
+from coterie.knowledge.store import Store
 from knowledge_support import PAGE, POLICY, WordEmbedder, docx_of, pdf_of
 
 ANYONE = Reader()
@@ -372,9 +372,9 @@ def test_nobody_gets_what_they_may_not_read(
     found = [e.where for e in opened.search(question, reader, limit)]
     assert set(found) <= may
     assert len(found) == min(limit, len(may)), "a filter after the search would leave fewer"
-    search = opened.search_
-    search._refresh()
-    classes = allowed(search.db, reader.may)
+    search = opened.searching
+    search.refresh()
+    classes = search.classes(reader.may)
     ids, _ = search.by_words("gold", classes, limit)
     assert len(ids) == min(limit, len(may))
     ((near, _),) = search.by_vectors(source.embedder.embed([question]), classes, limit)
@@ -394,8 +394,8 @@ def test_the_scan_of_bytes_finds_what_an_exact_search_finds(source: Source) -> N
     for n in range(200):
         source.write(f"{n}.md", f"# {n}\n" + " ".join(rng.choice(words, 30)))
     source.learn()
-    search = Documents("source", source.spec, source.folder, source.embedder).search_
-    search._refresh()
+    search = Documents("source", source.spec, source.folder, source.embedder).searching
+    search.refresh()
     whole = search._vectors.numpy() * search._scales[:, None]
     asked = source.embedder.embed([" ".join(rng.choice(words, 8)) for _ in range(20)])
     for vector, (ids, scores) in zip(asked, search.by_vectors(asked, [1], 10), strict=True):

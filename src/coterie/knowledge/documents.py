@@ -176,27 +176,27 @@ class Documents:
     def __init__(self, name: str, spec: DocumentsSpec, folder: Path, embedder: Embedder, base: Path = Path()) -> None:
         """Raises CoterieError where it is not indexed yet, or its readers have changed since."""
         self.name, self.spec = name, spec
-        self.search_ = Search(folder, embedder)
-        self._judged = Judged(base / spec.judged, embedder) if spec.judged else None
+        self.searching = Search(folder, embedder)
+        self.judged = Judged(base / spec.judged, embedder) if spec.judged else None
 
     def close(self) -> None:
-        self.search_.close()
+        self.searching.close()
 
     def _check(self) -> None:
-        if meta(self.search_.db, "permissions") != permissions_mark(self.spec):
+        if meta(self.searching.db, "permissions") != permissions_mark(self.spec):
             raise CoterieError(f"{self.name}: its readers have changed since it was indexed; run `coterie learn`")
 
     def search(self, question: str, reader: Reader, limit: int = FOUND) -> list[Evidence]:
         """The best passages that the reader may read."""
         self._check()
-        gains = self._judged.gains if self._judged else lambda _: {}
-        found = self.search_.find(question, reader.may, limit, gains)
+        gains = self.judged.gains if self.judged else lambda _: {}
+        found = self.searching.find(question, reader.may, limit, gains)
         return [Evidence(self.name, p.where, p.text, score) for p, score in found]
 
     def open(self, where: str, reader: Reader) -> Evidence | None:
         """The passage that a citation names, where the reader may read it."""
         self._check()
-        found = self.search_.passage(where, reader.may)
+        found = self.searching.passage(where, reader.may)
         return Evidence(self.name, found.where, found.text, 0.0) if found else None
 
 

@@ -73,7 +73,7 @@ class Search:
     def close(self) -> None:
         self.db.close()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """See what a writer has committed since."""
         mark = meta(self.db, "stamp"), int(meta(self.db, "rows") or 0), _version(self.db)
         if mark == self._seen:
@@ -160,8 +160,8 @@ class Search:
         alone = len(parts) == 1
         asked = self.embedder.embed([question] if alone else [question, *parts]) if vectors is None else vectors
         with self._lock:
-            self._refresh()
-            classes = allowed(self.db, groups)
+            self.refresh()
+            classes = self.classes(groups)
             whole = self.by_words(question, classes, WHOLE)
             each = [whole] if alone else [self.by_words(p, classes, EACH) for p in parts]
             near = self.by_vectors(asked[:1], classes, WHOLE)
@@ -186,7 +186,7 @@ class Search:
             for path, of_path in known.items():
                 score[np.isin(ids, of_path)] += gains[path]
             order = np.argsort(-score, kind="stable")[:limit]
-            found = self._passages(ids[order].tolist())
+            found = self.passages(ids[order].tolist())
             return [(found[i], float(s)) for i, s in zip(ids[order].tolist(), score[order], strict=True) if i in found]
 
     def _of_files(self, paths: Iterable[str], classes: Sequence[int]) -> dict[str, Ints]:
@@ -201,7 +201,12 @@ class Search:
             ) for path in paths
         }  # fmt: skip
 
-    def _passages(self, ids: Sequence[int]) -> dict[int, Passage]:
+    def classes(self, groups: Iterable[str]) -> list[int]:
+        """The access classes that one of `groups` may read."""
+        return allowed(self.db, groups)
+
+    def passages(self, ids: Sequence[int]) -> dict[int, Passage]:
+        """Passages by their numbers."""
         marks = ",".join("?" * len(ids))
         rows = self.db.execute(
             "select c.id, d.path, d.title, c.place, c.text from chunks c join documents d on d.id = c.document "
@@ -213,7 +218,7 @@ class Search:
         """The passage that a citation names, where one of `groups` may read it."""
         path, _, place = where.partition(" > ")
         with self._lock:
-            classes = allowed(self.db, groups)
+            classes = self.classes(groups)
             marks = ",".join("?" * len(classes))
             row = self.db.execute(
                 "select c.id, d.path, d.title, c.place, c.text from chunks c join documents d on d.id = c.document "

@@ -192,9 +192,10 @@ class Store:
             normal = normalise(f"{passage.place} {passage.text}")
             hashes = bands(normal)
             same = self._same(normal, hashes, access)
+            line = self.rows + len(self._new) if same is None else None
             chunk = self.db.execute(
-                "insert into chunks(document, place, text, repeats) values(?, ?, ?, ?)",
-                (document, passage.place, passage.text, same),
+                "insert into chunks(document, place, text, line, repeats) values(?, ?, ?, ?, ?)",
+                (document, passage.place, passage.text, line, same),
             ).lastrowid
             assert chunk is not None
             if same is None:
@@ -243,8 +244,7 @@ class Store:
                 f.write(part.tobytes())
         for chunk, access, title, text in self._new:
             self._words.add_document(tantivy.Document(chunk=chunk, access=access, title=title, text=text))
-            self.db.execute("update chunks set line = ? where id = ?", (self.rows, chunk))
-            self.rows += 1
+        self.rows += len(self._new)
         self._new = []
 
 
