@@ -11,6 +11,7 @@ import typer
 from coterie.cli import data as data_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
+from coterie.cli import knowledge as knowledge_commands
 from coterie.cli import models as model_commands
 from coterie.cli import suite as suite_commands
 from coterie.cli.prompts import optimise_prompt
@@ -35,6 +36,10 @@ app.command()(model_commands.anatomy)
 app.add_typer(data_commands.app, name="data")
 app.add_typer(suite_commands.app, name="suite")
 app.command()(suite_commands.compare)
+app.command()(knowledge_commands.learn)
+app.command()(knowledge_commands.ask)
+app.command()(knowledge_commands.sources)
+app.command()(knowledge_commands.mcp)
 app.command("optimise-prompt")(optimise_prompt)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
