@@ -51,8 +51,8 @@ def knowing(shop: Path) -> Path:
 
 
 def make(shop: Path, settings: str = "") -> Path:
-    with (shop / "coterie.toml").open("a") as file:
-        file.write(KNOWS.format(settings=settings))
+    toml = (shop / "coterie.toml").read_text().replace("context = 256", "context = 512")
+    (shop / "coterie.toml").write_text(toml + KNOWS.format(settings=settings))
     (shop / "rules" / "board").mkdir(parents=True)
     (shop / "rules" / "policy.md").write_text(POLICY)
     (shop / "rules" / "board" / "plan.md").write_text(f"# Plan\n{SECRET}\n")
@@ -169,6 +169,13 @@ def test_the_expert_may_answer_without_sources_where_that_is_declared(shop: Path
         ).json()
         assert answer["choices"][0]["message"]["content"] == "Zebras have black stripes. [?]"
         assert answer["coterie"]["known"] is False
+
+
+def test_a_conversation_without_room_for_evidence_is_refused(api: Served) -> None:
+    body = asked("How long does delivery take? " * 30, "Three days.")
+    refused = api.http.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_without_the_field_nothing_changes(api: Served) -> None:

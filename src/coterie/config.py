@@ -145,7 +145,7 @@ class KnowledgeSpec(_Strict):
         "say", description="where no source has anything near: say so, or let the expert answer without sources"
     )
     unknown: str = Field("I don't know: our sources say nothing about that.", min_length=1, description="what is said")
-    tokens: int = Field(600, ge=50, description="most tokens of evidence put before the model")
+    tokens: int = Field(600, ge=300, description="most tokens of evidence put before the model")
     embeddings: str = Field(
         "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
     )

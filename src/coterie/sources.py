@@ -101,7 +101,7 @@ class Knowledge:
         self, question: str, reader: Reader, fits: Fits = lambda _: True, tell: Tell = lambda _: None,
         limit: int = EACH,
     ) -> list[Evidence]:  # fmt: skip
-        """What the sources have to say to a question, nearest first, while `fits` says that it still fits.
+        """What the sources have to say to a question, nearest first, of that what `fits`.
 
         What a source found by a query of its own (SQL, SPARQL) is an answer as it stands; passages must be near the
         question. A source that fails is told, and the others answer.
@@ -118,12 +118,7 @@ class Knowledge:
         near = vectors[1:] @ vectors[0]
         near[[bool(e.query) for e in found]] = 1.0
         kept = [found[i] for i in np.argsort(-near, kind="stable") if near[i] >= NEAR]
-        out: list[Evidence] = []
-        for evidence in kept:
-            if not fits(evidence.text):
-                break
-            out.append(evidence)
-        return out[:limit]
+        return [evidence for evidence in kept[:limit] if fits(evidence.text)]
 
     def open(self, source: str, where: str, reader: Reader) -> Evidence | None:
         """What a citation names, where the reader may read it."""
