@@ -4,8 +4,8 @@ Part 1, tau2_banking: 698 documents, 97 tasks; the question is the task's instru
 tasks with an even number (0, 2, ...); figures are given for the odd ones and for all. The lines with judged questions
 let the index know which documents served the tasks of the other half: halves by turns, as questions that recur, and
 the first against the second, as questions that are new (the tasks are in order of subject).
-Part 2: chunks made of the real sentences, the same vectors on both sides, so that only the index is compared; then one
-line with embedding. The peer runs in an environment of its own: python -m venv DIR; DIR/bin/pip install
+Part 2: documents of one chunk, made of the real sentences, and the same vectors on both sides, so that only reading,
+cutting, indexing and searching are compared; then one line with embedding. The peer runs in an environment of its own: python -m venv DIR; DIR/bin/pip install
 llama-index-core numpy; give it with --peer DIR/bin/python.
 
     python benchmarks/retrieval.py --peer /tmp/peers-retrieval/bin/python
@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from common import Report, finish, need_data, options
 
-from coterie.knowledge.chunk import Chunk
+from coterie.knowledge.chunk import SIZE, chunks
 from coterie.knowledge.documents import Documents, learn
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.embed import EMBEDDER, MiniLM, minilm
 from coterie.knowledge.evidence import EVERYONE
+from coterie.knowledge.parse import parse
 from coterie.knowledge.search import Search, clauses
 from coterie.knowledge.store import File, Store
 from coterie.model.pull import pull
@@ -203,13 +204,13 @@ def speed(report: Report, peer: str, sizes: list[int], asks: int, threads: int) 
 def _ours(
     folder: Path, texts: list[str], vectors: np.ndarray, asked: dict[str, np.ndarray], model: MiniLM
 ) -> dict[str, Any]:
-    """Index on disk, near-duplicates looked for; then ask by words and vectors together, and by vectors alone."""
+    """Read, cut and index on disk, near-duplicates looked for; then ask by words and vectors together, and by vectors alone."""
     start = time.perf_counter()
     store = Store(folder / "ours", model.width, model.name)
     with store.batch():
-        for first in range(0, len(texts), 10):
-            part = [Chunk(str(first + n), t) for n, t in enumerate(texts[first : first + 10])]
-            store.put(File(f"{first}.md", "0", 0, 0, "", (EVERYONE,)), part)
+        for n, text in enumerate(texts):
+            parsed = parse(Path(f"{n}.txt"), text.encode())
+            store.put(File(f"{n}.txt", "0", 0, 0, parsed.title, (EVERYONE,)), chunks(parsed, 2 * SIZE))
         assert len(store.pending()) == len(texts), "each chunk has a number of its own, so none repeats another"
         store.finish(vectors)
     store.close()
@@ -218,11 +219,11 @@ def _ours(
     search = Search(folder / "ours", model)
 
     def hybrid(question: str) -> list[int]:
-        return [int(p.place) for p, _ in search.find(question, {EVERYONE}, 10, vectors=asked[question])]
+        return [int(p.path[:-4]) for p, _ in search.find(question, {EVERYONE}, 10, vectors=asked[question])]
 
     def alone(question: str) -> list[int]:
         ids = search.by_vectors(asked[question][:1], search.classes({EVERYONE}), 10)[0][0]
-        return [int(p.place) for p in search.passages(ids.tolist()).values()]
+        return [int(p.path[:-4]) for p in search.passages(ids.tolist()).values()]
 
     out: dict[str, Any] = {}
     for name, ask in (("hybrid", hybrid), ("vectors", alone)):

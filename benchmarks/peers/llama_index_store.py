@@ -1,4 +1,5 @@
-"""LlamaIndex with its default in-memory stores, over texts and vectors that are given: index, then ask one by one.
+"""LlamaIndex as it is by default: documents split and kept in its in-memory stores, their vectors given; then asked
+one by one.
 
 Run by the interpreter of an environment that has llama-index-core; prints one JSON object.
 """
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_index.core import Settings, VectorStoreIndex
+from llama_index.core import Document, Settings, VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding
-from llama_index.core.schema import TextNode
 
 
 class Known(BaseEmbedding):
@@ -27,7 +27,7 @@ class Known(BaseEmbedding):
         return self.table[query]
 
     def _get_text_embedding(self, text: str) -> list[float]:
-        return self.table[text]
+        return self.table[text.strip()]
 
 
 def main() -> None:
@@ -35,10 +35,10 @@ def main() -> None:
     texts, questions = (json.loads((work / f"{name}.json").read_text()) for name in ("texts", "questions"))
     vectors, asked = np.load(work / "vectors.npy").tolist(), np.load(work / "asked.npy").tolist()
     Settings.llm = None
-    known = Known(table=dict(zip(questions, asked, strict=True)))
+    known = Known(table=dict(zip([*questions, *(t.strip() for t in texts)], [*asked, *vectors], strict=True)))
     start = time.perf_counter()
-    nodes = [TextNode(id_=str(i), text=t, embedding=v) for i, (t, v) in enumerate(zip(texts, vectors, strict=True))]
-    index = VectorStoreIndex(nodes, embed_model=known)
+    documents = [Document(id_=str(i), text=t) for i, t in enumerate(texts)]
+    index = VectorStoreIndex.from_documents(documents, embed_model=known)
     indexing = time.perf_counter() - start
     retriever = index.as_retriever(similarity_top_k=10)
     retriever.retrieve(questions[0])
@@ -47,7 +47,7 @@ def main() -> None:
         start = time.perf_counter()
         nodes_ = retriever.retrieve(question)
         seconds.append(time.perf_counter() - start)
-        found.append([int(n.node.node_id) for n in nodes_])
+        found.append([int(n.node.ref_doc_id) for n in nodes_])
     print(json.dumps({"index_s": indexing, "query_s": seconds, "found": found}))
 
 

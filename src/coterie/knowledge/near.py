@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from rapidfuzz.distance import Indel
 from rensa import RMinHash
 
-BANDS, ROWS, RUN, LONG = 4, 3, 3, 6  # finds 98% of pairs that share 85% of their runs
+BANDS, ROWS, RUN, LONG = 4, 3, 3, 7  # finds 98% of pairs that share 85% of their runs
 SIMILAR = 0.95  # normalised Indel similarity from which two passages say the same
 
 

@@ -129,6 +129,7 @@ class Store:
         if stamp_of(folder) != meta(self.db, "stamp"):
             self._rebuild_words()
         self._words = self._index.writer(HEAP)
+        self._classes: dict[tuple[str, ...], int] = {}
         self._new: list[tuple[int, int, str, str]] = []  # chunk, access, title, text: without vectors yet
 
     def close(self) -> None:
@@ -172,7 +173,7 @@ class Store:
         except BaseException:
             self.db.execute("rollback")
             self._words.rollback()
-            self._new = []
+            self._new, self._classes = [], {}
             self.rows = int(meta(self.db, "rows") or 0)
             raise
 
@@ -180,9 +181,7 @@ class Store:
         """Index a file in place of what it said before. A passage that nearly repeats one of other files with the
         same readers is kept, but not found."""
         self.drop(file.path)
-        key = json.dumps(sorted(set(file.groups)))
-        self.db.execute("insert or ignore into access(groups) values(?)", (key,))
-        access = int(self.db.execute("select id from access where groups = ?", (key,)).fetchone()[0])
+        access = self._access_class(file.groups)
         document = self.db.execute(
             "insert into documents(path, sha256, size, changed, title, access, indexed, error) "
             "values(?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), ?)",
@@ -201,6 +200,14 @@ class Store:
             if same is None:
                 self.db.executemany("insert or ignore into bands values(?, ?, ?)", [(h, access, chunk) for h in hashes])
                 self._new.append((chunk, access, f"{file.title} {passage.place}".strip(), passage.text))
+
+    def _access_class(self, groups: tuple[str, ...]) -> int:
+        """The number of a set of groups, made where it is new."""
+        if groups not in self._classes:
+            key = json.dumps(sorted(set(groups)))
+            self.db.execute("insert or ignore into access(groups) values(?)", (key,))
+            (self._classes[groups],) = self.db.execute("select id from access where groups = ?", (key,)).fetchone()
+        return self._classes[groups]
 
     def _same(self, normal: str, hashes: list[int], access: int) -> int | None:
         """The passage of the same readers that this one nearly repeats."""
