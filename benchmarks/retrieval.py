@@ -5,8 +5,8 @@ tasks with an even number (0, 2, ...); figures are given for the odd ones and fo
 let the index know which documents served the tasks of the other half: halves by turns, as questions that recur, and
 the first against the second, as questions that are new (the tasks are in order of subject).
 Part 2: documents of one chunk, made of the real sentences, and the same vectors on both sides, so that only reading,
-cutting, indexing and searching are compared; then one line with embedding. The peer runs in an environment of its own: python -m venv DIR; DIR/bin/pip install
-llama-index-core numpy; give it with --peer DIR/bin/python.
+cutting, indexing and searching are compared; then one line with embedding. The peer runs in an environment of its own:
+python -m venv DIR; DIR/bin/pip install llama-index-core numpy; give it with --peer DIR/bin/python.
 
     python benchmarks/retrieval.py --peer /tmp/peers-retrieval/bin/python
 """
