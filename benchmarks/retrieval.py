@@ -204,7 +204,8 @@ def speed(report: Report, peer: str, sizes: list[int], asks: int, threads: int) 
 def _ours(
     folder: Path, texts: list[str], vectors: np.ndarray, asked: dict[str, np.ndarray], model: MiniLM
 ) -> dict[str, Any]:
-    """Read, cut and index on disk, near-duplicates looked for; then ask by words and vectors together, and by vectors alone."""
+    """Read, cut and index on disk, near-duplicates looked for; then ask by words and vectors together, and by the
+    vectors alone."""
     start = time.perf_counter()
     store = Store(folder / "ours", model.width, model.name)
     with store.batch():
@@ -282,7 +283,7 @@ def main() -> None:
     sizes = [int(n) for n in (args.sizes or ("1000,5000" if args.quick else "1000,10000,100000")).split(",")]
     report = Report("Retrieval: documents found, and speed beside LlamaIndex")
     quality(report)
-    speed(report, args.peer, sizes, 20 if args.quick else 100, args.threads)
+    speed(report, args.peer, sizes, 20 if args.quick else 50, args.threads)
     with_embedding(report, 128 if args.quick else 698)
     finish(report, args)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -191,6 +192,37 @@ def test_an_open_index_sees_what_is_learned_later(source: Source) -> None:
     (source.root / "b.md").unlink()
     source.learn()
     assert [e.where for e in opened.search("door green", ANYONE)] == ["a.md"]
+
+
+def test_who_asks_while_it_is_learned_always_gets_an_answer(source: Source) -> None:
+    source.write("stays.md", "# Lamp\nThe lamp in the hall is red.")
+    source.learn()
+    opened = Documents("source", source.spec, source.folder, source.embedder)
+    stop, failures = threading.Event(), list[str]()
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                found = [e.where for e in opened.search("red lamp hall", ANYONE, 3)]
+            except Exception as error:  # the thread's own; told by the test
+                failures.append(repr(error))
+                return
+            if found[:1] != ["stays.md"]:
+                failures.append(f"found {found}")
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(12):
+            for n in range(6):
+                source.write(f"{n}.md", f"# Door {n}\nDoor {n} has been painted {turn} times so far.")
+            source.learn()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
 
 
 def test_near_duplicates_are_found_once_and_come_back_when_the_first_goes(source: Source) -> None:

@@ -75,6 +75,13 @@ class Search:
 
     def refresh(self) -> None:
         """See what a writer has committed since."""
+        self.db.execute("begin")  # one state of the database for all that is read here
+        try:
+            self._read()
+        finally:
+            self.db.execute("commit")
+
+    def _read(self) -> None:
         mark = meta(self.db, "stamp"), int(meta(self.db, "rows") or 0), _version(self.db)
         if mark == self._seen:
             return
