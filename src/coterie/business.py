@@ -72,7 +72,7 @@ class Business:
             "slots": b.slots, "context": b.context, "queue": b.queue, "expert_memory": b.expert_memory << 20,
             "pinned": frozenset(b.pinned),
         }  # fmt: skip
-        return Engine(self.base(tell), library or self.library, **(sizes | options))
+        return Engine(self.base(tell), library or self.library, **{**sizes, **options})
 
     def own_engine(self, facts: ExpertFacts, library: Library | None = None, **options: int) -> Engine | None:
         """The engine of an expert that is a model of its own (`full`); None for all others."""
