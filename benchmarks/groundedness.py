@@ -3,6 +3,7 @@
 The base model answers 100 questions of the example shop (its test rows, then its training rows; the model has
 seen none). The judge is not the product's check: a sentence counts as said where all of its numbers stand in the shop's
 policies and one line of them has at least 60% of its content words. Sentences that state nothing are not counted.
+Both go by words and numbers, so that the last line is low partly by construction.
 
     python benchmarks/groundedness.py
 """

@@ -16,11 +16,12 @@ export class ApiError extends Error {
  * Throws ApiError; or the signal's AbortError where the visitor stopped it.
  */
 export async function* ask(model, messages, signal) {
+  const grounded = "knowledge" in document.body.dataset ? { knowledge: true } : {};
   const response = await reach(() =>
     fetch("v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ model, messages, stream: true, knowledge: "knowledge" in document.body.dataset }),
+      body: JSON.stringify({ model, messages, stream: true, ...grounded }),
       signal,
     }),
   );
