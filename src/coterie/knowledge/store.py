@@ -115,7 +115,9 @@ class Store:
             other = meta(db, "space") not in ("", held)
             db.close()
             if other:
-                shutil.rmtree(folder)
+                old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
+                folder.rename(old)  # a reader may still have files open in it
+                shutil.rmtree(old, ignore_errors=True)
         self.db = open_db(folder, writing=True)
         self.set("space", held)
         self.rows = int(meta(self.db, "rows") or 0)
@@ -140,9 +142,8 @@ class Store:
         self.db.execute("insert or replace into meta values(?, ?)", (key, value))
 
     def _rebuild_words(self) -> None:
-        shutil.rmtree(self.folder / "words")
-        self._index = open_words(self.folder)
         writer = self._index.writer(HEAP)
+        writer.delete_all_documents()  # in one commit with what comes now: who reads meanwhile sees the old or the new
         for chunk, access, title, text in self.db.execute(
             "select c.id, d.access, d.title || ' ' || c.place, c.text from chunks c "
             "join documents d on d.id = c.document where c.line is not null"
