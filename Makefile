@@ -7,6 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 run: .venv/ready
 	test -f $(SHOP)/coterie.toml || .venv/bin/coterie init --example $(SHOP)
 	.venv/bin/coterie fit $(SHOP)
+	if grep -q '^\[knowledge\.' $(SHOP)/coterie.toml; then .venv/bin/coterie learn $(SHOP); fi
 	.venv/bin/coterie serve $(SHOP)
 
 test: .venv/ready-test
@@ -23,6 +24,7 @@ check: .venv/ready-test
 bench: .venv/ready-test
 	$(PY) benchmarks/tuning.py --record
 	$(PY) benchmarks/serving.py --record
+	$(PY) benchmarks/retrieval.py --record
 
 # Torch goes first and alone: plain PyPI torch on Linux brings gigabytes of CUDA, so set
 # TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.

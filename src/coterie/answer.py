@@ -87,14 +87,17 @@ class Answerer:
 
     def chat(
         self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
-        channel: str = "",
+        channel: str = "", preface: str = "",
     ) -> Answer:  # fmt: skip
-        """Answer a conversation. `who` is an expert's name, "base", "auto", or "arrow".
+        """Answer a conversation. `who` is an expert's name, "base", "auto", or "arrow". `preface` (evidence) goes
+        before the last message, once it has been chosen who answers.
 
         An expert brings its own instruction where the conversation has none, and answers with one of its choices
         where it has been trained to. Raises UnknownExpert, ContextTooLong, Busy, DataError (messages).
         """
         chosen = self._choose(who, question(messages), channel)
+        if preface:
+            messages = [*messages[:-1], {**messages[-1], "content": preface + messages[-1]["content"]}]
         if chosen.facts and chosen.leads:
             first = chosen.facts[0]
             messages = frame(first, messages)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel as Record
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
+from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
@@ -197,6 +198,33 @@ class DeskSpec(_Strict):
     workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
 
 
+class KnowledgeSpec(_Strict):
+    """[knowledge]: how answers are grounded. Each source has a section of its own, [knowledge.NAME]."""
+
+    unsupported: Literal["mark", "withhold"] = Field(
+        "mark", description="a sentence that no source says: `[?]` is put after it, or it is left out"
+    )
+    missing: Literal["say", "answer"] = Field(
+        "say", description="where no source has anything near: say so, or let the expert answer without sources"
+    )
+    unknown: str = Field("I don't know: our sources say nothing about that.", min_length=1, description="what is said")
+    tokens: int = Field(600, ge=300, description="most tokens of evidence put before the model")
+    embeddings: str = Field(
+        "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
+    )
+    embeddings_model: str = Field("", description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY")
+    sources: dict[str, DocumentsSpec] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections(cls, given: Any) -> Any:
+        """The tables within [knowledge] are its sources."""
+        if not isinstance(given, dict) or "sources" in given:
+            return given
+        sources = {name: value for name, value in given.items() if isinstance(value, dict)}
+        return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
@@ -204,6 +232,7 @@ class Config(_Strict):
     experts: dict[str, ExpertSpec] = {}
     routing: RoutingSpec = RoutingSpec()
     desk: DeskSpec = DeskSpec()
+    knowledge: KnowledgeSpec = KnowledgeSpec()
 
 
 def read_config(folder: Path) -> Config:
@@ -219,18 +248,22 @@ def read_config(folder: Path) -> Config:
         raise CoterieError(f"{file}: {_first(error)} (see docs/coterie-toml.md)") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise CoterieError(f"{file}: not valid TOML: {error}") from error
-    for name in config.experts:
-        try:
-            check_name(name)
-        except CoterieError as error:
-            raise CoterieError(f"{file}: experts: {error}") from error
+    for section, names in (("experts", config.experts), ("knowledge", config.knowledge.sources)):
+        for name in names:
+            try:
+                check_name(name)
+            except CoterieError as error:
+                raise CoterieError(f"{file}: {section}: {error}") from error
     return config
 
 
 def _first(error: ValidationError) -> str:
     """The first thing that is wrong: the field, what it must be, and what it is."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    loc = [part for part in first["loc"] if part != "[key]"]
+    if loc[:2] == ["knowledge", "sources"]:  # the file has them right under [knowledge]
+        del loc[1]
+    field = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
         return f"{field}: there is no such field"
     if first["type"] == "missing":

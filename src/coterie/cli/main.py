@@ -12,6 +12,7 @@ from coterie.cli import data as data_commands
 from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
+from coterie.cli import knowledge as knowledge_commands
 from coterie.cli import models as model_commands
 from coterie.cli import suite as suite_commands
 from coterie.cli.prompts import optimise_prompt
@@ -37,6 +38,10 @@ app.add_typer(data_commands.app, name="data")
 app.add_typer(desk_commands.app, name="desk")
 app.add_typer(suite_commands.app, name="suite")
 app.command()(suite_commands.compare)
+app.command()(knowledge_commands.learn)
+app.command()(knowledge_commands.ask)
+app.command()(knowledge_commands.sources)
+app.command()(knowledge_commands.mcp)
 app.command("optimise-prompt")(optimise_prompt)
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]

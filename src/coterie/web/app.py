@@ -31,6 +31,8 @@ from coterie.evaluation import charts
 from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.web.desk import add_desk
+from coterie.web.knowledge import Ground, Shelf
+from coterie.web.knowledge import router as knowledge_router
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
 
@@ -50,11 +52,16 @@ def create_app(answerer: Answerer, desk: Desk | None = None) -> FastAPI:
     handle_errors(app)
     if desk:
         add_desk(app, desk, pages)
+    shelf = Shelf(answerer)
+    app.include_router(knowledge_router(shelf, pages))
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
         return pages.get_template("chat.html").render(
-            business=business.config.business, base=answerer.engine.base.name, experts=business.library.shelf()
+            business=business.config.business,
+            base=answerer.engine.base.name,
+            experts=business.library.shelf(),
+            knowledge=shelf.declared,
         )
 
     @app.get("/healthz")
@@ -91,10 +98,17 @@ def create_app(answerer: Answerer, desk: Desk | None = None) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [m.plain() for m in body.messages]
-        sampling = body.settings()
-        return await _reply(
-            request, body, lambda to: answerer.chat(body.model, messages, sampling, to, _channel(request)), _ChatShape()
-        )
+        sampling, channel = body.settings(), _channel(request)
+        ground = await asyncio.to_thread(shelf.gather, messages, request) if body.knowledge else None
+        if ground and not ground.answerable:
+            return ground.unknown(body.stream)
+
+        def start(to: Callable[[Piece], None]) -> Answer:
+            if ground:
+                return ground.grounding.ask(body.model, messages, ground.grounded, sampling, to, channel)
+            return answerer.chat(body.model, messages, sampling, to, channel)
+
+        return await _reply(request, body, start, _ChatShape(), ground)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -163,9 +177,10 @@ def _handing_over(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece])
 
 
 async def _reply(
-    request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape
-) -> Response:
-    """Start the generation and answer with all of it, or with a stream of events."""
+    request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape,
+    ground: Ground | None = None,
+) -> Response:  # fmt: skip
+    """Start the generation and answer with all of it, or with a stream of events; checked, where it has a ground."""
     pieces = asyncio.Queue[Piece]()
     answer = await asyncio.to_thread(start, _handing_over(asyncio.get_running_loop(), pieces))
     generation = answer.generation
@@ -173,7 +188,8 @@ async def _reply(
         "id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": answer.expert or "base",
         "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
                     "similarity": answer.similarity,
-                    "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts]},
+                    "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts],
+                    **(ground.head() if ground else {})},
     }  # fmt: skip
     shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts)  # a list, as in RFC 8941
     who = {"X-Coterie-Experts": shares or '"base"'}
@@ -197,7 +213,12 @@ async def _reply(
                 yield f"data: {bytes(failed.body).decode()}\n\n"
                 return
             finish = piece.finish
-            yield event([{**shape.part(piece.text, list(piece.tokens)), "finish_reason": finish}])
+            if not ground:
+                yield event([{**shape.part(piece.text, list(piece.tokens)), "finish_reason": finish}])
+            elif (said := await ground.pass_on(piece.text, bool(finish))) or finish:
+                if finish:
+                    head["coterie"] |= ground.tail()  # type: ignore[operator]
+                yield event([{**shape.part(said, []), "finish_reason": finish}])
         if body.stream_options.include_usage:
             yield event([], usage=usage())
         yield "data: [DONE]\n\n"
@@ -211,11 +232,14 @@ async def _reply(
             piece = await pieces.get()
             if failed := broken_off(piece):
                 return failed
-            text, finish = text + piece.text, piece.finish
-            tokens += piece.tokens
+            said = await ground.pass_on(piece.text, bool(piece.finish)) if ground else piece.text
+            text, finish = text + said, piece.finish
+            tokens += [] if ground else piece.tokens
     finally:
         watch.cancel()
         generation.cancel()  # does nothing once it is finished
+    if ground:
+        head["coterie"] |= ground.tail()  # type: ignore[operator]
     choice = {"index": 0, "finish_reason": finish, **shape.all(text, tokens)}
     return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()}, headers=who)
 

@@ -128,6 +128,7 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    knowledge: bool = False  # ours: answer from the business's sources, each sentence checked and cited
 
     def settings(self) -> Sampling:
         """The engine's settings. Raises CoterieError, naming the field."""

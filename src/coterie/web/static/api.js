@@ -11,15 +11,17 @@ export class ApiError extends Error {
 
 /**
  * Ask `model` and yield { text, finish, by } as they arrive; `by` says who answers
- * (expert, version, routed, similarity), `finish` why the answer ended, once it has.
+ * (expert, version, routed, similarity; where the business has knowledge: known, sources), `finish` why the answer
+ * ended, once it has.
  * Throws ApiError; or the signal's AbortError where the visitor stopped it.
  */
 export async function* ask(model, messages, signal) {
+  const grounded = "knowledge" in document.body.dataset ? { knowledge: true } : {};
   const response = await reach(() =>
     fetch("v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ model, messages, stream: true }),
+      body: JSON.stringify({ model, messages, stream: true, ...grounded }),
       signal,
     }),
   );

@@ -4,7 +4,8 @@
 //   question, text    what was asked; the answer so far
 //   state             "waiting", "streaming", "done", "stopped" or "failed"
 //   who               who was asked: "auto", "base" or an expert's name
-//   by                who answers: { expert, version, routed, similarity }; null until it is known
+//   by                who answers: { expert, version, routed, similarity }, and from which sources: { known, sources };
+//                     null until it is known
 //   finish            why the answer ended: "stop" or "length"
 //   problem           what went wrong, where it failed (see problem.js)
 
@@ -33,7 +34,7 @@ export function messages(turn) {
   const before = turns.slice(0, turns.indexOf(turn)).filter((t) => t.text && t.state !== "failed");
   const said = before.flatMap((t) => [
     { role: "user", content: t.question },
-    { role: "assistant", content: t.text },
+    { role: "assistant", content: t.by?.sources ? t.text.replaceAll(/ \[(\d+|\?)\]/g, "") : t.text }, // not the marks
   ]);
   return [...said, { role: "user", content: turn.question }];
 }

@@ -2,6 +2,7 @@
 
 import { face } from "./experts.js";
 import { render, show } from "./render.js";
+import { showSources } from "./sources.js";
 
 const REMEDIES = { retry: "Try again", restart: "Ask in a new conversation", edit: "Edit the message" };
 const NOTES = { stopped: "Stopped before the end.", length: "The answer has reached its greatest length." };
@@ -20,6 +21,7 @@ export function view(turn, onRemedy) {
     answer.ariaBusy = String(["waiting", "streaming"].includes(turn.state));
     showByline(turn, answer);
     show(part(".answer .words"), render(turn.text));
+    showSources(turn, part(".sources"));
     part(".copy").hidden = !turn.text || answer.ariaBusy === "true";
     const note = NOTES[turn.state] ?? (turn.state === "done" && NOTES[turn.finish]);
     part(".note").textContent = note || "";
@@ -43,7 +45,8 @@ function showByline(turn, answer) {
 }
 
 /** Why this one answers. The similarity is of the question to the nearest that the expert was trained on. */
-function reason({ expert, routed, similarity }) {
+function reason({ expert, routed, similarity, known }) {
+  if (known === false && !routed && !expert) return "no source says anything about it";
   if (!routed) return "";
   if (!expert) return "chosen by auto, as no expert is near enough";
   return similarity === null ? "chosen by a rule" : `chosen by auto, similarity ${similarity.toFixed(2)}`;

@@ -1,0 +1,261 @@
+"""A folder of documents as a source: learned incrementally, searched under permissions.
+
+`learn` follows what is new, changed, gone or whose readers changed, by hash; a file that cannot be read is reported
+and keeps its place in the list, and the rest is indexed.
+"""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coterie.errors import CoterieError, DataError, StorageError
+from coterie.knowledge.chunk import Chunk, chunks
+from coterie.knowledge.documents_spec import KINDS, DocumentsSpec
+from coterie.knowledge.embed import Embedder, Floats
+from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.parse import parse
+from coterie.knowledge.search import Search
+from coterie.knowledge.store import File, Store, files, meta, open_db
+
+BATCH = 512  # passages that become searchable together
+FOUND = 8  # passages that a search gives where it is not told
+ALIKE, GAIN = 0.6, 4.0  # cosine from which an earlier question speaks for its documents, and the most they gain
+Tell = Callable[[str], None]
+Count = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What `learn` did: files new or changed, gone, as before, and what could not be read: file and why."""
+
+    source: str
+    indexed: int
+    dropped: int
+    kept: int
+    passages: int
+    errors: tuple[tuple[str, str], ...]
+
+
+def listed(root: Path, spec: DocumentsSpec) -> Iterator[tuple[str, Path]]:
+    """The files of a source: their name within it, and where they lie. Links that lead out of it are left out."""
+    if root.is_file():
+        yield root.name, root
+        return
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder")
+    inside = root.resolve()
+    for file in sorted(root.rglob("*")):
+        name = file.relative_to(root).as_posix()
+        hidden = any(part.startswith(".") for part in Path(name).parts)
+        if hidden or file.suffix.lower() not in KINDS or not any(fnmatchcase(name, glob) for glob in spec.files):
+            continue
+        if file.is_file() and file.resolve().is_relative_to(inside):
+            yield name, file
+
+
+def readers(spec: DocumentsSpec, name: str) -> tuple[str, ...]:
+    """The groups that may read a file: those of the last rule that fits it, else those of the source."""
+    fitting = [rule.readers for rule in spec.permissions if any(fnmatchcase(name, glob) for glob in rule.files)]
+    return tuple(sorted(set(fitting[-1] if fitting else spec.readers)))
+
+
+def permissions_mark(spec: DocumentsSpec) -> str:
+    """Of what decides who may read: an index with another mark is not searched."""
+    return json.dumps([spec.readers, [(p.files, p.readers) for p in spec.permissions]])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else indexes this source meanwhile. The system frees the lock of a process that is killed."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock").open("a")
+    except OSError as error:
+        raise StorageError(f"{folder.parent}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CoterieError(f"{folder.name}: another `coterie learn` is at work on it; let it end") from error
+        yield
+
+
+def learn(
+    name: str, spec: DocumentsSpec, root: Path, folder: Path, embedder: Embedder, tell: Tell = lambda _: None,
+    count: Count = lambda _w, _d, _t: None,
+) -> Learned:  # fmt: skip
+    """Bring the index in `folder` up to date with the files in `root`. Raises DataError (root), StorageError."""
+    todo = list(listed(root, spec))
+    indexed = dropped = 0
+    with _alone(folder):
+        store = Store(folder, embedder.width, embedder.name)
+        try:
+            known = {f.path: f for f in store.files()}
+            gone = known.keys() - {path for path, _ in todo}
+            with store.batch():
+                for path in gone:
+                    store.drop(path)
+                    dropped += 1
+                store.set("permissions", permissions_mark(spec))
+                for path, file in known.items():  # who may read less, may from now on, whatever else comes
+                    if path not in gone and file.groups != readers(spec, path):
+                        store.drop(path)
+            known = {f.path: f for f in store.files()}
+            again = list(todo)
+            while again:
+                work, again = again, []
+                for at, batch in _batches(work, known, spec):
+                    with store.batch():
+                        for file, passages in batch:
+                            store.put(file, passages)
+                        store.finish(embedder.embed(store.pending()))
+                    indexed += len(batch)
+                    count(f"indexing {name}", at, len(work))
+                known = {f.path: f for f in store.files()}
+                again = [(p, f) for p, f in todo if p in known and not known[p].sha256]  # had repeated what is gone
+            total = sum(f.passages for f in known.values())
+            found = tuple((f.path, f.error) for f in known.values() if f.error)
+        finally:
+            store.close()
+    for _, why in found:
+        tell(f"{name}: {why}")
+    return Learned(name, indexed, dropped, max(0, len(todo) - indexed), total, found)
+
+
+def _batches(
+    todo: list[tuple[str, Path]], known: dict[str, File], spec: DocumentsSpec
+) -> Iterator[tuple[int, list[tuple[File, list[Chunk]]]]]:
+    """Files that are new or changed, parsed, about BATCH passages at a time, and how many files have been seen."""
+    batch: list[tuple[File, list[Chunk]]] = []
+    held = 0
+    for at, (path, place) in enumerate(todo, 1):
+        file = _read(path, place, known.get(path), spec)
+        if file is not None:
+            batch.append(file)
+            held += len(file[1])
+        if held >= BATCH or (at == len(todo) and batch):
+            yield at, batch
+            batch, held = [], 0
+
+
+def _read(path: str, place: Path, before: File | None, spec: DocumentsSpec) -> tuple[File, list[Chunk]] | None:
+    """A file and its passages, with what is wrong where it cannot be read; None where it is as it was."""
+    sha256, size, changed, title, error = "", 0, 0, "", ""
+    passages: list[Chunk] = []
+    try:
+        facts = place.stat()
+        size, changed = facts.st_size, facts.st_mtime_ns
+        if before and before.sha256 and (before.size, before.changed) == (size, changed):
+            return None
+        if size > spec.max_mb * (1 << 20):
+            raise DataError(f"{place}: {size / (1 << 20):.0f} MiB; over max_mb = {spec.max_mb:g}, so it is not read")
+        content = place.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if before and before.sha256 == sha256 and not before.error:
+            return None
+        parsed = parse(place, content)
+        title, passages = parsed.title, chunks(parsed)
+    except CoterieError as wrong:
+        error = str(wrong)
+    except OSError as wrong:
+        error = f"{place}: cannot be read ({wrong.strerror})"
+    return File(path, sha256 or "unread", size, changed, title, readers(spec, path), error), passages
+
+
+class Documents:
+    """A learned source, opened for asking."""
+
+    def __init__(self, name: str, spec: DocumentsSpec, folder: Path, embedder: Embedder, base: Path = Path()) -> None:
+        """Raises CoterieError where it is not indexed yet, or its readers have changed since."""
+        self.name, self.spec = name, spec
+        self.searching = Search(folder, embedder)
+        self.judged = Judged(base / spec.judged, embedder) if spec.judged else None
+
+    def close(self) -> None:
+        self.searching.close()
+
+    def _check(self) -> None:
+        if meta(self.searching.db, "permissions") != permissions_mark(self.spec):
+            raise CoterieError(f"{self.name}: its readers have changed since it was indexed; run `coterie learn`")
+
+    def search(self, question: str, reader: Reader, limit: int = FOUND) -> list[Evidence]:
+        """The best passages that the reader may read."""
+        self._check()
+        gains = self.judged.gains if self.judged else lambda _: {}
+        found = self.searching.find(question, reader.may, limit, gains)
+        return [Evidence(self.name, p.where, p.text, score) for p, score in found]
+
+    def open(self, where: str, reader: Reader) -> Evidence | None:
+        """The passage that a citation names, where the reader may read it."""
+        self._check()
+        found = self.searching.passage(where, reader.may)
+        return Evidence(self.name, found.where, found.text, 0.0) if found else None
+
+
+class Judged:
+    """Questions of the past, and the documents that people found to serve them.
+
+    A new question that is like one of them (cosine over ALIKE) lends its documents up to GAIN standard deviations,
+    rising with the likeness; an unlike one changes nothing.
+    """
+
+    def __init__(self, file: Path, embedder: Embedder) -> None:
+        self.paths: list[list[str]] = []
+        questions = []
+        for number, line in enumerate(_lines(file), 1):
+            try:
+                row = json.loads(line)
+                questions.append(str(row["question"]))
+                self.paths.append([str(p) for p in row["documents"]])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f'{file}:{number}: must be {{"question": ..., "documents": [...]}} ({error})'
+                ) from error
+        self.vectors = embedder.embed(questions)
+
+    def gains(self, question: Floats) -> dict[str, float]:
+        """What each document gains, by path, for a question's vector."""
+        if not self.paths:
+            return {}
+        like = np.clip((self.vectors @ question - ALIKE) / (1 - ALIKE), 0, 1)
+        missed: dict[str, float] = {}
+        for i in np.argsort(-like, kind="stable")[:8]:
+            for path in self.paths[i] if like[i] > 0 else ():
+                missed[path] = missed.get(path, 1.0) * (1 - float(like[i]))
+        return {path: GAIN * (1 - m) for path, m in missed.items()}
+
+
+def _lines(file: Path) -> Iterable[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+
+
+def overview(name: str, spec: DocumentsSpec, folder: Path, reader: Reader) -> dict[str, Any]:
+    """What a source holds, for lists: the files that the reader may read, their freshness, what went wrong."""
+    head = {"name": name, "kind": spec.kind, "description": spec.description}
+    try:
+        db = open_db(folder, writing=False)
+    except CoterieError as error:
+        return {**head, "files": [], "errors": [str(error)], "passages": 0, "indexed": None}
+    try:
+        own = [f for f in files(db) if set(f.groups) & reader.may]
+    finally:
+        db.close()
+    return {
+        **head, "passages": sum(f.passages for f in own), "indexed": max((f.indexed for f in own), default=None),
+        "errors": [f.error for f in own if f.error],
+        "files": [
+            {"path": f.path, "title": f.title, "passages": f.passages, "indexed": f.indexed, "readers": list(f.groups),
+             "error": f.error} for f in own
+        ],
+    }  # fmt: skip

@@ -1,0 +1,184 @@
+"""Texts to vectors: MiniLM by our own forward, or any OpenAI-compatible embeddings endpoint.
+
+Notable: texts are packed end to end, (tokens, width), with no padding: what is computed by row never sees where a text
+ends, and attention runs over all texts of one length at once. Vectors are normed, so that a dot product is the cosine.
+Sources: Devlin et al. 2019 (BERT); Wang et al. 2020 (MiniLM); Reimers and Gurevych 2019 (mean over tokens).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from coterie.errors import CoterieError, ModelError
+from coterie.model.pull import EMBEDDER, pull
+
+Floats = NDArray[np.float32]
+LONGEST = 256  # tokens of a text that count, as all-MiniLM-L6-v2 was trained
+BATCH_TOKENS = 4096  # packed in one forward
+ENDPOINT_BATCH = 64  # texts asked for at once
+PREFIX = "encoder.layer."
+
+
+class Embedder(Protocol):
+    """What turns texts into vectors. `name` tells apart spaces whose vectors cannot be compared."""
+
+    name: str
+    width: int
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Vectors (texts, width), each of length 1."""
+        ...
+
+
+class MiniLM:
+    """A BERT encoder of sentence-transformers' kind: the mean over the tokens of the last layer, normed."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, name: str = EMBEDDER) -> None:
+        """Raises ModelError where the folder holds no such model."""
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            weights = load_file(folder / "model.safetensors")
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            if config["model_type"] != "bert" or config["hidden_act"] != "gelu":
+                raise ModelError(f"{folder}: embeddings come from a BERT model with gelu, not {config['model_type']!r}")
+            self.layers, self.heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+            self.width, self.eps = int(config["hidden_size"]), float(config["layer_norm_eps"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ModelError(f"{folder}: not an embedding model that can be read ({error})") from error
+        except Exception as error:  # tokenizers raises Exception itself
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{folder}/tokenizer.json: cannot be read ({error})") from error
+        self.name, self.dtype = name, dtype
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(min(LONGEST, int(config["max_position_embeddings"])))
+        w = {key.removeprefix("bert."): value for key, value in weights.items()}
+        self.words, self.positions = w["embeddings.word_embeddings.weight"], w["embeddings.position_embeddings.weight"]
+        self.kind = w["embeddings.token_type_embeddings.weight"][0]
+        self.norms = {k: v for k, v in w.items() if "LayerNorm" in k}
+        self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        for i in range(self.layers):
+            at = f"{PREFIX}{i}."
+            parts = [f"{at}attention.self.{part}" for part in ("query", "key", "value")]
+            self._pack(
+                f"{i}.qkv", torch.cat([w[p + ".weight"] for p in parts]), torch.cat([w[p + ".bias"] for p in parts])
+            )
+            for name_, path in (("out", "attention.output"), ("up", "intermediate"), ("down", "output")):
+                self._pack(f"{i}.{name_}", w[f"{at}{path}.dense.weight"], w[f"{at}{path}.dense.bias"])
+
+    def _pack(self, name: str, weight: Tensor, bias: Tensor) -> None:
+        weight, bias = weight.to(self.dtype), bias.to(self.dtype)
+        if self.dtype == torch.bfloat16:  # oneDNN's blocked layout, as in the decoder
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), BATCH_TOKENS)
+        self.matrices[name] = weight, bias
+
+    def _linear(self, x: Tensor, name: str, then: str = "none") -> Tensor:
+        weight, bias = self.matrices[name]
+        if self.dtype == torch.bfloat16:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, weight, bias, then, [], "none" if then == "gelu" else ""
+            )
+            return out
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if then == "gelu" else y
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = (self.norms[f"{name}.LayerNorm.{part}"] for part in ("weight", "bias"))
+        return F.layer_norm(x.float(), (self.width,), weight, bias, self.eps)
+
+    @torch.no_grad()
+    def _forward(self, rows: list[list[int]]) -> Floats:
+        """Vectors (rows, width) of token rows in order of length."""
+        lengths = [len(row) for row in rows]
+        ids = torch.tensor([t for row in rows for t in row])
+        at = torch.cat([torch.arange(n) for n in lengths])
+        x = self._norm(self.words[ids] + self.positions[at] + self.kind, "embeddings")
+        alike = [(n, len(list(same))) for n, same in groupby(lengths)]
+        for i in range(self.layers):
+            qkv = self._linear(x.to(self.dtype), f"{i}.qkv")
+            mixed, start = [], 0
+            for n, count in alike:
+                part = qkv[start : start + n * count].view(count, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+                mixed.append(
+                    F.scaled_dot_product_attention(part[0], part[1], part[2]).transpose(1, 2).reshape(n * count, -1)
+                )
+                start += n * count
+            x = self._norm(x + self._linear(torch.cat(mixed), f"{i}.out"), f"{PREFIX}{i}.attention.output")
+            fed = self._linear(self._linear(x.to(self.dtype), f"{i}.up", "gelu"), f"{i}.down")
+            x = self._norm(x + fed, f"{PREFIX}{i}.output")
+        means = torch.stack([part.mean(dim=0) for part in x.split(lengths)])
+        return np.asarray(F.normalize(means, dim=-1).numpy(), np.float32)
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Vectors (texts, width). What is beyond LONGEST tokens does not count."""
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts))]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        out = np.zeros((len(rows), self.width), np.float32)
+        for chosen in _batches(order, rows):
+            out[chosen] = self._forward([rows[i] for i in chosen])
+        return out
+
+
+def _batches(order: list[int], rows: list[list[int]]) -> Iterator[list[int]]:
+    """`order` cut where a batch would hold over BATCH_TOKENS."""
+    batch: list[int] = []
+    held = 0
+    for i in order:
+        if batch and held + len(rows[i]) > BATCH_TOKENS:
+            yield batch
+            batch, held = [], 0
+        batch.append(i)
+        held += len(rows[i])
+    if batch:
+        yield batch
+
+
+class Endpoint:
+    """An OpenAI-compatible server's POST /embeddings, asked ENDPOINT_BATCH texts at a time."""
+
+    def __init__(self, url: str, model: str, key: str = "", timeout_s: float = 60.0) -> None:
+        self.url, self.model = url.rstrip("/") + "/embeddings", model
+        self.client = httpx.Client(timeout=timeout_s, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self.name = f"{url}#{model}"
+        self.width = self.embed(["width"]).shape[1]
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Vectors (texts, width). Raises CoterieError where the server does not give them."""
+        found: list[list[float]] = []
+        for start in range(0, len(texts), ENDPOINT_BATCH):
+            part = list(texts[start : start + ENDPOINT_BATCH])
+            try:
+                answer = self.client.post(self.url, json={"model": self.model, "input": part})
+                answer.raise_for_status()
+                rows = sorted(answer.json()["data"], key=lambda row: row["index"])
+                if len(rows) != len(part):
+                    raise ValueError(f"{len(rows)} vectors for {len(part)} texts")
+                found += [row["embedding"] for row in rows]
+            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+                raise CoterieError(f"{self.url}: gives no embeddings ({error or type(error).__name__})") from error
+        if not found:
+            return np.zeros((0, getattr(self, "width", 0)), np.float32)
+        try:
+            out = np.asarray(found, np.float32)
+        except (ValueError, TypeError):
+            out = np.zeros(0, np.float32)
+        if out.ndim != 2 or not np.isfinite(out).all():
+            raise CoterieError(f"{self.url}: gives embeddings that are no vectors of numbers")
+        return np.asarray(out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12), np.float32)
+
+
+def minilm(dtype: torch.dtype = torch.bfloat16, tell: Callable[[str], None] = lambda _: None) -> MiniLM:
+    """all-MiniLM-L6-v2, pulled where it is absent. Raises ModelError."""
+    return MiniLM(pull(EMBEDDER, tell, "embedding model", EMBEDDER), dtype)

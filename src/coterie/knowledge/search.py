@@ -1,0 +1,252 @@
+"""Searching one index: by words (BM25), by vectors (exact), both under the reader's permissions, and fused.
+
+A question may be a long story: its clauses are searched for one by one beside the whole of it. What each search finds
+best become candidates, and each candidate's signals are put on one scale and added up; docs/log.md has what was tried.
+Sources: Robertson and Zaragoza 2009 (BM25); Rocchio 1971 (relevance feedback).
+"""
+
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tantivy
+import torch
+from numpy.typing import NDArray
+
+from coterie.errors import CoterieError
+from coterie.knowledge.embed import Embedder
+from coterie.knowledge.store import FORMAT, allowed, meta, open_db, open_words
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+WORDS_MOST = 400  # different words of one question that are searched for
+CLAUSES_MOST = 48
+CLAUSE = 9  # characters: less says nothing by itself
+BLOCK = 1 << 16  # rows scored at once
+SPARE = 2  # times as many rows as wanted are scored again with the question vector as it is
+WHOLE, EACH = 200, 100  # candidates by the whole question, and by each clause
+TITLE = 2.0  # a word in title or heading counts as so many in the text
+FEEDBACK, FEEDBACK_WEIGHT = 10, 0.5  # passages like one of the first ten gain
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage as it is shown: its file, its place within it (headings, or a page), its text."""
+
+    id: int
+    path: str
+    title: str
+    place: str
+    text: str
+
+    @property
+    def where(self) -> str:
+        """What a citation names, and what `passage` opens."""
+        return f"{self.path} > {self.place}" if self.place else self.path
+
+
+def clauses(question: str) -> list[str]:
+    """The parts of a question that can be searched for by themselves: sentences, lines, parts between semicolons."""
+    parts = re.split(r"(?<=[.!?:;])\s+|\n+", question)
+    kept = list(dict.fromkeys(p.strip() for p in parts if len(p.strip()) >= CLAUSE))
+    return kept[:CLAUSES_MOST] or [question]
+
+
+class Search:
+    """An index opened for reading. Several threads may ask it at once; a writer's commits are seen at once."""
+
+    def __init__(self, folder: Path, embedder: Embedder) -> None:
+        """Raises CoterieError where nothing is indexed yet, or by another embedding model."""
+        self.folder, self.embedder = folder, embedder
+        self.db = open_db(folder, writing=False)
+        held, own = meta(self.db, "space"), f"{FORMAT} {embedder.width} {embedder.name}"
+        if held != own:
+            raise CoterieError(f"{folder.name}: indexed as {held!r}, and now {own!r} is declared; run `coterie learn`")
+        self._words = open_words(folder)
+        self._lock = threading.Lock()
+        self._seen = ("", -1, -1)
+
+    def close(self) -> None:
+        self.db.close()
+
+    def refresh(self) -> None:
+        """See what a writer has committed since."""
+        self.db.execute("begin")  # one state of the database for all that is read here
+        try:
+            self._read()
+        finally:
+            self.db.execute("commit")
+
+    def _read(self) -> None:
+        mark = meta(self.db, "stamp"), int(meta(self.db, "rows") or 0), _version(self.db)
+        if mark == self._seen:
+            return
+        self._words.reload()
+        rows = mark[1]
+        found = self.db.execute(
+            "select c.line, c.id, d.access from chunks c join documents d on d.id = c.document "
+            "where c.line is not null order by c.id"
+        )
+        table = np.array(found.fetchall(), np.int64).reshape(-1, 3)
+        self._access = np.zeros(rows, np.int64)  # of each row of the vectors; 0, nobody's, where it was deleted
+        self._of_row = np.zeros(rows, np.int64)  # its passage
+        self._access[table[:, 0]], self._of_row[table[:, 0]] = table[:, 2], table[:, 1]
+        self._ids, self._row = table[:, 1], table[:, 0]  # in order of the ids
+        if rows:  # mode "c", as torch wants memory that could be written to; nothing is
+            mapped = np.memmap(self.folder / "vectors.i8", np.int8, "c", shape=(rows, self.embedder.width))
+            self._vectors = torch.from_numpy(mapped)
+            self._scales = np.fromfile(self.folder / "scales.f32", np.float32, rows)
+        self._seen = mark
+
+    def by_words(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
+        """The best passages by BM25 and their scores; only those of the access classes are looked at."""
+        words = list(dict.fromkeys(re.findall(r"[^\W_]+", question.lower())))[:WORDS_MOST]
+        nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if not words or not classes:
+            return nothing
+        text = self._words.parse_query(" ".join(words), ["title", "text"], field_boosts={"title": TITLE})
+        may = tantivy.Query.term_set_query(self._words.schema, "access", list(classes))
+        must = tantivy.Occur.Must
+        query = tantivy.Query.boolean_query([(must, text), (must, tantivy.Query.const_score_query(may, 0.0))])
+        searcher = self._words.searcher()
+        hits = searcher.search(query, limit, count=False).hits
+        if not hits:
+            return nothing
+        ids = searcher.fast_field_values("chunk", [address for _, address in hits])
+        return np.array(ids, np.int64), np.array([score for score, _ in hits], np.float32)
+
+    def by_vectors(self, vectors: Floats, classes: Sequence[int], limit: int) -> list[tuple[Ints, Floats]]:
+        """For each question vector, the nearest passages and their cosines; the mask comes before the choice."""
+        may = np.isin(self._access, list(classes))
+        count = min(limit, int(may.sum()))
+        if not count:
+            return [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in vectors]
+        scores = self._scan(vectors)
+        out = []
+        rows = np.flatnonzero(may)
+        everything = len(rows) == len(may)
+        for vector, of_rows in zip(vectors, scores, strict=True):
+            near = of_rows if everything else of_rows[rows]
+            some = min(count * SPARE, len(rows))
+            best = np.argpartition(near, -some)[-some:] if some < len(rows) else np.arange(len(rows))
+            best = rows[best]
+            exact = self._dot(best, vector[None])[:, 0]
+            order = np.argsort(-exact, kind="stable")[:count]
+            out.append((self._of_row[best[order]], exact[order]))
+        return out
+
+    def _scan(self, vectors: Floats) -> Floats:
+        """Cosines, nearly, (questions, rows): bytes by bytes, in the rows' scale."""
+        scale = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-9) / 127
+        columns = max(8, len(vectors))  # oneDNN's kernel wants a few
+        asked = np.zeros((columns, vectors.shape[1]), np.int8)
+        asked[: len(vectors)] = np.round(vectors / scale)
+        by = torch.from_numpy(asked).t().contiguous()
+        out = np.empty((len(vectors), len(self._of_row)), np.float32)
+        for start in range(0, len(self._of_row), BLOCK):
+            block = torch._int_mm(self._vectors[start : start + BLOCK], by)[:, : len(vectors)]
+            out[:, start : start + BLOCK] = block.t().numpy()
+        return out * self._scales
+
+    def _dot(self, rows: Ints, vectors: Floats) -> Floats:
+        """Cosines (rows, vectors) with the whole vectors of some rows."""
+        whole: Floats = self._vectors[torch.from_numpy(rows)].numpy() * self._scales[rows, None]
+        return whole @ vectors.T
+
+    def find(
+        self, question: str, groups: Iterable[str], limit: int,
+        remembered: Callable[[Floats], dict[str, float]] = lambda _: {}, vectors: Floats | None = None,
+    ) -> list[tuple[Passage, float]]:  # fmt: skip
+        """The best `limit` passages that one of `groups` may read. `remembered` gives what files gain, by path, for
+        the question's vector. `vectors`: of the question and its clauses, where they are known already."""
+        parts = clauses(question)
+        alone = len(parts) == 1
+        asked = self.embedder.embed([question] if alone else [question, *parts]) if vectors is None else vectors
+        with self._lock:
+            self.refresh()
+            classes = self.classes(groups)
+            whole = self.by_words(question, classes, WHOLE)
+            each = [whole] if alone else [self.by_words(p, classes, EACH) for p in parts]
+            near = self.by_vectors(asked[:1], classes, WHOLE)
+            near += [] if alone else self.by_vectors(asked[1:], classes, EACH)
+            gains = remembered(asked[0])
+            known = self._of_files(gains, classes)
+            ids = np.unique(np.concatenate([whole[0], *(i for i, _ in each), *(i for i, _ in near), *known.values()]))
+            ids = ids[np.isin(ids, self._ids)]  # a writer may have dropped some meanwhile
+            if not len(ids):
+                return []
+            rows = self._row[np.searchsorted(self._ids, ids)]
+            cosines = self._dot(rows, asked)
+            parts_cosines = np.maximum(cosines[:, 1:] if not alone else cosines, 0)
+            best = np.max([_on(ids, *one) for one in each], axis=0)
+            score = sum(
+                (_scaled(s) for s in (_on(ids, *whole), best, cosines[:, 0], (parts_cosines**4).sum(axis=1))),
+                start=np.zeros(len(ids), np.float32),
+            )  # fmt: skip
+            first = rows[np.argsort(-score, kind="stable")[:FEEDBACK]]
+            like = self._dot(rows, self._vectors[torch.from_numpy(first)].numpy() * self._scales[first, None])
+            score = _scaled(score) + FEEDBACK_WEIGHT * _scaled(like.max(axis=1))
+            for path, of_path in known.items():
+                score[np.isin(ids, of_path)] += gains[path]
+            order = np.argsort(-score, kind="stable")[:limit]
+            found = self.passages(ids[order].tolist())
+            return [(found[i], float(s)) for i, s in zip(ids[order].tolist(), score[order], strict=True) if i in found]
+
+    def _of_files(self, paths: Iterable[str], classes: Sequence[int]) -> dict[str, Ints]:
+        """The passages of some files, of those that may be read."""
+        marks = ",".join("?" * len(classes))
+        return {
+            path: np.array(
+                [i for (i,) in self.db.execute(
+                    "select c.id from chunks c join documents d on d.id = c.document "
+                    f"where d.path = ? and c.line is not null and d.access in ({marks})", (path, *classes),
+                )], np.int64,
+            ) for path in paths
+        }  # fmt: skip
+
+    def classes(self, groups: Iterable[str]) -> list[int]:
+        """The access classes that one of `groups` may read."""
+        return allowed(self.db, groups)
+
+    def passages(self, ids: Sequence[int]) -> dict[int, Passage]:
+        """Passages by their numbers."""
+        marks = ",".join("?" * len(ids))
+        rows = self.db.execute(
+            "select c.id, d.path, d.title, c.place, c.text from chunks c join documents d on d.id = c.document "
+            f"where c.id in ({marks})", ids,
+        )  # fmt: skip
+        return {row[0]: Passage(*row) for row in rows}
+
+    def passage(self, where: str, groups: Iterable[str]) -> Passage | None:
+        """The passage that a citation names, where one of `groups` may read it."""
+        path, _, place = where.partition(" > ")
+        with self._lock:
+            classes = self.classes(groups)
+            marks = ",".join("?" * len(classes))
+            row = self.db.execute(
+                "select c.id, d.path, d.title, c.place, c.text from chunks c join documents d on d.id = c.document "
+                f"where d.path = ? and c.place = ? and d.access in ({marks})", (path, place, *classes),
+            ).fetchone()  # fmt: skip
+        return Passage(*row) if row else None
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """Changes with every commit of another connection."""
+    return int(db.execute("pragma data_version").fetchone()[0])
+
+
+def _on(ids: Ints, found: Ints, scores: Floats) -> Floats:
+    """Scores on the places of `ids`, 0 for what was not found."""
+    out = np.zeros(len(ids), np.float32)
+    inside = np.isin(found, ids)
+    out[np.searchsorted(ids, found[inside])] = scores[inside]
+    return out
+
+
+def _scaled(values: Floats) -> Floats:
+    """With mean 0 and deviation 1 over the candidates."""
+    return np.asarray((values - values.mean()) / (values.std() + 1e-6), np.float32)

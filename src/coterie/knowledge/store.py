@@ -1,0 +1,272 @@
+"""The index of one folder of documents: passages in SQLite, words in tantivy, vectors in a memory-mapped file.
+
+SQLite says what holds. A batch is written in this order: vectors are appended, tantivy commits, SQLite commits with
+tantivy's stamp. Whoever is killed in between leaves vectors that SQLite does not know, which the next writer cuts off,
+or a tantivy index with another stamp, which the next writer makes anew from SQLite. Readers leave out numbers that
+SQLite does not know.
+
+Who may read is an access class, a number for each set of groups: a term in tantivy, and a number for each row of the
+vectors. Both searches (search.py) look only at the classes that the reader may see, before they choose their best.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tantivy
+from numpy.typing import NDArray
+
+from coterie.errors import CoterieError, StorageError
+from coterie.knowledge.chunk import Chunk
+from coterie.knowledge.near import bands, normalise, repeats
+
+Floats = NDArray[np.float32]
+HEAP = 64 << 20  # bytes that tantivy may hold while it writes
+FORMAT = "1"
+
+TABLES = """
+create table if not exists meta(key text primary key, value text);
+create table if not exists access(id integer primary key, groups text unique);
+create table if not exists documents(
+  id integer primary key, path text unique, sha256 text, size integer, changed integer, title text, access integer,
+  indexed text, error text);
+create table if not exists chunks(
+  id integer primary key autoincrement, document integer, place text, text text, line integer, repeats integer);
+create index if not exists chunks_document on chunks(document);
+create index if not exists chunks_repeats on chunks(repeats) where repeats is not null;
+create table if not exists bands(hash integer, access integer, chunk integer, primary key(hash, access, chunk))
+  without rowid;
+create index if not exists bands_chunk on bands(chunk);
+"""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was when it was indexed. changed: its time in nanoseconds. error: "" where it could be read."""
+
+    path: str
+    sha256: str
+    size: int
+    changed: int
+    title: str
+    groups: tuple[str, ...]
+    error: str = ""
+    indexed: str = ""
+    passages: int = 0
+
+
+def open_db(folder: Path, writing: bool) -> sqlite3.Connection:
+    """The database of an index. Raises CoterieError where there is none, StorageError where it is damaged."""
+    file = folder / "index.db"
+    if not writing and not file.exists():
+        raise CoterieError(f"{folder.name}: not indexed yet; run `coterie learn`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
+        db.execute("pragma journal_mode=wal")
+        if writing:
+            db.executescript(TABLES)
+        db.execute("select 1 from meta").fetchone()
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror})") from error
+    except sqlite3.Error as error:
+        raise StorageError(f"{file}: cannot be used ({error}); delete {folder} and run `coterie learn`") from error
+    return db
+
+
+def meta(db: sqlite3.Connection, key: str) -> str:
+    """A fact about the index, "" where it is not there."""
+    row = db.execute("select value from meta where key = ?", (key,)).fetchone()
+    return str(row[0]) if row else ""
+
+
+def open_words(folder: Path) -> tantivy.Index:
+    """tantivy's part of the index in `folder`, made where it is absent."""
+    s = tantivy.SchemaBuilder()
+    s.add_integer_field("chunk", indexed=True, fast=True)
+    s.add_integer_field("access", indexed=True)
+    for name in ("title", "text"):
+        s.add_text_field(name, tokenizer_name="en_stem", index_option="freq")
+    (folder / "words").mkdir(exist_ok=True)
+    return tantivy.Index(s.build(), path=str(folder / "words"))
+
+
+def stamp_of(folder: Path) -> str:
+    """tantivy's own mark of its last commit."""
+    file = folder / "words" / "meta.json"
+    return str(json.loads(file.read_text())["opstamp"]) if file.exists() else ""
+
+
+class Store:
+    """The one writer of an index. `batch()` holds what is put and dropped until it ends, and then all of it counts."""
+
+    def __init__(self, folder: Path, width: int, space: str) -> None:
+        """Open or begin the index; put right what a killed writer left. An index of another `space` is begun anew."""
+        self.folder, self.width = folder, width
+        held = f"{FORMAT} {width} {space}"
+        if (folder / "index.db").exists():
+            db = open_db(folder, writing=True)
+            other = meta(db, "space") not in ("", held)
+            db.close()
+            if other:
+                old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
+                folder.rename(old)  # a reader may still have files open in it
+                shutil.rmtree(old, ignore_errors=True)
+        self.db = open_db(folder, writing=True)
+        self.set("space", held)
+        self.rows = int(meta(self.db, "rows") or 0)
+        for name, size in (("vectors.i8", width), ("scales.f32", 4)):
+            file = folder / name
+            file.touch()
+            if file.stat().st_size < self.rows * size:
+                raise StorageError(f"{file}: is cut short; delete {folder} and run `coterie learn`")
+            os.truncate(file, self.rows * size)
+        self._index = open_words(folder)
+        if stamp_of(folder) != meta(self.db, "stamp"):
+            self._rebuild_words()
+        self._words = self._index.writer(HEAP)
+        self._classes: dict[tuple[str, ...], int] = {}
+        self._new: list[tuple[int, int, str, str]] = []  # chunk, access, title, text: without vectors yet
+
+    def close(self) -> None:
+        self._words.wait_merging_threads()
+        self.db.close()
+
+    def set(self, key: str, value: str) -> None:
+        self.db.execute("insert or replace into meta values(?, ?)", (key, value))
+
+    def _rebuild_words(self) -> None:
+        writer = self._index.writer(HEAP)
+        writer.delete_all_documents()  # in one commit with what comes now: who reads meanwhile sees the old or the new
+        for chunk, access, title, text in self.db.execute(
+            "select c.id, d.access, d.title || ' ' || c.place, c.text from chunks c "
+            "join documents d on d.id = c.document where c.line is not null"
+        ):
+            writer.add_document(tantivy.Document(chunk=chunk, access=access, title=title, text=text))
+        writer.commit()
+        writer.wait_merging_threads()
+        self.set("stamp", stamp_of(self.folder))
+
+    def files(self) -> Iterator[File]:
+        """Every file that the index knows, readable or not."""
+        yield from files(self.db)
+
+    @contextmanager
+    def batch(self) -> Iterator["Store"]:
+        """What is put and dropped inside holds at its end, all or nothing. `finish` must have given the vectors."""
+        self.db.execute("begin immediate")
+        try:
+            yield self
+            assert not self._new, "passages were put, and have no vectors"
+            for name in ("vectors.i8", "scales.f32"):
+                with (self.folder / name).open("rb") as f:
+                    os.fsync(f.fileno())
+            self._words.commit()
+            self.set("stamp", stamp_of(self.folder))
+            self.set("rows", str(self.rows))
+            self.db.execute("commit")
+        except BaseException:
+            self.db.execute("rollback")
+            self._words.rollback()
+            self._new, self._classes = [], {}
+            self.rows = int(meta(self.db, "rows") or 0)
+            raise
+
+    def put(self, file: File, passages: Sequence[Chunk]) -> None:
+        """Index a file in place of what it said before. A passage that nearly repeats one of other files with the
+        same readers is kept, but not found."""
+        self.drop(file.path)
+        access = self._access_class(file.groups)
+        document = self.db.execute(
+            "insert into documents(path, sha256, size, changed, title, access, indexed, error) "
+            "values(?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), ?)",
+            (file.path, file.sha256, file.size, file.changed, file.title, access, file.error),
+        ).lastrowid
+        for passage in passages:
+            normal = normalise(f"{passage.place} {passage.text}")
+            hashes = bands(normal)
+            same = self._same(normal, hashes, access)
+            line = self.rows + len(self._new) if same is None else None
+            chunk = self.db.execute(
+                "insert into chunks(document, place, text, line, repeats) values(?, ?, ?, ?, ?)",
+                (document, passage.place, passage.text, line, same),
+            ).lastrowid
+            assert chunk is not None
+            if same is None:
+                self.db.executemany("insert or ignore into bands values(?, ?, ?)", [(h, access, chunk) for h in hashes])
+                self._new.append((chunk, access, f"{file.title} {passage.place}".strip(), passage.text))
+
+    def _access_class(self, groups: tuple[str, ...]) -> int:
+        """The number of a set of groups, made where it is new."""
+        if groups not in self._classes:
+            key = json.dumps(sorted(set(groups)))
+            self.db.execute("insert or ignore into access(groups) values(?)", (key,))
+            (self._classes[groups],) = self.db.execute("select id from access where groups = ?", (key,)).fetchone()
+        return self._classes[groups]
+
+    def _same(self, normal: str, hashes: list[int], access: int) -> int | None:
+        """The passage of the same readers that this one nearly repeats."""
+        marks = ",".join("?" * len(hashes))
+        found = self.db.execute(
+            f"select distinct chunk from bands where hash in ({marks}) and access = ? limit 64", (*hashes, access)
+        ).fetchall()
+        for (chunk,) in found:
+            place, text = self.db.execute("select place, text from chunks where id = ?", (chunk,)).fetchone()
+            if repeats(normal, [normalise(f"{place} {text}")]):
+                return int(chunk)
+        return None
+
+    def drop(self, path: str) -> None:
+        """Forget a file. Files that repeated one of its passages are to be indexed again: their hash is forgotten."""
+        row = self.db.execute("select id from documents where path = ?", (path,)).fetchone()
+        if row is None:
+            return
+        for (chunk,) in self.db.execute("select id from chunks where document = ?", row).fetchall():
+            self.db.execute(
+                "update documents set sha256 = '', changed = 0 where id in "
+                "(select document from chunks where repeats = ?)", (chunk,),
+            )  # fmt: skip
+            self.db.execute("delete from bands where chunk = ?", (chunk,))
+            self._words.delete_documents_by_term("chunk", chunk)
+        self.db.execute("delete from chunks where document = ?", row)
+        self.db.execute("delete from documents where id = ?", row)
+
+    def pending(self) -> list[str]:
+        """The texts of passages put since `finish`: what their vectors are made of."""
+        return [f"{title}\n{text}" for _, _, title, text in self._new]
+
+    def finish(self, vectors: Floats) -> None:
+        """Vectors (pending, width) of length 1 of the pending passages: bytes, and a scale for each row."""
+        scales = (np.maximum(np.abs(vectors).max(axis=1, initial=0), 1e-9) / 127).astype(np.float32)
+        numbers = np.round(vectors / scales[:, None]).astype(np.int8)
+        for name, size, part in (("vectors.i8", self.width, numbers), ("scales.f32", 4, scales)):
+            with (self.folder / name).open("r+b") as f:
+                f.truncate(self.rows * size)
+                f.seek(self.rows * size)
+                f.write(part.tobytes())
+        for chunk, access, title, text in self._new:
+            self._words.add_document(tantivy.Document(chunk=chunk, access=access, title=title, text=text))
+        self.rows += len(self._new)
+        self._new = []
+
+
+def files(db: sqlite3.Connection) -> Iterator[File]:
+    """Every file of an index, by path."""
+    for path, sha256, size, changed, title, groups, error, indexed, passages in db.execute(
+        "select d.path, d.sha256, d.size, d.changed, d.title, a.groups, d.error, d.indexed, "
+        "(select count(*) from chunks c where c.document = d.id) "
+        "from documents d join access a on a.id = d.access order by d.path"
+    ):
+        yield File(path, sha256, size, changed, title, tuple(json.loads(groups)), error, indexed, passages)
+
+
+def allowed(db: sqlite3.Connection, groups: Iterable[str]) -> list[int]:
+    """The access classes that one of `groups` may read."""
+    held = set(groups)
+    return [int(i) for i, of in db.execute("select id, groups from access") if held & set(json.loads(of))]

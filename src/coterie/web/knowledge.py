@@ -1,0 +1,142 @@
+"""Knowledge over HTTP: the sources, a passage of one, and what a grounded chat completion adds to the plain one."""
+
+import asyncio
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from jinja2 import Environment
+
+from coterie.answer import Answerer
+from coterie.data.read import Message
+from coterie.errors import CoterieError
+from coterie.grounding import Grounded, Grounding, Writer
+from coterie.knowledge.evidence import Reader
+from coterie.sources import Knowledge, overview
+
+
+class NoPassage(CoterieError):
+    """A passage that is not there, or not for this reader: which of the two is not told."""
+
+    status = 404
+    code = "not_found"
+
+
+def reader_of(request: Request) -> Reader:
+    """Who asks. Whoever signs people in puts a Reader into `request.state`; without that, all are strangers, and
+    nothing that a request says of itself gives it a group."""
+    reader = getattr(request.state, "reader", None)
+    return reader if isinstance(reader, Reader) else Reader()
+
+
+class Shelf:
+    """The knowledge of the business that is served, opened when it is first needed."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+        self._lock = threading.Lock()
+        self._grounding: Grounding | None = None
+
+    @property
+    def declared(self) -> bool:
+        return bool(self.answerer.business.config.knowledge.sources)
+
+    def grounding(self) -> Grounding:
+        """Raises CoterieError where no source is declared."""
+        if not self.declared:
+            raise CoterieError("knowledge: this business declares no [knowledge.NAME] in coterie.toml")
+        with self._lock:
+            if self._grounding is None:
+                self._grounding = Grounding(self.answerer, Knowledge(self.answerer.business))
+            return self._grounding
+
+    def gather(self, messages: list[Message], request: Request) -> "Ground":
+        """The evidence for a conversation."""
+        grounding = self.grounding()
+        grounded = grounding.gather(messages, reader_of(request))
+        return Ground(grounding, grounded, grounding.writer(grounded))
+
+
+class Ground:
+    """What one grounded answer stands on, and its text as it is checked."""
+
+    def __init__(self, grounding: Grounding, grounded: Grounded, writer: Writer) -> None:
+        self.grounding, self.grounded, self.writer = grounding, grounded, writer
+
+    @property
+    def answerable(self) -> bool:
+        return self.grounded.known or self.grounding.spec.missing == "answer"
+
+    def head(self) -> dict[str, Any]:
+        """Known before the first word."""
+        return {"known": self.grounded.known, "sources": self.grounded.sources(), "problems": self.grounded.problems}
+
+    def tail(self) -> dict[str, Any]:
+        """Known after the last."""
+        return {"sentences": [asdict(s) for s in self.grounded.sentences]}
+
+    async def pass_on(self, text: str, last: bool) -> str:
+        """The part of the answer that is checked and can go out."""
+        if not text and not last:
+            return ""
+        out = await asyncio.to_thread(self.writer.feed, text)
+        if last:
+            out += await asyncio.to_thread(self.writer.end)
+            if not self.writer.said:
+                out += self.grounding.spec.unknown
+        return out
+
+    def unknown(self, stream: bool) -> Response:
+        """The answer where no source has anything to say: no model is asked."""
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": "knowledge",
+                "coterie": {"expert": None, "version": None, "routed": False, "similarity": None, "experts": [],
+                            **self.head(), **self.tail()}}  # fmt: skip
+        text = self.grounding.spec.unknown
+        if not stream:
+            choice = {"index": 0, "finish_reason": "stop", "logprobs": None,
+                      "message": {"role": "assistant", "content": text, "refusal": None}}  # fmt: skip
+            usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+            return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+
+        async def events() -> AsyncIterator[str]:
+            for delta, finish in (({"role": "assistant", "content": text}, None), ({}, "stop")):
+                choice = {"index": 0, "finish_reason": finish, "delta": delta}
+                yield f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def router(shelf: Shelf, pages: Environment) -> APIRouter:
+    """The routes: /knowledge (the page), /knowledge/sources, /knowledge/passage, /knowledge/search."""
+    routes = APIRouter()
+    business = shelf.answerer.business
+
+    @routes.get("/knowledge", response_class=HTMLResponse)
+    def page(request: Request) -> str:
+        found = overview(business, reader_of(request))
+        return pages.get_template("knowledge.html").render(business=business.config.business, sources=found)
+
+    @routes.get("/knowledge/sources")
+    def sources(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": overview(business, reader_of(request))}
+
+    @routes.get("/knowledge/passage")
+    def passage(source: str, where: str, request: Request) -> dict[str, Any]:
+        found = shelf.grounding().knowledge.open(source, where, reader_of(request))
+        if found is None:
+            raise NoPassage(f"{source}: there is no passage {where!r} that you may read")
+        return {"source": found.source, "where": found.where, "text": found.text, "query": found.query}
+
+    @routes.get("/knowledge/search")
+    def search(q: str, request: Request) -> dict[str, Any]:
+        found = shelf.grounding().knowledge.gather(q, reader_of(request))
+        return {"object": "list", "data": Grounded(found, bool(found), []).sources()}
+
+    return routes

@@ -1,0 +1,34 @@
+// The sources under an answer: those that it cites, each opening the exact passage, row or triple.
+
+/** Bring `list` up to date with the sources that `turn` cites; all text becomes text nodes, never HTML. */
+export function showSources(turn, list) {
+  const done = !["waiting", "streaming"].includes(turn.state);
+  const cited = new Set([...turn.text.matchAll(/ \[(\d+)\]/g)].map((match) => Number(match[1])));
+  const shown = done ? (turn.by?.sources ?? []).filter((source) => cited.has(source.number)) : [];
+  const unsaid = done && turn.by?.sources && turn.text.includes(" [?]");
+  list.hidden = !shown.length && !unsaid;
+  list.replaceChildren(...shown.map(item), ...(unsaid ? [note()] : []));
+}
+
+function item(source) {
+  const details = document.createElement("details");
+  const summary = document.createElement("summary");
+  summary.textContent = `[${source.number}] ${source.source}: ${source.where}`;
+  const passage = document.createElement("blockquote");
+  passage.textContent = source.text;
+  details.append(summary, passage);
+  if (source.query) {
+    const query = document.createElement("pre");
+    query.textContent = source.query;
+    details.append(query);
+  }
+  const entry = document.createElement("li");
+  entry.append(details);
+  return entry;
+}
+
+function note() {
+  const entry = document.createElement("li");
+  entry.textContent = "[?] No source says this.";
+  return entry;
+}

@@ -1,0 +1,92 @@
+"""Sources under an answer, and the page of sources, in a real browser."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from coterie import sources
+from coterie.answer import Answer, Answerer
+from coterie.business import Business
+from coterie.data.read import Message
+from coterie.engine.constrain import choices
+from coterie.engine.request import Sampling
+from coterie.sources import learn
+from knowledge_support import WordEmbedder
+from test_grounding import DELIVERY, KNOWS, POLICY
+from test_page import browser as browser  # a fixture
+from test_page import finished, send, served, visitor, words
+
+EVIL = "<img src=x onerror=\"document.title='broken in'\"> Delivery is <b>free</b>."
+
+
+class SayingAnswerer(Answerer):
+    """Says `says`, whatever the model would, and notes what it was asked."""
+
+    says = f"{DELIVERY} Lions eat grass in Africa."
+    asked: list[Message]
+
+    def chat(self, who: str, messages: list[Message], sampling: Sampling, *more: Any) -> Answer:
+        self.asked = messages
+        return super().chat(who, messages, replace(sampling, constraint=choices([self.says])), *more)
+
+
+@pytest.fixture
+def knowing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SayingAnswerer, str]]:
+    monkeypatch.setattr(sources, "embedder", lambda *_: WordEmbedder())
+    toml = (shop / "coterie.toml").read_text().replace("context = 256", "context = 512")
+    (shop / "coterie.toml").write_text(toml + KNOWS.format(settings=""))
+    (shop / "rules").mkdir()
+    (shop / "rules" / "policy.md").write_text(POLICY)
+    (shop / "rules" / "evil.md").write_text(f"# Wheels\n{EVIL}\n")
+    (shop / "rules" / "broken.pdf").write_bytes(b"no PDF")
+    list(learn(Business.open(shop)))
+    answerer = SayingAnswerer.open(Business.open(shop))
+    assert isinstance(answerer, SayingAnswerer)
+    with served(answerer) as address:
+        yield answerer, address
+
+
+def test_an_answer_shows_its_sources_and_opens_the_passage(
+    browser: Browser, knowing: tuple[SayingAnswerer, str]
+) -> None:
+    answerer, address = knowing
+    with visitor(browser, address) as page:
+        turn = finished(send(page, "Standard delivery takes how many days, and costs how many pounds?"))
+        expect(words(turn)).to_have_text(f"{DELIVERY} [1] Lions eat grass in Africa. [?]")
+        listed = turn.get_by_role("list", name="Sources").get_by_role("listitem")
+        expect(listed).to_have_count(2)
+        expect(listed.nth(1)).to_have_text("[?] No source says this.")
+        passage = listed.first.locator("blockquote")
+        expect(passage).to_be_hidden()
+        listed.first.locator("summary").click()
+        expect(passage).to_contain_text(DELIVERY)
+        page.reload()
+        expect(page.locator(".turn .sources summary")).to_contain_text("rules: policy.md")
+        finished(send(page, "And standard delivery on Sundays?"))
+        assert "[1]" not in answerer.asked[1]["content"]  # marks are not part of what was said
+
+
+def test_nothing_that_a_document_says_runs(browser: Browser, knowing: tuple[SayingAnswerer, str]) -> None:
+    answerer, address = knowing
+    answerer.says = "Delivery is free."
+    with visitor(browser, address) as page:
+        turn = finished(send(page, "Is delivery of wheels free img src?"))
+        for summary in turn.locator(".sources summary").all():
+            summary.click()
+        assert page.locator(".sources img, .sources b").count() == 0
+        assert page.title() != "broken in"
+
+
+def test_the_page_of_sources_shows_freshness_and_errors(browser: Browser, knowing: tuple[SayingAnswerer, str]) -> None:
+    with visitor(browser, knowing[1]) as page:
+        page.get_by_role("link", name="What we know, and from where").click()
+        expect(page.get_by_role("heading", name="rules")).to_be_visible()
+        expect(page.locator(".errors")).to_contain_text("broken.pdf: broken, or no PDF")
+        expect(page.get_by_role("row", name="policy.md")).to_contain_text("House rules")
+        expect(page.locator("time")).not_to_be_empty()
+        page.get_by_role("link", name="The Shop").click()
+        expect(page.get_by_label("Your message")).to_be_visible()
