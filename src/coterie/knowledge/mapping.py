@@ -34,8 +34,8 @@ def map_rows(spec: MappingSpec, rows: Iterable[Row], base: str) -> Iterator[ox.T
     Raises SourceError where the declaration names a column that is not there.
     """
     where = spec.table or spec.file
-    kind = relation(base, spec.type)
-    words = {relation(base, n): n for n in (*spec.properties, *spec.links, spec.type)}
+    kind = relation(base, spec.type[:1].upper() + spec.type[1:])  # a relation of the same name is another thing
+    words = {kind: spec.type, **{relation(base, n): n for n in (*spec.properties, *spec.links)}}
     yield from (ox.Triple(node, LABEL, ox.Literal(name)) for node, name in words.items())
     for row in rows:
         address = _fill(spec.id, row, where, quote_cells=True)
