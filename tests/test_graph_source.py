@@ -55,8 +55,10 @@ LINKED = [
     ("When was Élla-Fitzgerald born?", "ella fitzgerald", "name"),
     ("When was Ella Fitzgerld born?", "ella fitzgerald", "spelling"),
     ("What did Satchmo cost?", "satchmo", "name"),
+    ("Who was Henry VII of England's wife?", "henry vii of england", "name"),
 ]  # fmt: skip
-NAMES = [("Ella Fitzgerald", "urn:1"), ("Ella", "urn:2"), ("Satchmo", "urn:3"), ("Louis Armstrong", "urn:4")]
+NAMES = [("Ella Fitzgerald", "urn:1"), ("Ella", "urn:2"), ("Satchmo", "urn:3"), ("Louis Armstrong", "urn:4"),
+         ("Henry VII of England", "urn:5"), ("Henry VIII of England", "urn:6")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("question", "name", "how"), LINKED)

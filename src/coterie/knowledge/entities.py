@@ -93,23 +93,27 @@ class Entities:
             if key in self.iris and not taken & set(range(start, end)):
                 taken |= set(range(start, end))
                 out.append(Mention(start, end, key, self.iris[key], 1.0, "name"))
-        near = self._spelled(words, spans, {m.name for m in out})
-        if near and all(m.start >= near.end or m.end <= near.start or near.holds(m) for m in out):
-            out = [near, *(m for m in out if not near.holds(m))] if any(map(near.holds, out)) else out or [near]
+        near = self._spelled(words, spans, out)
+        if near and (not out or any(near.holds(m) for m in out)):
+            out = [near, *(m for m in out if not near.holds(m))]
         return out or [m for m in [self._meant(words, spans)] if m]
 
-    def _spelled(self, words: list[str], spans: list[tuple[int, int]], known: set[str]) -> Mention | None:
-        """The name that is nearest to words of the question, other than those `known` to stand there."""
+    def _spelled(self, words: list[str], spans: list[tuple[int, int]], said: list[Mention]) -> Mention | None:
+        """The name that words of the question are nearest to, and nearer than to the names that stand there, `said`."""
         best: Mention | None = None
         for start, end in spans:
-            text = " ".join(words[start:end])
+            text, here = " ".join(words[start:end]), Mention(start, end, "", (), 0, "")
+            inside = [m for m in said if here.holds(m)]
             if len(text) < 4 or text in self.iris:  # of three letters, one that differs is another word
                 continue
+            if any(m.start < end and start < m.end for m in said if m not in inside):
+                continue
+            floor = max([NEAR, *(ratio(text, m.name) + 1e-6 for m in inside)])
             shared = Counter(n for piece in _pieces(text) for n in self._pieces.get(piece, ()))
             for number, _ in shared.most_common(TRIED):
-                key = self.keys[number]
-                score = ratio(text, key, score_cutoff=NEAR) / 100
-                if key not in known and score > (best.score if best else 0):
+                score = ratio(text, self.keys[number], score_cutoff=floor) / 100
+                if score > (best.score if best else 0):
+                    key = self.keys[number]
                     best = Mention(start, end, key, self.iris[key], score, "spelling")
         return best
 
