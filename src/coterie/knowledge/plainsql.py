@@ -22,6 +22,9 @@ def simplify(sql: str, dialect: str = "sqlite", quoted_values: bool = False) -> 
         for identifier in tree.find_all(exp.Identifier):
             if not identifier.args.get("quoted"):
                 identifier.set("this", identifier.name.lower())
+        for join in tree.find_all(exp.Join):
+            if join.side and join.kind == "OUTER":  # LEFT JOIN says it all
+                join.set("kind", None)
         for scope in traverse_scope(tree):
             _shorten(scope)
     except SqlglotError:
