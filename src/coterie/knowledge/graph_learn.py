@@ -14,7 +14,7 @@ from coterie.errors import CoterieError, DataError, SourceError
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.graph import Graph
-from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.graph_source import TYPE, GraphSource
 from coterie.knowledge.mapping import csv_rows, map_rows, relation, table_rows
 from coterie.knowledge.paths import COUNT, LIST, Asked, Finder, mask
 from coterie.knowledge.rdf import check_shapes, read_rdf
@@ -156,8 +156,8 @@ def _learn_paths(spec: GraphSpec, root: Path, folder: Path, done: Learned) -> No
 
 def read_asked(file: Path, base: str) -> Iterator[Asked]:
     """Questions with their paths. A line has `question`, `names` (the words of it that name the thing), `path`, a list
-    of relations ("^" before one that is followed backwards; plain words stand for a relation under `base`), and may
-    have `count`: true. Raises DataError, naming file and line."""
+    of relations ("^" before one that is followed backwards; plain words stand for a relation under `base`, and
+    "^rdf:type" leads from a type to its things), and may have `count`: true. Raises DataError, naming file and line."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -165,17 +165,27 @@ def read_asked(file: Path, base: str) -> Iterator[Asked]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            question, names, path = row["question"], row["names"], [str(r) for r in row["path"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}:{number}: needs question, names and path, as JSON ({error})") from error
-        words, named = plain(question).split(), plain(names).split()
-        at = next((i for i in range(len(words)) if named and words[i : i + len(named)] == named), -1)
-        if at < 0:
-            raise DataError(f"{file}:{number}: the question does not say {names!r}")
-        relations = tuple(_relation(r, base) for r in path)
-        yield Asked(mask(question, at, at + len(named)), relations, COUNT if row.get("count") else LIST)
+        except ValueError as error:
+            raise DataError(f"{file}:{number}: not JSON ({error})") from error
+        yield asked_of(row, base, f"{file}:{number}")
+
+
+def asked_of(row: Any, base: str, where: str) -> Asked:
+    """One such line, read. Raises DataError, naming `where` it stands."""
+    try:
+        question, names, path = str(row["question"]), str(row["names"]), [str(r) for r in row["path"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where}: needs question, names and path ({error})") from error
+    words, named = plain(question).split(), plain(names).split()
+    at = next((i for i in range(len(words)) if named and words[i : i + len(named)] == named), -1)
+    if at < 0:
+        raise DataError(f"{where}: the question does not say {names!r}")
+    relations = tuple(_relation(r, base) for r in path)
+    return Asked(mask(question, at, at + len(named)), relations, COUNT if row.get("count") else LIST)
 
 
 def _relation(words: str, base: str) -> str:
     back, name = ("^", words[1:]) if words.startswith("^") else ("", words)
+    if name == "rdf:type":
+        return back + TYPE
     return back + (name if ":" in name else relation(base, name).value)
