@@ -1,11 +1,11 @@
 """A question answered from a graph: what it names, the path of relations it asks for, SPARQL, and the triples found."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from coterie.errors import QueryRefused
+from coterie.errors import QueryRefused, SourceError
 from coterie.knowledge.entities import NAMES, Embed, Entities, Mention
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.graph import Askable, source_of
@@ -15,6 +15,8 @@ from coterie.knowledge.sparql import Term, iri
 TYPE = "http://www.w3.org/1999/02/22-rdf-syntax-ns#type"
 STARTS = 8  # things that a question may name, tried one by one
 RELATIONS = 500  # of one step
+FRONTIER = 200  # things at the end of a path whose relations are looked at
+NAMED = 100  # things whose names are asked for at once
 SHOWN = 20  # pieces of evidence
 SURE = 0.8  # probability at which no further path is shown
 UNSURE = 0.2  # and below which what is known of the thing itself is shown instead
@@ -60,6 +62,16 @@ def chain(start: str, relations: Iterable[str], graphs: bool = False) -> str:
     return " ".join(out)
 
 
+def ends(start: str, relations: Sequence[str]) -> str:
+    """A pattern that binds ?x to things at the end of a path: FRONTIER of them at most, at each step, so that a path
+    through a hub ("tracks of the same genre") costs no more than another."""
+    inner, at = "", iri(start)
+    for n, relation in enumerate(relations, 1):
+        inner = f"{{ SELECT DISTINCT ?x{n} {{ {inner} {step(relation, at, f'?x{n}')} }} LIMIT {FRONTIER} }}"
+        at = f"?x{n}"
+    return f"{inner} BIND({at} AS ?x)"
+
+
 class GraphSource:
     """A graph that questions are put to. `finder` None: relations are found by their own words."""
 
@@ -96,7 +108,14 @@ class GraphSource:
                 worth = mention.score * (KIND if start in kinds else 1)
                 tried += [(math.exp(p.score) * worth, mention, start, p) for p in paths]
         tried.sort(key=lambda t: -t[0])
-        found = [self._run(*reading, reader) for reading in tried[:most]]
+        found, failed = list[GraphAnswer](), list[SourceError]()
+        for reading in tried[:most]:
+            try:
+                found.append(self._run(*reading, reader))
+            except SourceError as error:  # one that asks for too much; the next may not
+                failed.append(error)
+        if failed and not found:
+            raise failed[0]
         return [a for a in found if a.values]
 
     def around(self, thing: str, reader: Reader, most: int = 50) -> list[Fact]:
@@ -117,11 +136,12 @@ class GraphSource:
         """What things are called, by IRI; the last words of the IRI where it has no name."""
         wanted = sorted({t.value for t in terms if t.kind == "uri"})
         out = {w: split_words(w) for w in wanted}
-        if wanted:
-            places = " ".join(iri(w) for w in wanted)
-            labels = " ".join(f"<{p}>" for p in NAMES[:2])
+        labels = " ".join(f"<{p}>" for p in NAMES[:2])
+        for begin in range(0, len(wanted), NAMED):
+            part = wanted[begin : begin + NAMED]
+            places = " ".join(iri(w) for w in part)
             query = f"SELECT ?e ?n {{ VALUES ?e {{ {places} }} VALUES ?p {{ {labels} }} ?e ?p ?n }} ORDER BY ?e ?n"
-            for e, n in self.graph.select(query, reader, 4 * len(wanted)).rows:
+            for e, n in self.graph.select(query, reader, 4 * len(part)).rows:
                 if e and n:
                     out[e.value] = n.value
         return out
@@ -150,11 +170,10 @@ class GraphSource:
 
     def _follow(self, start: str, taken: tuple[str, ...], reader: Reader) -> set[str]:
         """Relations that lead on from the ends of a path, forwards and backwards."""
-        at = f"?x{len(taken)}" if taken else iri(start)
-        before = chain(start, taken)
+        before = ends(start, taken)
         query = (
-            f"SELECT DISTINCT ?r ?back {{ {{ {before} {at} ?r ?y BIND(false AS ?back) }} UNION "
-            f"{{ {before} ?y ?r {at} BIND(true AS ?back) }} }}"
+            f"SELECT DISTINCT ?r ?back {{ {{ {before} ?x ?r ?y BIND(false AS ?back) }} UNION "
+            f"{{ {before} ?y ?r ?x BIND(true AS ?back) }} }}"
         )
         hidden = {*NAMES, TYPE}
         out = set()
