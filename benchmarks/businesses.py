@@ -75,12 +75,14 @@ def ask_graph(source: GraphSource, question: str) -> list[str]:
 
 
 def main() -> None:
-    args = options(__doc__.split("\n")[0]).parse_args()
+    parser = options(__doc__.split("\n")[0])
+    parser.add_argument("--graph-only", action="store_true", help="leave SQL out, and with it the model")
+    args = parser.parse_args()
     questions: list[Row] = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
     report, rows = Report("Questions about two businesses"), []
     right: dict[str, list[bool]] = {"graph, untrained": [], "graph, trained on the others": [], "sql, base model": []}
     paths: list[bool] = []
-    engine = Engine(load(pull(DEFAULT), packed=True), slots=16, context=2048, queue=64)
+    engine = None if args.graph_only else Engine(load(pull(DEFAULT), packed=True), slots=16, context=2048, queue=64)
     try:
         with tempfile.TemporaryDirectory() as work:
             for name in NAMES:
@@ -89,22 +91,28 @@ def main() -> None:
                 for q in own:
                     right["graph, untrained"].append(same(ask_graph(source, q["question"]), q["answer"]))
                 for q in own:
-                    source.finder = Finder({})
+                    source.finder = Finder(source.labels(WHO))
                     source.finder.learn([asked_of(o, spec.base, "") for o in own if o is not q and "path" in o])
                     right["graph, trained on the others"].append(same(ask_graph(source, q["question"]), q["answer"]))
                     paths.append("path" in q)
 
-                def ask_sql(q: Row, own: list[Row] = own, database: Database = database) -> bool:
+                if engine is None:
+                    continue
+
+                def ask_sql(
+                    q: Row, own: list[Row] = own, database: Database = database, asked: Engine = engine
+                ) -> bool:
                     nearest = Nearest([(o["question"], o["sql"]) for o in own if o is not q])
-                    answer, _ = SqlSource(q["db"], database, lambda: engine, None, nearest).answer(q["question"], WHO)
+                    answer, _ = SqlSource(q["db"], database, lambda: asked, None, nearest).answer(q["question"], WHO)
                     found = [" ".join(str(c) for c in row) for row in answer.rows] if answer else []
                     return same(found, q["answer"])
 
                 with ThreadPoolExecutor(8) as pool:
                     right["sql, base model"] += pool.map(ask_sql, own[::5] if args.quick else own)
     finally:
-        engine.close()
-    for name, ok in right.items():
+        if engine:
+            engine.close()
+    for name, ok in ((name, ok) for name, ok in right.items() if ok):
         interval = wilson(sum(ok), len(ok))
         report.figures[name.replace(", ", "_").replace(" ", "_")] = sum(ok) / len(ok)
         rows.append([name, sum(ok) / len(ok), f"{interval.low:.3f} to {interval.high:.3f}", len(ok)])

@@ -8,12 +8,12 @@ from sqlalchemy import create_engine, text
 
 from coterie.engine.constrain import Grammars
 from coterie.engine.engine import Engine
-from coterie.errors import SourceError
-from coterie.knowledge.asksql import Nearest, SqlSource, Written, instruction
+from coterie.errors import DataError, SourceError
+from coterie.knowledge.asksql import Nearest, SqlSource, Written, instruction, open_sql
 from coterie.knowledge.database import Database, open_database
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.plainsql import simplify
-from coterie.knowledge.specs import DatabaseSpec
+from coterie.knowledge.specs import DatabaseSpec, TablesSpec
 from coterie.knowledge.sqlgrammar import sql_grammar
 from coterie.knowledge.sqlguard import guard
 from coterie.model.load import BaseModel
@@ -168,3 +168,16 @@ SHORT = [
 @pytest.mark.parametrize(("sql", "short"), SHORT)
 def test_the_common_form_is_short_and_means_the_same(sql: str, short: str) -> None:
     assert simplify(sql, quoted_values=True) == short
+
+
+def test_a_declaration_opens_a_source_with_its_examples_and_names_a_bad_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    (tmp_path / "sql.jsonl").write_text('{"question": "which x", "sql": "SELECT x FROM a"}\n')
+    spec = TablesSpec.model_validate({"files": {"a": "a.csv"}, "examples": "sql.jsonl"})
+    source = open_sql("t", spec, tmp_path, lambda: pytest.fail("no engine is needed yet"))
+    assert source.db.run("SELECT x FROM a", ANYONE).rows == ((1,),)
+    assert source.nearest
+    assert source.nearest("which x") == [("which x", "SELECT x FROM a")]
+    (tmp_path / "sql.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"sql.jsonl:1: needs question and sql"):
+        open_sql("t", spec, tmp_path, lambda: pytest.fail("no engine is needed yet"))

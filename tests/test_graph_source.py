@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from coterie.errors import DataError
 from coterie.knowledge.entities import Entities, plain
 from coterie.knowledge.evidence import Reader
+from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph, read_asked
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.paths import COUNT, Asked, Finder, mask
@@ -136,12 +137,15 @@ def test_a_reader_gets_nothing_of_what_they_may_not_see(music: tuple[Path, Graph
 def test_learning_again_takes_what_changed_and_drops_what_is_gone(music: tuple[Path, GraphSource]) -> None:
     root, source = music
     spec = GraphSpec.model_validate(SPEC)
+    with Graph(root / "graph").writing() as writer:
+        writer.put("extracted from note.md", [], ["*"], "1")  # which this declaration says nothing of
     again = learn_graph(spec, root, root / "graph")
     assert (again.changed, again.removed, again.kept) == ([], [], 3)
     (root / "albums.csv").write_text(MUSIC["albums.csv"].replace("8\n", "12\n"))
     (root / "deals.ttl").unlink()
     changed = learn_graph(spec, root, root / "graph")
     assert (changed.changed, changed.removed) == (["albums.csv"], ["deals.ttl"])
+    assert "extracted from note.md" in [s.name for s in Graph(root / "graph").sources()]
     assert "no such file" in changed.problems["deals.ttl"]
     assert source.answers("What is the price of Satchmo?", ANYONE)[0].values[0].value == "12"
     assert source.answers("What is the fee of Ella Fitzgerald?", STAFF)[:1] != ["900"]
@@ -179,7 +183,7 @@ TRAINED = [Asked(mask(f"{how} of entity's {word}", 2, 3), path, COUNT if "many" 
 
 def test_a_trained_finder_learns_other_words_for_a_relation_and_is_the_same_from_disk(tmp_path: Path) -> None:
     finder = Finder({"drives": "drives", "father": "father", "colour": "colour"})
-    finder.learn(TRAINED, epochs=40)
+    finder.learn(TRAINED)
     follow = {(): {"drives", "father"}, ("drives",): {"colour", "drives"}, ("father",): {"colour", "drives"}}
     words = mask("what colour of entity's car", 2, 3)
     found = finder.find(words, lambda taken: follow.get(taken, set()))

@@ -5,9 +5,11 @@ again: further statements are drawn, and values that stand in no row are replace
 likeliest one that finds rows answers. The database is the judge of what can be run, never of what is right.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import sqlglot
 from rapidfuzz.fuzz import partial_ratio, ratio
@@ -18,12 +20,14 @@ from coterie.data.features import TfIdf
 from coterie.data.read import Message
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
-from coterie.errors import ContextTooLong, QueryRefused, SourceError
-from coterie.knowledge.database import Answer, Database
+from coterie.errors import ContextTooLong, DataError, QueryRefused, SourceError
+from coterie.knowledge.database import Answer, Database, open_database
 from coterie.knowledge.entities import plain
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.schema import describe
+from coterie.knowledge.specs import DatabaseSpec, TablesSpec
 from coterie.knowledge.sqlgrammar import sql_grammar
+from coterie.knowledge.tables import open_tables
 
 DRAWN = 4  # statements tried where the first finds nothing
 MOST = 128  # tokens of a statement
@@ -165,6 +169,35 @@ class SqlSource:
             if said or partial_ratio(best.lower(), value.name.lower()) >= NEAR:
                 value.replace(exp.Literal.string(best))
         return tree.sql(dialect=self.db.dialect)
+
+
+def open_sql(
+    name: str, spec: DatabaseSpec | TablesSpec, root: Path, engine: Callable[[], Engine], adapter: Adapter | None = None
+) -> SqlSource:
+    """The source that a declaration names; `adapter` is the version of its expert that answers now.
+
+    Raises CoterieError where an address or an example cannot be used; the database itself need not be alive yet.
+    """
+    db = open_database(name, spec, root) if isinstance(spec, DatabaseSpec) else open_tables(name, spec, root)[0]
+    files = [f for pattern in spec.examples for f in sorted(root.glob(pattern)) or [root / pattern]]
+    examples = [pair for f in files for pair in read_examples(f)]
+    return SqlSource(name, db, engine, adapter, Nearest(examples) if examples else None)
+
+
+def read_examples(file: Path) -> list[tuple[str, str]]:
+    """Pairs of question and SQL, a JSON object a line. Raises DataError, naming file and line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+    out = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            out.append((str(row["question"]), str(row["sql"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}:{number}: needs question and sql, as JSON ({error})") from error
+    return out
 
 
 def _turn(question: str, sql: str) -> list[Message]:

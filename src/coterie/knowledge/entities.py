@@ -18,7 +18,7 @@ NAMES = (
     "http://www.w3.org/2004/02/skos/core#altLabel", "http://schema.org/name", "https://schema.org/name",
     "http://schema.org/alternateName", "https://schema.org/alternateName", "http://xmlns.com/foaf/0.1/name",
 )  # fmt: skip
-MOST = 500_000  # names held in memory: about 150 MB
+MOST = 500_000  # names held in memory: about 210 MB
 LONGEST = 12  # words of a name
 NEAR = 86.0  # rapidfuzz's ratio, of 100, from which another spelling counts
 ALIKE = 0.7  # cosine from which another wording counts

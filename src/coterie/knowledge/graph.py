@@ -33,6 +33,7 @@ TIMEOUT_S = 5.0
 WORKERS = 4  # queries at once
 BATCH = 50_000  # triples written together
 PREFIX = "urn:coterie:graph:"
+EXTRACTED = "extracted from "  # how a source is named whose triples were read from a document; see proposals.py
 REGISTER = ox.NamedNode("urn:coterie:register")  # the graph that says which graphs count, and who may read them
 READER, MARK, SIZE = (ox.NamedNode(f"urn:coterie:{p}") for p in ("reader", "mark", "triples"))
 

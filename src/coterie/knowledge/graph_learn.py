@@ -13,7 +13,8 @@ from sqlalchemy import Engine, create_engine
 from coterie.errors import CoterieError, DataError, SourceError
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
-from coterie.knowledge.graph import Graph
+from coterie.knowledge.evidence import Reader
+from coterie.knowledge.graph import EXTRACTED, Graph
 from coterie.knowledge.graph_source import TYPE, GraphSource
 from coterie.knowledge.mapping import csv_rows, map_rows, relation, table_rows
 from coterie.knowledge.paths import COUNT, LIST, Asked, Finder, mask
@@ -63,9 +64,10 @@ def learn_graph(spec: GraphSpec, root: Path, folder: Path) -> Learned:
                 done.problems[source.name] = str(error)
                 if before:  # who may read it changes all the same
                     writer.put(source.name, (), source.readers, before.mark)
-        for name in known.keys() - {w.name for w in wanted}:
-            writer.remove(name)
-            done.removed.append(name)
+        for name in sorted(known.keys() - {w.name for w in wanted}):
+            if not name.startswith(EXTRACTED):  # those go with their documents
+                writer.remove(name)
+                done.removed.append(name)
     _learn_paths(spec, root, folder, done)
     return done
 
@@ -145,13 +147,25 @@ def _learn_paths(spec: GraphSpec, root: Path, folder: Path, done: Learned) -> No
         return
     try:
         rows = [asked for f in files for asked in read_asked(f, spec.base)]
-        finder = Finder({})
+        finder = Finder(_all_labels(spec, folder))
         finder.learn(rows)
     except CoterieError as error:
         done.problems["examples"] = str(error)
         return
     finder.save(file)
     mark.write_text(now)
+
+
+def _all_labels(spec: GraphSpec, folder: Path) -> dict[str, str]:
+    """The words of all relations, whoever may see them: only what is learned of them is kept."""
+    source = open_graph("", spec, folder)
+    if not isinstance(source.graph, Graph):
+        return {}  # an endpoint may be down, and need not be asked to learn
+    try:
+        everyone = Reader("", frozenset(r for s in source.graph.sources() for r in s.readers))
+        return source.labels(everyone)
+    finally:
+        source.graph.close()
 
 
 def read_asked(file: Path, base: str) -> Iterator[Asked]:

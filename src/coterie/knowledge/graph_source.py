@@ -149,10 +149,13 @@ class GraphSource:
     def _entities(self, reader: Reader) -> Entities:
         return self._known(self.graph.seen(reader), reader)[0]
 
+    def labels(self, reader: Reader) -> dict[str, str]:
+        """The words of each relation that `reader` may see."""
+        return self._known(self.graph.seen(reader), reader)[1]
+
     def _finder(self, reader: Reader) -> Finder:
-        labels = self._known(self.graph.seen(reader), reader)[1]
-        f = self.finder
-        return Finder({**labels, **(f.labels if f else {})}, *((f.choices, f.weight, f.by_name) if f else ()))
+        learned = self.finder
+        return Finder(self.labels(reader), *((learned.choices, learned.weight) if learned else ()))
 
     def _read_known(self, _seen: frozenset[str], reader: Reader) -> tuple[Entities, dict[str, str], set[str]]:
         """The names in a graph, and the words of its relations; followed backwards, those of what they lead to."""

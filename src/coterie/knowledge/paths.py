@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,11 @@ LIST, COUNT = "=list", "=count"  # how a path ends: the things it leads to, or h
 BUCKETS = 1 << 14  # of hashed features
 HOPS = 3
 BEAM = 6
-BY_NAME = 6.0  # nats of a relation whose words all stand in the question, before training weighs it
+BY_NAME = 6.0  # nats of a relation whose words all stand in the question
 UNASKED = 0.35  # share of a relation's words' likeness that is chance
+EPOCHS, BATCH = 15, 128
+MANY = 500  # questions from which all that was learned counts
+FOLDS, SHARES = 5, (0.0, 0.1, 0.25, 0.5, 1.0)  # of fewer: how much of it counts is tried
 MASK = "entity"
 
 
@@ -80,17 +84,15 @@ class Finder:
     labels: dict[str, str]  # of every relation of the graph
     choices: list[str] = field(default_factory=list)  # relations seen in training, and ends
     weight: Tensor = field(default_factory=lambda: torch.zeros(BUCKETS, 0))
-    by_name: float = BY_NAME
 
     def scores(self, words: Sequence[str], taken: Sequence[str], allowed: Sequence[str]) -> list[float]:
         """Log-probability of each of `allowed` as the next choice, over these and no others."""
         known = {name: i for i, name in enumerate(self.choices)}
-        learned = self.weight[features(words, taken)].sum(dim=0) if self.choices else torch.zeros(0)
-        named = [self.likeness(words, name, taken) for name in allowed]
+        hashed = features(words, taken)
+        learned = self.weight[hashed].sum(dim=0) / len(hashed) ** 0.5 if self.choices else torch.zeros(0)
         raw = [
-            (float(learned[known[name]]) if name in known else float(learned.min()) if self.choices else 0.0)
-            + self.by_name * like
-            for name, like in zip(allowed, named, strict=True)
+            (float(learned[known[name]]) if name in known else 0.0) + BY_NAME * self.likeness(words, name, taken)
+            for name in allowed
         ]
         return torch.log_softmax(torch.tensor(raw), dim=0).tolist()
 
@@ -103,7 +105,7 @@ class Finder:
         if choice in taken:  # its words were used
             return 0.0
         parts = plain(split_words(self.labels.get(choice, choice))).split()
-        best = [max((ratio(part, word) for word in words), default=0.0) / 100 for part in parts]
+        best = [max((_alike(part, word) for word in words), default=0.0) for part in parts]
         return max(0.0, float(np.mean(best)) - UNASKED) / (1 - UNASKED) if best else 0.0
 
     def find(self, words: Sequence[str], follow: Next, hops: int = HOPS, most: int = BEAM) -> list[RelationPath]:
@@ -125,42 +127,46 @@ class Finder:
             beam = sorted(grown, key=lambda b: -b[1])[:most]
         return sorted(done, key=lambda p: -p.score)[:most]
 
-    def learn(self, rows: Sequence[Asked], epochs: int = 12, seed: int = 0) -> float:
-        """Train on questions with their paths, from the start; the last mean loss in nats. Raises DataError for none.
+    def learn(self, rows: Sequence[Asked], seed: int = 0) -> None:
+        """Train on questions with their paths, from the start. Raises DataError for none.
 
-        Adam, decoupled decay; every hop of a path is an example, and so is its end.
+        Every hop of a path is an example, and so is its end. What is learned comes on top of what the relations' own
+        words say. How much it counts is tried on questions held out in turn where there are few: a handful of
+        examples may teach less than the words themselves say.
         """
         if not rows:
             raise DataError("no questions to learn paths from")
         self.choices = [*sorted({r for row in rows for r in row.path}), LIST, COUNT]
         known = {name: i for i, name in enumerate(self.choices)}
-        bags, targets = [], []
-        for row in rows:
+        bags, targets, said, owner = [], [], [], []
+        for number, row in enumerate(rows):
             for hop, choice in enumerate((*row.path, row.end)):
-                bags.append(torch.tensor(features(row.words, row.path[:hop])))
+                taken = row.path[:hop]
+                bags.append(torch.tensor(features(row.words, taken)))
                 targets.append(known[choice])
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.zeros(BUCKETS, len(self.choices), requires_grad=True)
-        optimizer, loss = torch.optim.AdamW([weight], lr=0.02, weight_decay=1e-3), 0.0
-        wanted = torch.tensor(targets)
-        for _ in range(epochs):
-            order, total = torch.randperm(len(bags), generator=generator).tolist(), 0.0
-            for start in range(0, len(order), 128):
-                chosen = order[start : start + 128]
-                sizes = torch.tensor([0, *(len(bags[i]) for i in chosen[:-1])]).cumsum(0)
-                found = embedding_bag(torch.cat([bags[i] for i in chosen]), weight, sizes, mode="sum")
-                value = cross_entropy(found, wanted[chosen])
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                total += float(value.detach()) * len(chosen)
-            loss = total / len(bags)
-        self.weight, self.by_name = weight.detach(), 1.0
-        return loss
+                said.append([BY_NAME * self.likeness(row.words, name, taken) for name in self.choices])
+                owner.append(number % FOLDS)
+        wanted, by_name, fold = torch.tensor(targets), torch.tensor(said), torch.tensor(owner)
+
+        def fit(places: list[int]) -> Tensor:
+            return _fit([bags[i] for i in places], wanted[places], by_name[places], seed)
+
+        share = 1.0
+        if len(rows) < MANY:
+            loss = dict.fromkeys(SHARES, 0.0)
+            for out in range(FOLDS):
+                kept, held = (fold != out).nonzero()[:, 0].tolist(), (fold == out).nonzero()[:, 0].tolist()
+                if kept and held:
+                    learned = _sums([bags[i] for i in held], fit(kept))
+                    for part in SHARES:
+                        found = part * learned + by_name[held]
+                        loss[part] += float(cross_entropy(found, wanted[held], reduction="sum"))
+            share = min(SHARES, key=lambda part: loss[part])
+        self.weight = share * fit(list(range(len(bags))))
 
     def save(self, file: Path) -> None:
-        """Write it down, whole or not at all."""
-        about = {"labels": json.dumps(self.labels), "choices": json.dumps(self.choices), "by_name": str(self.by_name)}
+        """Write what was learned, whole or not at all; the labels are the graph's, which says who may see them."""
+        about = {"choices": json.dumps(self.choices)}
         write_atomic_bytes(file, save({"weight": self.weight.contiguous()}, about))
 
     @classmethod
@@ -170,9 +176,36 @@ class Finder:
             with safe_open(file, "pt") as f:
                 about: Mapping[str, str] = f.metadata()
                 weight = f.get_tensor("weight")
-            return cls(json.loads(about["labels"]), json.loads(about["choices"]), weight, float(about["by_name"]))
+            return cls({}, json.loads(about["choices"]), weight)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: no path finder ({type(error).__name__}: {error})") from error
+
+
+def _sums(bags: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """What weight (BUCKETS, choices) says of each bag of features, (bags, choices)."""
+    counts = torch.tensor([len(bag) for bag in bags])
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), counts[:-1].cumsum(0)])
+    return embedding_bag(torch.cat(list(bags)), weight, starts, mode="sum") / counts[:, None] ** 0.5
+
+
+def _fit(bags: Sequence[Tensor], wanted: Tensor, by_name: Tensor, seed: int) -> Tensor:
+    """Weights (BUCKETS, choices) that, added to `by_name` (bags, choices), choose the wanted (bags); AdamW."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.zeros(BUCKETS, by_name.shape[1], requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.05, weight_decay=1e-3)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(bags), generator=generator)
+        for chosen in order.split(BATCH):
+            value = cross_entropy(_sums([bags[i] for i in chosen.tolist()], weight) + by_name[chosen], wanted[chosen])
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    return weight.detach()
+
+
+@lru_cache(maxsize=100_000)
+def _alike(a: str, b: str) -> float:
+    return ratio(a, b) / 100
 
 
 def split_words(name: str) -> str:

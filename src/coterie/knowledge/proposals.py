@@ -21,13 +21,12 @@ from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError
 from coterie.experts.library import write_atomic
 from coterie.knowledge.entities import plain
-from coterie.knowledge.graph import Graph
+from coterie.knowledge.graph import EXTRACTED, Graph
 from coterie.knowledge.mapping import LABEL, relation
 
 State = Literal["waiting", "accepted", "rejected"]
 MOST = 6  # proposals of one passage
 LONGEST = 80  # characters of a name
-PREFIX = "extracted from "  # how the source of accepted triples is named
 SYSTEM = (
     "Read the passage and list the facts it states, as subject, relation and object. "
     "Copy names from the passage to the letter. Leave out what it does not say. The relations: {relations}."
@@ -176,11 +175,11 @@ def put_accepted(graph: Graph, pending: Pending, base: str, readers: Callable[[s
     with graph.writing() as writer:
         for where, proposals in by_document.items():
             mark = hashlib.sha256("".join(sorted(p.id for p in proposals)).encode()).hexdigest()
-            writer.put(PREFIX + where, _triples(proposals, base), readers(where), mark)
+            writer.put(EXTRACTED + where, _triples(proposals, base), readers(where), mark)
         for source in writer.sources():
-            if source.name.startswith(PREFIX) and source.name.removeprefix(PREFIX) not in by_document:
+            if source.name.startswith(EXTRACTED) and source.name.removeprefix(EXTRACTED) not in by_document:
                 writer.remove(source.name)
-    return [PREFIX + where for where in by_document]
+    return [EXTRACTED + where for where in by_document]
 
 
 def _triples(proposals: list[Proposal], base: str) -> Iterator[ox.Triple]:
