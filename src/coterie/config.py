@@ -110,6 +110,8 @@ class BusinessSpec(_Strict):
     context: int = Field(2048, ge=64, description="most tokens of one conversation, answer included")
     slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
+    expert_memory: int = Field(1024, ge=1, description="MiB that experts in memory may take; the longest idle go first")
+    pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
 
 
 class RuleSpec(_Strict):
