@@ -88,7 +88,7 @@ def peers(train: list[Question], facts: list[tuple[str, str, str]]) -> dict[str,
             ends = {
                 (*path, r): {o for s in at for o in out[s][r]}
                 for path, at in ends.items()
-                for r in {r for s in at for r in out[s]}
+                for r in sorted({r for s in at for r in out[s]})  # ties fall the same way in each run
             }
             found += ends
         return found
