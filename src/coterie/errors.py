@@ -66,3 +66,16 @@ class StorageError(CoterieError):
     exit_code = 3
     status = 507
     code = "storage"
+
+
+class SourceError(CoterieError):
+    """A knowledge source that cannot be read or asked: a broken file, a dead database, an endpoint that hangs."""
+
+    status = 502
+    code = "source_unavailable"
+
+
+class QueryRefused(CoterieError):
+    """SQL or SPARQL that asks for more than reading what is allowed; nothing of it was run."""
+
+    code = "query_refused"

@@ -1,0 +1,204 @@
+"""A question answered from tables: an expert writes SQL under a grammar, the guard lets it through, the rows answer.
+
+Notable: the first try is the likeliest statement. Only where it is refused, fails or finds nothing is the model asked
+again: further statements are drawn, and values that stand in no row are replaced by the nearest that do; the
+likeliest one that finds rows answers. The database is the judge of what can be run, never of what is right.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import sqlglot
+from rapidfuzz.fuzz import partial_ratio, ratio
+from sqlglot import exp
+from sqlglot.errors import SqlglotError
+
+from coterie.data.features import TfIdf
+from coterie.data.read import Message
+from coterie.engine.engine import Engine
+from coterie.engine.request import Adapter, Sampling
+from coterie.errors import ContextTooLong, DataError, QueryRefused, SourceError
+from coterie.knowledge.database import Answer, Database, open_database
+from coterie.knowledge.entities import plain
+from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.schema import describe
+from coterie.knowledge.specs import DatabaseSpec, TablesSpec
+from coterie.knowledge.sqlgrammar import sql_grammar
+from coterie.knowledge.tables import open_tables
+
+DRAWN = 4  # statements tried where the first finds nothing
+MOST = 128  # tokens of a statement
+SHOTS = 4  # worked examples shown, the nearest to the question
+NEAR = 70.0  # likeness of a value, of 100, from which it takes the place of one that stands in no row
+SHOWN = 20  # rows of an answer that become evidence
+WRITTEN = {"sqlite": "SQLite", "postgres": "PostgreSQL", "duckdb": "DuckDB"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A statement that a model wrote, and its log-probability in nats under the grammar."""
+
+    sql: str
+    logprob: float
+
+
+def instruction(db: Database, reader: Reader, samples: bool = False) -> str:
+    """What an expert is trained with, and asked with: the tables that this reader may see."""
+    tables = describe(db.schema(reader), samples).replace("\n", "; ")
+    return (
+        f"Write one {WRITTEN[db.dialect]} query that answers the question. Give only the query. The tables: {tables}."
+    )
+
+
+class Nearest:
+    """Worked examples, pairs of question and SQL, by likeness to a question (TF-IDF)."""
+
+    def __init__(self, examples: Sequence[tuple[str, str]]) -> None:
+        self.examples = list(examples)
+        self.space = TfIdf.learn([q for q, _ in examples])
+        self.vectors = self.space([q for q, _ in examples])
+
+    def __call__(self, question: str, most: int = SHOTS) -> list[tuple[str, str]]:
+        """The nearest last: right before the question."""
+        if not self.examples:
+            return []
+        order = (-(self.vectors @ self.space([question])[0])).argsort(kind="stable")[:most]
+        return [self.examples[i] for i in reversed(order)]
+
+
+class SqlSource:
+    """A database or tables that questions are put to, by `adapter` or the base model of `engine`."""
+
+    def __init__(
+        self, name: str, db: Database, engine: Callable[[], Engine], adapter: Adapter | None = None,
+        nearest: Nearest | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.db, self.engine, self.adapter, self.nearest = name, db, engine, adapter, nearest
+        self._grammar = lru_cache(maxsize=16)(sql_grammar)
+
+    def search(self, question: str, reader: Reader) -> list[Evidence]:
+        """The rows that answer `question`, each with the SQL that found it; none where no statement could be run."""
+        answer, written = self.answer(question, reader)
+        if answer is None or written is None:
+            return []
+        score = 2.0 ** (written.logprob / max(1, len(written.sql) / 4))  # per token, about: longer is not worse
+        what = f"{len(answer.rows)}{' or more' if answer.cut else ''} row(s)"
+        out = [Evidence(self.name, what, f"{question}: no rows", score, answer.sql)] if not answer.rows else []
+        for number, row in enumerate(answer.rows[:SHOWN], 1):
+            cells = ", ".join(f"{c}: {'' if v is None else v}" for c, v in zip(answer.columns, row, strict=True))
+            out.append(Evidence(self.name, f"row {number} of {what}", cells, score, answer.sql))
+        return out
+
+    def messages(self, question: str, reader: Reader) -> list[Message]:
+        """The conversation that asks for SQL; examples are shown to the base model only, an expert has learned them."""
+        shots = self.nearest(question) if self.nearest and self.adapter is None else []
+        shown = [m for q, sql in shots for m in _turn(q, sql)]
+        about = instruction(self.db, reader, samples=self.adapter is None and not shots)
+        return [{"role": "system", "content": about}, *shown, {"role": "user", "content": question}]
+
+    def write(self, question: str, reader: Reader, drawn: int = 0) -> list[Written]:
+        """The likeliest statement, or so many `drawn`, different ones, likeliest first."""
+        schema = tuple(self.db.schema(reader).values())
+        if not schema:
+            raise QueryRefused(f"{self.name}: there is nothing here that {reader.name or 'this reader'} may read")
+        engine, constraint = self.engine(), self._grammar(schema)
+        prompt = engine.base.encode(engine.base.chat(self.messages(question, reader)))
+        plans = [Sampling(MOST, logprobs=0, constraint=constraint)]
+        if drawn:
+            plans = [replace(plans[0], temperature=0.8, seed=seed) for seed in range(drawn)]
+        under_way, out = [engine.submit(prompt, plan, self.adapter) for plan in plans], dict[str, float]()
+        for generation in under_way:
+            pieces = list(generation)
+            sql, logprob = (
+                "".join(p.text for p in pieces).strip(),
+                sum(t.logprob or 0 for p in pieces for t in p.tokens),
+            )
+            if generation.finish == "stop":
+                out[sql] = max(logprob, out.get(sql, logprob))
+        return [Written(sql, logprob) for sql, logprob in sorted(out.items(), key=lambda o: -o[1])]
+
+    def answer(self, question: str, reader: Reader) -> tuple[Answer | None, Written | None]:
+        """What the best statement gave; an empty answer only where every statement that runs finds nothing.
+
+        Raises SourceError where the database itself cannot be asked.
+        """
+        self.db.views(reader)  # a dead database is an error, and no statement's fault
+        empty: tuple[Answer, Written] | None = None
+        for drawn in (0, DRAWN):
+            try:
+                tries = self.write(question, reader, drawn)
+            except (ContextTooLong, QueryRefused):
+                return None, None
+            for written in tries:
+                for sql in dict.fromkeys((written.sql, self.with_values(written.sql, question, reader))):
+                    try:
+                        answer = self.db.run(sql, reader)
+                    except (QueryRefused, SourceError):
+                        continue
+                    if any(cell is not None for row in answer.rows for cell in row):
+                        return answer, replace(written, sql=sql)
+                    empty = empty or (answer, replace(written, sql=sql))
+        return empty or (None, None)
+
+    def with_values(self, sql: str, question: str, reader: Reader) -> str:
+        """`sql` with text that is compared for equality, and stands in no row, replaced by the nearest that does."""
+        try:
+            tree = sqlglot.parse_one(sql, dialect=self.db.dialect)
+        except SqlglotError:
+            return sql
+        schema, asked = self.db.schema(reader), f" {plain(question)} "
+        for test in list(tree.find_all(exp.EQ)):
+            column, value = test.this, test.expression
+            if not (isinstance(column, exp.Column) and isinstance(value, exp.Literal) and value.is_string):
+                continue
+            name = column.name.lower()
+            tables = [t.name.lower() for t in tree.find_all(exp.Table)]
+            known = [
+                v
+                for key in dict.fromkeys(tables) if key in schema
+                for c in schema[key].columns if c.name.lower() == name
+                for v in self.db.values(f'"{key}"', f'"{name}"', reader)
+            ]  # fmt: skip
+            if not known or value.name in known:
+                continue
+            said = [v for v in known if len(v) > 2 and f" {plain(v)} " in asked]
+            best = max(said or known, key=lambda v: (ratio(v.lower(), value.name.lower()), len(v)))
+            if said or partial_ratio(best.lower(), value.name.lower()) >= NEAR:
+                value.replace(exp.Literal.string(best))
+        return tree.sql(dialect=self.db.dialect)
+
+
+def open_sql(
+    name: str, spec: DatabaseSpec | TablesSpec, root: Path, engine: Callable[[], Engine], adapter: Adapter | None = None
+) -> SqlSource:
+    """The source that a declaration names; `adapter` is the version of its expert that answers now.
+
+    Raises CoterieError where an address or an example cannot be used; the database itself need not be alive yet.
+    """
+    db = open_database(name, spec, root) if isinstance(spec, DatabaseSpec) else open_tables(name, spec, root)[0]
+    files = [f for pattern in spec.examples for f in sorted(root.glob(pattern)) or [root / pattern]]
+    examples = [pair for f in files for pair in read_examples(f)]
+    return SqlSource(name, db, engine, adapter, Nearest(examples) if examples else None)
+
+
+def read_examples(file: Path) -> list[tuple[str, str]]:
+    """Pairs of question and SQL, a JSON object a line. Raises DataError, naming file and line."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+    out = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            out.append((str(row["question"]), str(row["sql"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}:{number}: needs question and sql, as JSON ({error})") from error
+    return out
+
+
+def _turn(question: str, sql: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": sql}]

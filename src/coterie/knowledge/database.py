@@ -1,0 +1,233 @@
+"""A SQL database (SQLite or PostgreSQL) that is only read, and only what the asking reader may see of it.
+
+Notable: three walls stand one behind the other. The statement is rewritten by sqlguard.py; the connection is read
+only; and SQLite's authorizer, or PostgreSQL's read-only transaction, refuses the rest. A clock stops what takes long.
+"""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from coterie.errors import CoterieError, SourceError
+from coterie.knowledge.evidence import Reader
+from coterie.knowledge.schema import SAMPLES, WIDTH, TableSchema, read_schema
+from coterie.knowledge.specs import DatabaseSpec, RowsSpec
+from coterie.knowledge.sqlguard import View, guard, view_of
+
+DIALECTS = {"sqlite": "sqlite", "postgresql": "postgres", "duckdb": "duckdb"}  # SQLAlchemy's name: sqlglot's
+LONGEST = 1_000_000  # characters of a cell, SQLite
+LOOKED_AT = 20_000  # rows of a table, for its values
+READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a statement gave. `sql` is what was asked, `ran` what the database got; `cut`: there were more rows."""
+
+    sql: str
+    ran: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    cut: bool
+
+
+class Tabular(Protocol):
+    """What answers SQL: a database, or files as tables."""
+
+    dialect: str
+    rows: int
+
+    def views(self, reader: Reader) -> dict[str, View]:
+        """What `reader` may see, by table in lower case."""
+        ...
+
+    def schema(self, reader: Reader) -> dict[str, TableSchema]:
+        """The same, with types, comments, and samples of the rows that this reader may see."""
+        ...
+
+    def run(self, sql: str, reader: Reader) -> Answer:
+        """Raises QueryRefused before anything is run, SourceError where running it fails."""
+        ...
+
+
+def guarded(db: "Database", sql: str, reader: Reader) -> str:
+    """`sql` as `reader` may have it run."""
+    return guard(sql, db.views(reader), db.dialect, db.rows + 1)
+
+
+class Database:
+    """The tables that `specs` names, of the database behind `fetch`; see `open_database` and tables.py."""
+
+    def __init__(
+        self, name: str, dialect: str, tables: Callable[[], dict[str, TableSchema]], specs: dict[str, RowsSpec],
+        fetch: Callable[[str, int], tuple[Sequence[str], list[Any], bool]], rows: int,
+    ) -> None:  # fmt: skip
+        self.name, self.dialect, self.rows = name, dialect, rows
+        self._specs = {t.lower(): s for t, s in specs.items()}
+        self._fetch, self._read = fetch, tables
+        self._tables: dict[str, TableSchema] | None = None
+        self._lock = threading.Lock()
+        self._sampled = lru_cache(maxsize=32)(self._sample)
+
+    def tables(self) -> dict[str, TableSchema]:
+        """All tables, without samples. Raises SourceError where they cannot be read; the next call tries again."""
+        with self._lock:
+            if self._tables is None:
+                self._tables = self._read()
+            return self._tables
+
+    def refresh(self) -> None:
+        """Read the schema and the samples anew when next asked."""
+        with self._lock:
+            self._tables = None
+        self._sampled.cache_clear()
+
+    def views(self, reader: Reader) -> dict[str, View]:
+        found = {
+            key: view_of(table.name, [c.name for c in table.columns], self._specs[key], reader, self.dialect)
+            for key, table in self.tables().items()
+        }
+        return {key: view for key, view in found.items() if view}
+
+    def schema(self, reader: Reader) -> dict[str, TableSchema]:
+        return {key: self._sampled(key, view, reader) for key, view in self.views(reader).items()}
+
+    def run(self, sql: str, reader: Reader) -> Answer:
+        ran = guarded(self, sql, reader)
+        columns, rows, cut = self._fetch(ran, self.rows)
+        return Answer(sql, ran, tuple(columns), tuple(tuple(r) for r in rows), cut)
+
+    def values(self, table: str, column: str, reader: Reader, most: int = 1000) -> list[str]:
+        """Different values of a text column, of the rows that `reader` may see. Empty where it cannot be read."""
+        inner = f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL LIMIT {LOOKED_AT}"
+        sql = f"SELECT DISTINCT {column} FROM ({inner}) AS looked LIMIT {most}"
+        try:
+            found = self._fetch(guarded(self, sql, reader), most)[1]
+        except CoterieError:
+            return []
+        return [r[0] for r in found if isinstance(r[0], str)]
+
+    def _sample(self, key: str, view: View, reader: Reader) -> TableSchema:
+        table, kept = self.tables()[key], set(view.columns)
+        sampled = []
+        for column in table.columns:
+            if column.name in kept:
+                seen = self.values(f'"{key}"', f'"{column.name.lower()}"', reader, SAMPLES * 4)
+                short = [v for v in seen if len(v) <= WIDTH and v.isprintable()][:SAMPLES]
+                sampled.append(replace(column, samples=tuple(short)))
+        return replace(table, columns=tuple(sampled))
+
+
+def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
+    """The database that `spec` declares. Raises CoterieError where its address cannot be used; it need not be alive."""
+    try:
+        url = make_url(spec.url)
+        backend = url.get_backend_name()
+    except ArgumentError as error:
+        raise CoterieError(f"knowledge.databases.{name}.url: {spec.url!r} is no SQLAlchemy address") from error
+    if backend == "sqlite":
+        file = root / (url.database or "")
+        if not url.database or url.query:
+            raise CoterieError(f"knowledge.databases.{name}.url: name a file: sqlite:///shop.db")
+        engine = _sqlite(file)
+        run = _run_sqlite
+    elif backend == "postgresql":
+        engine, run = _postgresql(name, spec), _run_postgresql
+    else:
+        raise CoterieError(f"knowledge.databases.{name}.url: {backend} is not known; sqlite and postgresql are")
+    wanted = {table: rows.description for table, rows in spec.tables.items()}
+
+    def fetch(sql: str, limit: int) -> tuple[Sequence[str], list[Any], bool]:
+        try:
+            with engine.connect() as connection:
+                raw = connection.connection.dbapi_connection
+                assert raw is not None
+                columns, rows = run(raw, sql, limit + 1, spec.timeout_s)
+        except SourceError as error:
+            raise SourceError(f"{name}: {error}") from error
+        except SQLAlchemyError as error:
+            raise SourceError(f"{name}: the database cannot be reached ({_first_line(error)})") from error
+        return columns, rows[:limit], len(rows) > limit
+
+    def read() -> dict[str, TableSchema]:
+        try:
+            return read_schema(engine, wanted)
+        except SourceError as error:
+            raise SourceError(f"{name}: {error}") from error
+        except CoterieError as error:
+            raise CoterieError(f"knowledge.databases.{name}: {error}") from error
+
+    return Database(name, DIALECTS[backend], read, spec.tables, fetch, spec.rows)
+
+
+def _sqlite(file: Path) -> Engine:
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+
+    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
+
+
+def _run_sqlite(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[list[str], list[Any]]:
+    connection: sqlite3.Connection = raw
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    connection.set_authorizer(
+        lambda action, a, b, *_: (
+            sqlite3.SQLITE_OK if action in READING and "load_extension" not in (a, b) else sqlite3.SQLITE_DENY
+        )
+    )
+    end = time.monotonic() + timeout_s
+    connection.set_progress_handler(lambda: int(time.monotonic() > end), 1000)
+    try:
+        cursor = connection.execute(sql)
+        return [d[0] for d in cursor.description or ()], cursor.fetchmany(most)
+    except sqlite3.OperationalError as error:
+        slow = "interrupted" in str(error)
+        raise SourceError(f"stopped after {timeout_s:g} s; ask for less" if slow else str(error)) from error
+    except (sqlite3.Error, OverflowError, MemoryError) as error:
+        raise SourceError(str(error)) from error
+
+
+def _postgresql(name: str, spec: DatabaseSpec) -> Engine:
+    try:
+        url = make_url(spec.url).set(drivername="postgresql+psycopg")
+        return create_engine(
+            url, poolclass=NullPool, isolation_level="AUTOCOMMIT",
+            connect_args={
+                "connect_timeout": max(2, round(spec.timeout_s)), "options": "-c default_transaction_read_only=on",
+            },
+        )  # fmt: skip
+    except ImportError as error:
+        raise CoterieError(f"knowledge.databases.{name}: pip install 'coterie[postgresql]' to read it") from error
+
+
+def _run_postgresql(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[list[str], list[Any]]:
+    import psycopg
+
+    try:
+        with raw.cursor() as cursor:
+            cursor.execute("BEGIN TRANSACTION READ ONLY")
+            cursor.execute(f"SET LOCAL statement_timeout = {round(timeout_s * 1000)}")
+            cursor.execute(sql.encode())  # without parameters: psycopg leaves percent signs alone
+            names = [d.name for d in cursor.description or ()]
+            rows = cursor.fetchmany(most)
+            cursor.execute("ROLLBACK")
+            return names, rows
+    except psycopg.errors.QueryCanceled as error:
+        raise SourceError(f"stopped after {timeout_s:g} s; ask for less") from error
+    except psycopg.Error as error:
+        raise SourceError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

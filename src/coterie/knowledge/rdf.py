@@ -1,0 +1,59 @@
+"""RDF files as triples, and whether they fit a business's shapes (SHACL)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyoxigraph as ox
+
+from coterie.errors import CoterieError, SourceError
+
+FORMATS = {".ttl": ox.RdfFormat.TURTLE, ".nt": ox.RdfFormat.N_TRIPLES, ".jsonld": ox.RdfFormat.JSON_LD}
+SHOWN = 5  # violations named in one error
+
+
+def read_rdf(file: Path, base: str = "urn:coterie:thing:") -> Iterator[ox.Quad]:
+    """The triples of a Turtle, N-Triples or JSON-LD file, one at a time; its graph names are left out.
+
+    Blank nodes are named anew. Raises SourceError, naming file and line, at the first that cannot be read; no context
+    of a JSON-LD file is fetched.
+    """
+    form = FORMATS.get(file.suffix.lower())
+    if form is None:
+        raise SourceError(f"{file}: the graph reads {', '.join(FORMATS)}; not {file.suffix or 'a file without ending'}")
+    try:
+        yield from ox.parse(path=str(file), format=form, base_iri=base, rename_blank_nodes=True)
+    except SyntaxError as error:
+        line = f":{error.lineno}" if error.lineno else ""
+        mend = "; put the context into the file" if "LoadDocument" in str(error.msg) else ""
+        raise SourceError(f"{file}{line}: not valid {form.name}: {error.msg}{mend}") from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file}: cannot be read ({error})") from error
+
+
+def check_shapes(triples: list[ox.Triple | ox.Quad], shapes: Path) -> None:
+    """Raises SourceError, naming the first violations, where `triples` do not fit the SHACL shapes in a file."""
+    try:
+        import rdflib
+        from pyshacl import validate
+    except ImportError as error:
+        raise CoterieError("shapes need pyshacl: pip install 'coterie[shacl]'") from error
+    kinds = {".ttl": "turtle", ".nt": "nt", ".jsonld": "json-ld"}
+    data, wanted = rdflib.Graph(), rdflib.Graph()
+    plain = [ox.Triple(t.subject, t.predicate, t.object) for t in triples]
+    data.parse(data=ox.serialize(plain, format=ox.RdfFormat.N_TRIPLES) or b"", format="nt")
+    try:
+        wanted.parse(str(shapes), format=kinds[shapes.suffix.lower()])
+    except Exception as error:  # rdflib has no error of its own for a file it cannot parse
+        raise SourceError(f"{shapes}: the shapes cannot be read ({str(error)[:200]})") from error
+    fits, report, _ = validate(data, shacl_graph=wanted, advanced=False, meta_shacl=False)
+    if fits:
+        return
+    shacl = rdflib.Namespace("http://www.w3.org/ns/shacl#")
+    said = []
+    for result in sorted(report.subjects(rdflib.RDF.type, shacl.ValidationResult)):
+        node, path, message = (
+            report.value(result, p) for p in (shacl.focusNode, shacl.resultPath, shacl.resultMessage)
+        )
+        said.append(f"{node} {path or ''}: {message}")
+    rest = f"; {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    raise SourceError(f"{shapes.name}: {'; '.join(sorted(said)[:SHOWN])}{rest}")

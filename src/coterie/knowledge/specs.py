@@ -1,0 +1,104 @@
+"""What coterie.toml says of graphs, databases and tables: fields, defaults and what each is for."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from coterie.knowledge.evidence import EVERYONE
+
+Names = Annotated[
+    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+]
+READERS = 'groups that may read it; "*" is everyone'
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class MappingSpec(_Strict):
+    """How the rows of one table become triples. {Column} in `id` and `links` stands for a cell of the row."""
+
+    table: str = Field("", description="a table of `database`")
+    file: str = Field("", description="or a CSV file")
+    id: str = Field(min_length=1, description='the row\'s address under `base`, as "album/{AlbumId}"')
+    type: str = Field(min_length=1, description="what a row is, in the singular: album")
+    label: str = Field("", description='its name, as "{FirstName} {LastName}"; found by it')
+    aliases: Names = Field([], description="other names, in the same way")
+    properties: dict[str, str] = Field({}, description="relation = column")
+    links: dict[str, str] = Field({}, description='relation = id of another row, as "artist/{ArtistId}"')
+    readers: Names = Field([EVERYONE], description=READERS)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "MappingSpec":
+        if bool(self.table) == bool(self.file):
+            raise ValueError("name a `table` or a `file`, one of them")
+        return self
+
+
+class PartSpec(_Strict):
+    """Files of a graph that the same groups may read."""
+
+    files: Names = Field(min_length=1, description="Turtle (.ttl), N-Triples (.nt) or JSON-LD (.jsonld); * is any name")
+    readers: Names = Field([EVERYONE], description=READERS)
+
+
+class GraphSpec(_Strict):
+    """[knowledge.graphs.NAME]: a knowledge graph of files and tables, or a SPARQL endpoint."""
+
+    description: str = Field("", description="what it knows; shown to people")
+    parts: list[PartSpec] = Field([], description="its files")
+    tables: list[MappingSpec] = Field([], description="tables that become triples")
+    database: str = Field("", description="SQLAlchemy address of the database that `tables` names tables of")
+    base: str = Field("urn:coterie:thing:", description="how the IRIs of mapped rows begin")
+    shapes: str = Field("", description="a file of SHACL shapes that each file must fit (pip install 'coterie[shacl]')")
+    endpoint: str = Field("", description="address of a SPARQL 1.1 endpoint, instead of files and tables")
+    endpoint_graphs: dict[str, Names] = Field({}, description="endpoint: who may read which named graph")
+    readers: Names = Field([EVERYONE], description="endpoint without `endpoint_graphs`: " + READERS)
+    examples: Names = Field([], description="JSONL files of question and path; the path finder learns from them")
+    timeout_s: float = Field(5.0, gt=0, le=600, description="longest a query may take")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "GraphSpec":
+        if self.endpoint and (self.parts or self.tables):
+            raise ValueError("an `endpoint` has its own data; leave out `parts` and `tables`")
+        if not self.endpoint and not self.parts and not self.tables:
+            raise ValueError("name `parts`, `tables` or an `endpoint`")
+        if not self.database and any(t.table for t in self.tables):
+            raise ValueError("`tables` of a database need `database`, its address")
+        return self
+
+
+class RowsSpec(_Strict):
+    """One table: who may read it, which of its columns, and which rows each group sees."""
+
+    readers: Names = Field([EVERYONE], description=READERS)
+    columns: Names = Field([], description="columns that may be read; none named: all")
+    rows: dict[str, str] = Field(
+        {}, description="group = SQL condition on this table: the rows it sees; :reader is the name of who asks"
+    )
+    description: str = Field("", description="what a row is; shown to the model")
+
+
+class DatabaseSpec(_Strict):
+    """[knowledge.databases.NAME]: a SQL database, read only."""
+
+    description: str = Field("", description="what it knows; shown to people")
+    url: str = Field(min_length=1, description="SQLAlchemy address, as sqlite:///shop.db or postgresql+psycopg://...")
+    tables: dict[str, RowsSpec] = Field(min_length=1, description="the tables that may be asked; no others exist")
+    expert: str = Field("", description="expert that writes its SQL; none: the base model")
+    examples: Names = Field([], description="JSONL files of question and SQL: the nearest are shown to the model")
+    rows: int = Field(100, ge=1, le=10_000, description="most rows of one answer")
+    timeout_s: float = Field(5.0, gt=0, le=600, description="longest a query may take")
+
+
+class TablesSpec(_Strict):
+    """[knowledge.tables.NAME]: files that are asked like a database."""
+
+    description: str = Field("", description="what they know; shown to people")
+    files: dict[str, str] = Field(min_length=1, description="table = file (.csv, .parquet, .xlsx)")
+    tables: dict[str, RowsSpec] = Field({}, description="who may read what; tables not named here: everyone, all")
+    expert: str = Field("", description="expert that writes its SQL; none: the base model")
+    examples: Names = Field([], description="JSONL files of question and SQL: the nearest are shown to the model")
+    rows: int = Field(100, ge=1, le=10_000, description="most rows of one answer")
+    timeout_s: float = Field(5.0, gt=0, le=600, description="longest a query may take")

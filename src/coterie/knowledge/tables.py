@@ -1,0 +1,157 @@
+"""Files as tables: CSV, Parquet and Excel, asked in SQL through DuckDB behind the same guard as a database.
+
+Notable: the files are read while DuckDB may still read files, into tables in memory; then external access is closed
+for good (`enable_external_access`, `lock_configuration`), so that no statement reaches a file, whatever it says.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from coterie.errors import SourceError
+from coterie.knowledge.database import Database
+from coterie.knowledge.schema import Column, TableSchema
+from coterie.knowledge.specs import RowsSpec, TablesSpec
+
+MEMORY = "1GB"
+COLUMNS = 2_000  # of one file; a table of a million columns is refused
+EXCEL_ROWS = 200_000  # openpyxl reads cell by cell
+LARGEST = 2 << 30  # bytes of a file
+
+
+class Files:
+    """The files of one declaration, loaded; read again where one of them changed."""
+
+    def __init__(self, name: str, spec: TablesSpec, root: Path) -> None:
+        self.name, self.spec, self.root = name, spec, root
+        self.problems: dict[str, str] = {}  # file: why it is not among the tables
+        self._loaded: tuple[object, duckdb.DuckDBPyConnection] | None = None
+        self._lock = threading.Lock()
+
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """Locked down, with every file that could be read."""
+        with self._lock:
+            now = tuple((f, _stamp(self.root / f)) for f in self.spec.files.values())
+            if self._loaded is None or self._loaded[0] != now:
+                connection = duckdb.connect(":memory:", config={"memory_limit": MEMORY, "threads": 2})
+                self.problems = {}
+                for table, file in self.spec.files.items():
+                    try:
+                        _load(connection, table, self.root / file)
+                    except SourceError as error:
+                        self.problems[file] = str(error)
+                for setting in ("enable_external_access=false", "lock_configuration=true"):
+                    connection.execute(f"SET {setting}")
+                self._loaded = now, connection
+            return self._loaded[1]
+
+    def tables(self) -> dict[str, TableSchema]:
+        out = {}
+        for table in self.spec.files:
+            found = self.connection().cursor().execute(
+                "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = ? "
+                "ORDER BY ordinal_position", [table],
+            ).fetchall()  # fmt: skip
+            if found:
+                about = self.spec.tables[table].description if table in self.spec.tables else ""
+                out[table.lower()] = TableSchema(
+                    table, tuple(Column(n, k.split("(")[0].lower()) for n, k in found), about
+                )
+        if not out:
+            raise SourceError(f"{self.name}: no file could be read: {'; '.join(self.problems.values())}")
+        return out
+
+    def fetch(self, sql: str, limit: int) -> tuple[Sequence[str], list[Any], bool]:
+        cursor = self.connection().cursor()
+        clock = threading.Timer(self.spec.timeout_s, cursor.interrupt)
+        clock.start()
+        try:
+            cursor.execute(sql)
+            names = [d[0] for d in cursor.description or ()]
+            rows = cursor.fetchmany(limit + 1)
+        except duckdb.InterruptException as error:
+            raise SourceError(f"{self.name}: stopped after {self.spec.timeout_s:g} s; ask for less") from error
+        except duckdb.Error as error:
+            raise SourceError(f"{self.name}: {str(error).splitlines()[0][:200]}") from error
+        finally:
+            clock.cancel()
+            cursor.close()
+        return names, rows[:limit], len(rows) > limit
+
+
+def open_tables(name: str, spec: TablesSpec, root: Path) -> tuple[Database, Files]:
+    """The tables that `spec` declares; a file that cannot be read is among the problems of the second."""
+    files = Files(name, spec, root)
+    specs = {table: spec.tables.get(table, RowsSpec.model_validate({})) for table in spec.files}
+    return Database(name, "duckdb", files.tables, specs, files.fetch, spec.rows), files
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        about = file.stat()
+    except OSError:
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
+
+
+def _load(connection: duckdb.DuckDBPyConnection, table: str, file: Path) -> None:
+    """Make `table` of a file. Raises SourceError."""
+    kind, name = file.suffix.lower(), '"' + table.replace('"', '""') + '"'
+    if not file.is_file():
+        raise SourceError(f"{file}: no such file")
+    if file.stat().st_size > LARGEST:
+        raise SourceError(f"{file}: over {LARGEST >> 30} GB; put it into a database")
+    try:
+        if kind == ".csv":
+            found = connection.read_csv(str(file), header=True)
+        elif kind == ".parquet":
+            found = connection.read_parquet(str(file))
+        elif kind == ".xlsx":
+            _load_excel(connection, name, file)
+            return
+        else:
+            raise SourceError(f"{file}: tables are .csv, .parquet or .xlsx")
+        if len(found.columns) > COLUMNS:
+            raise SourceError(f"{file}: {len(found.columns)} columns; the most is {COLUMNS}")
+        connection.register("incoming", found)
+        connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+        connection.unregister("incoming")
+    except duckdb.Error as error:
+        raise SourceError(f"{file}: cannot be read ({str(error).splitlines()[0][:200]})") from error
+
+
+def _load_excel(connection: duckdb.DuckDBPyConnection, name: str, file: Path) -> None:
+    """The first sheet, its first row as the columns' names."""
+    import openpyxl
+    import pyarrow as pa
+
+    try:
+        sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
+        rows = sheet.iter_rows(values_only=True)
+        head = [str(h) for h in next(rows, ()) if h is not None]
+        if not head or len(head) > COLUMNS:
+            raise SourceError(f"{file}: its first row must name the columns, {COLUMNS} at most")
+        cells = []
+        for row in rows:
+            if any(c is not None for c in row):
+                cells.append(row[: len(head)])
+            if len(cells) > EXCEL_ROWS:
+                raise SourceError(f"{file}: over {EXCEL_ROWS} rows; save it as .parquet or .csv")
+    except SourceError:
+        raise
+    except Exception as error:  # openpyxl lets errors of zip, XML and its own through
+        raise SourceError(f"{file}: not an Excel file ({type(error).__name__}: {str(error)[:100]})") from error
+    columns = {}
+    for i, title in enumerate(head):
+        column = [row[i] if i < len(row) else None for row in cells]
+        kinds = {type(c) for c in column if c is not None}
+        mixed = len(kinds) > 1 and not kinds <= {int, float}
+        if kinds == {int, float}:
+            column = [None if c is None else float(c) for c in column]
+        columns[title] = pa.array([None if c is None else str(c) if mixed else c for c in column])
+    connection.register("incoming", pa.table(columns))
+    connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+    connection.unregister("incoming")

@@ -1,0 +1,223 @@
+"""Questions to a graph: what they name, the path they ask for, and evidence with its source."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from coterie.errors import DataError
+from coterie.knowledge.entities import Entities, plain
+from coterie.knowledge.evidence import Reader
+from coterie.knowledge.graph import Graph
+from coterie.knowledge.graph_learn import learn_graph, open_graph, read_asked
+from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.paths import COUNT, Asked, Finder, mask
+from coterie.knowledge.specs import GraphSpec
+
+ANYONE, STAFF = Reader(), Reader("ada", frozenset({"staff"}))
+LABEL = "@prefix rdfs: <http://www.w3.org/2000/01/rdf-schema#> . @prefix e: <urn:e:> .\n"
+MUSIC = {
+    "artists.csv": "id,name,born\n1,Ella Fitzgerald,1917\n2,Louis Armstrong,1901\n",
+    "albums.csv": "id,title,artist,price\n1,Ella and Louis,1,9.5\n2,Satchmo,2,8\n3,Lullabies,1,7\n",
+    "deals.ttl": LABEL + "<urn:m:artist/1> e:fee 900 . e:fee rdfs:label \"fee\" .",
+}  # fmt: skip
+SPEC = {
+    "base": "urn:m:",
+    "parts": [{"files": ["deals.ttl"], "readers": ["staff"]}],
+    "tables": [
+        {"file": "artists.csv", "id": "artist/{id}", "type": "artist", "label": "{name}",
+         "properties": {"birth year": "born"}},
+        {"file": "albums.csv", "id": "album/{id}", "type": "album", "label": "{title}",
+         "properties": {"price": "price"}, "links": {"artist": "artist/{artist}"}},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def music(tmp_path: Path) -> Iterator[tuple[Path, GraphSource]]:
+    for name, content in MUSIC.items():
+        (tmp_path / name).write_text(content)
+    spec = GraphSpec.model_validate(SPEC)
+    learned = learn_graph(spec, tmp_path, tmp_path / "graph")
+    assert learned.problems == {}
+    source = open_graph("music", spec, tmp_path / "graph")
+    yield tmp_path, source
+    source.graph.close()  # type: ignore[attr-defined]
+
+
+LINKED = [
+    ("When was Ella Fitzgerald born?", "ella fitzgerald", "name"),
+    ("When was ella fitzgerald born?", "ella fitzgerald", "name"),
+    ("When was Élla-Fitzgerald born?", "ella fitzgerald", "name"),
+    ("When was Ella Fitzgerld born?", "ella fitzgerald", "spelling"),
+    ("What did Satchmo cost?", "satchmo", "name"),
+    ("Who was Henry VII of England's wife?", "henry vii of england", "name"),
+]  # fmt: skip
+NAMES = [("Ella Fitzgerald", "urn:1"), ("Ella", "urn:2"), ("Satchmo", "urn:3"), ("Louis Armstrong", "urn:4"),
+         ("Henry VII of England", "urn:5"), ("Henry VIII of England", "urn:6")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("question", "name", "how"), LINKED)
+def test_a_thing_is_found_by_its_name_however_it_is_spelled(question: str, name: str, how: str) -> None:
+    mention = Entities(NAMES).link(question)[0]
+    assert (mention.name, mention.how) == (name, how)
+
+
+@pytest.mark.parametrize("question", ["", "?", "What is the weather?", "cat", "🎵"])
+def test_a_question_that_names_nothing_links_to_nothing(question: str) -> None:
+    assert Entities(NAMES).link(question) == []
+    assert Entities([]).link(question) == []
+
+
+def test_a_thing_is_found_by_meaning_where_its_name_does_not_stand_there() -> None:
+    def embed(texts: list[str]) -> NDArray[np.float32]:
+        places = {"satchmo": 0, "the record": 0, **{plain(n): i for i, (n, _) in enumerate(NAMES, 1) if n != "Satchmo"}}
+        return np.eye(8, dtype=np.float32)[[places.get(t, 7) for t in texts]]
+
+    mention = Entities(NAMES, embed).link("how dear is the record")[0]  # type: ignore[arg-type]
+    assert (mention.iris, mention.how) == (("urn:3",), "meaning")
+
+
+@given(st.lists(st.tuples(st.text(max_size=12), st.text(min_size=1, max_size=3)), max_size=6), st.text(max_size=40))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_linking_takes_any_text_and_names_each_word_once(names: list[tuple[str, str]], question: str) -> None:
+    found = Entities(names).link(question)
+    taken = [i for m in found for i in range(m.start, m.end)]
+    assert len(taken) == len(set(taken))
+    assert all(0 < m.score <= 1 and m.iris for m in found)
+
+
+ASKED = [
+    ("What is the birth year of Ella Fitzgerald?", {"1917"}),
+    ("What is the price of Satchmo?", {"8"}),
+    ("Who is the artist of Lullabies?", {"urn:m:artist/1"}),
+    ("How many albums are there?", {"3"}),
+    ("What is the birth year of the artist of Satchmo?", {"1901"}),
+    ("Which albums are by Ella Fitzgerald?", {"urn:m:album/1", "urn:m:album/3"}),
+    ("How many albums are by Ella Fitzgerald?", {"2"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("question", "values"), ASKED)
+def test_an_untrained_finder_follows_the_words_of_relations(
+    music: tuple[Path, GraphSource], question: str, values: set[str]
+) -> None:
+    assert {v.value for v in music[1].answers(question, ANYONE)[0].values} == values
+
+
+def test_evidence_names_triple_source_and_query(music: tuple[Path, GraphSource]) -> None:
+    best = music[1].search("What is the birth year of the artist of Satchmo?", ANYONE)[0]
+    assert best.text == "Satchmo, artist: Louis Armstrong; Louis Armstrong, birth year: 1901"
+    assert best.where.startswith("albums.csv: <urn:m:album/2> <urn:m:artist> <urn:m:artist/2>; artists.csv: ")
+    assert best.query.startswith("SELECT DISTINCT ?x1 ?x2 ?g1 ?g2")
+    assert best.source == "music"
+
+
+def test_a_question_about_a_thing_without_a_known_relation_gives_what_is_known_of_it(
+    music: tuple[Path, GraphSource],
+) -> None:
+    assert any("price: 8" in e.text for e in music[1].search("Satchmo?", ANYONE))
+    assert music[1].search("What is the weather?", ANYONE) == []
+
+
+@pytest.mark.parametrize("question", [
+    "What is the fee of Ella Fitzgerald?", "fee Ella Fitzgerald", "900", "Which artist has the fee 900?",
+    "Ella Fitzgerald", "Ella Fitzgerald\"> ?p ?o } UNION { GRAPH ?g { ?s <urn:e:fee> ?o",
+])  # fmt: skip
+def test_a_reader_gets_nothing_of_what_they_may_not_see(music: tuple[Path, GraphSource], question: str) -> None:
+    assert not any("900" in e.text or "fee" in e.text for e in music[1].search(question, ANYONE))
+    assert music[1].answers("What is the fee of Ella Fitzgerald?", STAFF)[0].values[0].value == "900"
+
+
+def test_learning_again_takes_what_changed_and_drops_what_is_gone(music: tuple[Path, GraphSource]) -> None:
+    root, source = music
+    spec = GraphSpec.model_validate(SPEC)
+    with Graph(root / "graph").writing() as writer:
+        writer.put("extracted from note.md", [], ["*"], "1")  # which this declaration says nothing of
+    again = learn_graph(spec, root, root / "graph")
+    assert (again.changed, again.removed, again.kept) == ([], [], 3)
+    (root / "albums.csv").write_text(MUSIC["albums.csv"].replace("8\n", "12\n"))
+    (root / "deals.ttl").unlink()
+    changed = learn_graph(spec, root, root / "graph")
+    assert (changed.changed, changed.removed) == (["albums.csv"], ["deals.ttl"])
+    assert "extracted from note.md" in [s.name for s in Graph(root / "graph").sources()]
+    assert "no such file" in changed.problems["deals.ttl"]
+    assert source.answers("What is the price of Satchmo?", ANYONE)[0].values[0].value == "12"
+    assert source.answers("What is the fee of Ella Fitzgerald?", STAFF)[:1] != ["900"]
+    assert "900" not in str(source.search("What is the fee of Ella Fitzgerald?", STAFF))
+
+
+def test_a_source_that_breaks_keeps_what_it_said_but_not_who_may_read_it(music: tuple[Path, GraphSource]) -> None:
+    root, source = music
+    (root / "deals.ttl").write_text("this is no turtle")
+    narrowed = {**SPEC, "parts": [{"files": ["deals.ttl"], "readers": ["boss"]}]}
+    learned = learn_graph(GraphSpec.model_validate(narrowed), root, root / "graph")
+    assert "deals.ttl:1: not valid" in learned.problems["deals.ttl"]
+    assert "900" not in str(source.search("What is the fee of Ella Fitzgerald?", STAFF))
+    boss = Reader("b", frozenset({"boss"}))
+    assert source.answers("What is the fee of Ella Fitzgerald?", boss)[0].values[0].value == "900"
+
+
+def test_shapes_keep_a_file_out(music: tuple[Path, GraphSource]) -> None:
+    root, source = music
+    (root / "shapes.ttl").write_text(
+        "@prefix sh: <http://www.w3.org/ns/shacl#> . @prefix e: <urn:e:> . "
+        "e:S a sh:NodeShape ; sh:targetSubjectsOf e:fee ; sh:property [ sh:path e:fee ; sh:maxInclusive 1000 ] ."
+    )
+    (root / "deals.ttl").write_text(MUSIC["deals.ttl"].replace("900", "9000"))
+    learned = learn_graph(GraphSpec.model_validate({**SPEC, "shapes": "shapes.ttl"}), root, root / "graph")
+    assert "urn:m:artist/1" in learned.problems["deals.ttl"]
+    assert source.answers("What is the fee of Ella Fitzgerald?", STAFF)[0].values[0].value == "900"
+
+
+TRAINED = [Asked(mask(f"{how} of entity's {word}", 2, 3), path, COUNT if "many" in how else "=list")
+           for how, end in (("what colour", "colour"), ("how many", ""))
+           for word, first in (("car", "drives"), ("dad", "father"))
+           for path in [(first, end) if end else (first,)]]  # fmt: skip
+
+
+def test_a_trained_finder_learns_other_words_for_a_relation_and_is_the_same_from_disk(tmp_path: Path) -> None:
+    finder = Finder({"drives": "drives", "father": "father", "colour": "colour"})
+    finder.learn(TRAINED)
+    follow = {(): {"drives", "father"}, ("drives",): {"colour", "drives"}, ("father",): {"colour", "drives"}}
+    words = mask("what colour of entity's car", 2, 3)
+    found = finder.find(words, lambda taken: follow.get(taken, set()))
+    assert found[0].relations == ("drives", "colour")
+    finder.save(tmp_path / "f.safetensors")
+    again = Finder.load(tmp_path / "f.safetensors")
+    assert again.find(words, lambda taken: follow.get(taken, set())) == found
+    (tmp_path / "f.safetensors").write_bytes(b"no finder")
+    with pytest.raises(DataError, match="no path finder"):
+        Finder.load(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("{", ":1: not JSON"), ('{"question": "a"}', "needs question"),
+    ('{"question": "who is bob", "names": "al", "path": ["x"]}', "does not say 'al'"),
+])  # fmt: skip
+def test_examples_that_cannot_be_used_are_named_by_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "q.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=said):
+        list(read_asked(tmp_path / "q.jsonl", "urn:"))
+
+
+def test_declared_examples_train_the_finder(music: tuple[Path, GraphSource]) -> None:
+    root, _ = music
+    rows = [{"question": f"{how} {name}", "names": name, "path": path}
+            for how, path in (("who sings on", ["artist"]), ("how dear is", ["price"]))
+            for name in ("Satchmo", "Lullabies")]  # fmt: skip
+    (root / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = GraphSpec.model_validate({**SPEC, "examples": ["q.jsonl"]})
+    assert learn_graph(spec, root, root / "graph").problems == {}
+    source = open_graph("music", spec, root / "graph")
+    assert source.answers("How dear is Ella and Louis?", ANYONE)[0].values[0].value == "9.5"
+    source.graph.close()  # type: ignore[attr-defined]
+
+
+def test_plain_compares_what_people_write() -> None:
+    assert plain("  Straße_No.7 — Élan ") == "strasse no 7 elan"
