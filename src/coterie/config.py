@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
 from coterie.knowledge.documents_spec import DocumentsSpec
+from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.model.pull import DEFAULT
 
 FILE = "coterie.toml"
@@ -198,6 +199,9 @@ class DeskSpec(_Strict):
     workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
 
 
+SourceSpec = Annotated[DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec, Field(discriminator="kind")]
+
+
 class KnowledgeSpec(_Strict):
     """[knowledge]: how answers are grounded. Each source has a section of its own, [knowledge.NAME]."""
 
@@ -213,7 +217,7 @@ class KnowledgeSpec(_Strict):
         "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
     )
     embeddings_model: str = Field("", description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY")
-    sources: dict[str, DocumentsSpec] = {}
+    sources: dict[str, SourceSpec] = {}
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """What a business knows, all kinds of source together: learned, searched, opened, listed."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,11 +9,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from coterie.business import Business
+from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
+from coterie.experts.instruction import weights_of
 from coterie.knowledge import documents
+from coterie.knowledge.asksql import open_sql
+from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned
+from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.embed import Embedder, Endpoint, MiniLM
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.graph import Graph
+from coterie.knowledge.graph_learn import learn_graph, open_graph
+from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
+from coterie.knowledge.tables import open_tables
 from coterie.model.pull import EMBEDDER, pull
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
@@ -27,15 +38,9 @@ class Source(Protocol):
 
     name: str
 
-    def search(self, question: str, reader: Reader, limit: int = EACH) -> list[Evidence]:
-        """What it has to say that the reader may read."""
+    def search(self, question: str, reader: Reader) -> list[Evidence]:
+        """What it has to say that the reader may read, best first."""
         ...
-
-    def open(self, where: str, reader: Reader) -> Evidence | None:
-        """What a citation names."""
-        ...
-
-    def close(self) -> None: ...
 
 
 def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
@@ -64,28 +69,67 @@ def learn(
         if name not in declared:
             known = ", ".join(declared)
             raise CoterieError(f"{business.folder}/coterie.toml declares no source {name!r}; declared: {known}")
-    using = by or embedder(business, tell)
-    for name in dict.fromkeys(names or declared):
-        spec = declared[name]
+    asked = list(dict.fromkeys(names or declared))
+    needs = any(isinstance(declared[name], DocumentsSpec) for name in asked)
+    using = by or (embedder(business, tell) if needs else None)
+    for name in asked:
         try:
-            yield documents.learn(
-                name, spec, business.folder / spec.path, index_folder(business, name), using, tell, count
-            )
+            yield _learn_one(business, name, using, tell, count)
         except CoterieError as error:
             tell(f"{name}: {error}")
             yield Learned(name, 0, 0, 0, 0, ((name, str(error)),))
 
 
+def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, count: Count) -> Learned:
+    """One source: documents are indexed, a graph takes over its files, of a database the schema is looked at."""
+    spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
+    if isinstance(spec, DocumentsSpec):
+        assert by, "made for documents"
+        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count)
+    if isinstance(spec, GraphSpec):
+        if spec.endpoint:
+            return Learned(name, 0, 0, 1, 0, ())  # it has its own data, and is asked when a question comes
+        done = learn_graph(spec, business.folder, folder)
+        triples = sum(source.triples for source in Graph(folder, spec.timeout_s).sources())
+        return Learned(name, len(done.changed), len(done.removed), done.kept, triples, tuple(done.problems.items()))
+    if isinstance(spec, DatabaseSpec):
+        db = open_database(name, spec, business.folder)
+    else:
+        db = open_tables(name, spec, business.folder)[0]
+    db.refresh()
+    found = db.tables()
+    missing = tuple((table, "there is no such table") for table in spec.tables if table.lower() not in found)
+    return Learned(name, 0, 0, len(found), len(found), missing)
+
+
 class Knowledge:
     """Every source of a business, opened when first asked for; one that cannot be opened does not stop the others."""
 
-    def __init__(self, business: Business, by: Embedder | None = None, tell: Tell = lambda _: None) -> None:
+    def __init__(
+        self, business: Business, by: Embedder | None = None, tell: Tell = lambda _: None,
+        engine: Callable[[], Engine] | None = None,
+    ) -> None:  # fmt: skip
+        """`engine` writes SQL where a source asks for it; without one, an engine of its own is opened then."""
         self.business, self.embedder = business, by or embedder(business, tell)
         self._open: dict[str, Source] = {}
+        self._given, self._own, self._opening = engine, list[Engine](), threading.Lock()
 
     def close(self) -> None:
         for source in self._open.values():
-            source.close()
+            if isinstance(source, Documents):
+                source.close()
+            elif isinstance(source, GraphSource) and isinstance(source.graph, Graph):
+                source.graph.close()
+        for engine in self._own:
+            engine.close()
+
+    def _engine(self) -> Engine:
+        if self._given:
+            return self._given()
+        with self._opening:
+            if not self._own:
+                self._own.append(self.business.engine())
+        return self._own[0]
 
     def source(self, name: str) -> Source:
         """A source, opened. Raises CoterieError: not declared, not learned yet."""
@@ -93,9 +137,17 @@ class Knowledge:
         if name not in declared:
             raise CoterieError(f"there is no source {name!r}; there are: {', '.join(declared) or 'none'}")
         if name not in self._open:
-            folder = index_folder(self.business, name)
-            self._open[name] = Documents(name, declared[name], folder, self.embedder, self.business.folder)
+            self._open[name] = self._opened(name, declared[name])
         return self._open[name]
+
+    def _opened(self, name: str, spec: DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec) -> Source:
+        folder = index_folder(self.business, name)
+        if isinstance(spec, DocumentsSpec):
+            return Documents(name, spec, folder, self.embedder, self.business.folder)
+        if isinstance(spec, GraphSpec):
+            return open_graph(name, spec, folder, self.embedder.embed)
+        adapter = weights_of(self.business.library.facts(spec.expert)) if spec.expert else None
+        return open_sql(name, spec, self.business.folder, self._engine, adapter)
 
     def gather(
         self, question: str, reader: Reader, fits: Fits = lambda _: True, tell: Tell = lambda _: None,
@@ -109,7 +161,7 @@ class Knowledge:
         found: list[Evidence] = []
         for name in self.business.config.knowledge.sources:
             try:
-                found += self.source(name).search(question, reader, limit)
+                found += self.source(name).search(question, reader)[:limit]
             except CoterieError as error:
                 tell(f"{name}: {error}")
         if not found:
@@ -121,13 +173,47 @@ class Knowledge:
         return [evidence for evidence in kept[:limit] if fits(evidence.text)]
 
     def open(self, source: str, where: str, reader: Reader) -> Evidence | None:
-        """What a citation names, where the reader may read it."""
-        return self.source(source).open(where, reader)
+        """The passage that a citation names, where the reader may read it. Rows and triples come with their answer."""
+        opened = self.source(source)
+        return opened.open(where, reader) if isinstance(opened, Documents) else None
 
 
 def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:
-    """Every declared source with what the reader may see of it: files, freshness, errors."""
+    """Every declared source with what the reader may see of it: files or tables, freshness, errors."""
+    out = []
+    for name, spec in business.config.knowledge.sources.items():
+        folder = index_folder(business, name)
+        if isinstance(spec, DocumentsSpec):
+            out.append(documents.overview(name, spec, folder, reader))
+            continue
+        head: dict[str, Any] = {"name": name, "kind": spec.kind, "description": spec.description, "indexed": None}
+        try:
+            files = _parts(business, name, reader)
+            errors = []
+        except CoterieError as error:
+            files, errors = [], [str(error)]
+        out.append(head | {"files": files, "passages": sum(f["passages"] for f in files), "errors": errors})
+    return out
+
+
+def _parts(business: Business, name: str, reader: Reader) -> list[dict[str, Any]]:
+    """The named graphs of a graph, or the tables of a database, that the reader may see; triples and columns count."""
+    spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
+    if isinstance(spec, GraphSpec):
+        if spec.endpoint:
+            return [_part(spec.endpoint, "SPARQL endpoint", 0, spec.readers)]
+        sources = Graph(folder, spec.timeout_s).sources()
+        return [_part(s.name, "triples", s.triples, sorted(s.readers)) for s in sources if s.readers & reader.may]
+    assert not isinstance(spec, DocumentsSpec), "documents have an overview of their own"
+    if isinstance(spec, DatabaseSpec):
+        db = open_database(name, spec, business.folder)
+    else:
+        db = open_tables(name, spec, business.folder)[0]
+    seen = db.schema(reader)
     return [
-        documents.overview(name, spec, index_folder(business, name), reader)
-        for name, spec in business.config.knowledge.sources.items()
+        _part(table, ", ".join(c.name for c in seen[table].columns), len(seen[table].columns), []) for table in seen
     ]
+
+
+def _part(path: str, title: str, passages: int, readers: list[str]) -> dict[str, Any]:
+    return {"path": path, "title": title, "passages": passages, "indexed": None, "readers": readers, "error": None}

@@ -134,17 +134,17 @@ def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
         url = make_url(spec.url)
         backend = url.get_backend_name()
     except ArgumentError as error:
-        raise CoterieError(f"knowledge.databases.{name}.url: {spec.url!r} is no SQLAlchemy address") from error
+        raise CoterieError(f"knowledge.{name}.url: {spec.url!r} is no SQLAlchemy address") from error
     if backend == "sqlite":
         file = root / (url.database or "")
         if not url.database or url.query:
-            raise CoterieError(f"knowledge.databases.{name}.url: name a file: sqlite:///shop.db")
+            raise CoterieError(f"knowledge.{name}.url: name a file: sqlite:///shop.db")
         engine = _sqlite(file)
         run = _run_sqlite
     elif backend == "postgresql":
         engine, run = _postgresql(name, spec), _run_postgresql
     else:
-        raise CoterieError(f"knowledge.databases.{name}.url: {backend} is not known; sqlite and postgresql are")
+        raise CoterieError(f"knowledge.{name}.url: {backend} is not known; sqlite and postgresql are")
     wanted = {table: rows.description for table, rows in spec.tables.items()}
 
     def fetch(sql: str, limit: int) -> tuple[Sequence[str], list[Any], bool]:
@@ -165,7 +165,7 @@ def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
         except SourceError as error:
             raise SourceError(f"{name}: {error}") from error
         except CoterieError as error:
-            raise CoterieError(f"knowledge.databases.{name}: {error}") from error
+            raise CoterieError(f"knowledge.{name}: {error}") from error
 
     return Database(name, DIALECTS[backend], read, spec.tables, fetch, spec.rows)
 
@@ -208,7 +208,7 @@ def _postgresql(name: str, spec: DatabaseSpec) -> Engine:
             },
         )  # fmt: skip
     except ImportError as error:
-        raise CoterieError(f"knowledge.databases.{name}: pip install 'coterie[postgresql]' to read it") from error
+        raise CoterieError(f"knowledge.{name}: pip install 'coterie[postgres]' to read it") from error
 
 
 def _run_postgresql(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[list[str], list[Any]]:

@@ -1,6 +1,6 @@
 """What coterie.toml says of graphs, databases and tables: fields, defaults and what each is for."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -44,8 +44,9 @@ class PartSpec(_Strict):
 
 
 class GraphSpec(_Strict):
-    """[knowledge.graphs.NAME]: a knowledge graph of files and tables, or a SPARQL endpoint."""
+    """[knowledge.NAME] with `kind = "graph"`: a knowledge graph of files and tables, or a SPARQL endpoint."""
 
+    kind: Literal["graph"] = Field("graph", description="files and tables as triples, or a SPARQL endpoint")
     description: str = Field("", description="what it knows; shown to people")
     parts: list[PartSpec] = Field([], description="its files")
     tables: list[MappingSpec] = Field([], description="tables that become triples")
@@ -81,8 +82,9 @@ class RowsSpec(_Strict):
 
 
 class DatabaseSpec(_Strict):
-    """[knowledge.databases.NAME]: a SQL database, read only."""
+    """[knowledge.NAME] with `kind = "database"`: a SQL database, read only."""
 
+    kind: Literal["database"] = Field("database", description="SQLite or PostgreSQL")
     description: str = Field("", description="what it knows; shown to people")
     url: str = Field(min_length=1, description="SQLAlchemy address, as sqlite:///shop.db or postgresql+psycopg://...")
     tables: dict[str, RowsSpec] = Field(min_length=1, description="the tables that may be asked; no others exist")
@@ -93,8 +95,9 @@ class DatabaseSpec(_Strict):
 
 
 class TablesSpec(_Strict):
-    """[knowledge.tables.NAME]: files that are asked like a database."""
+    """[knowledge.NAME] with `kind = "tables"`: files that are asked like a database."""
 
+    kind: Literal["tables"] = Field("tables", description="CSV, Parquet and Excel files")
     description: str = Field("", description="what they know; shown to people")
     files: dict[str, str] = Field(min_length=1, description="table = file (.csv, .parquet, .xlsx)")
     tables: dict[str, RowsSpec] = Field({}, description="who may read what; tables not named here: everyone, all")

@@ -53,7 +53,9 @@ class Shelf:
             raise CoterieError("knowledge: this business declares no [knowledge.NAME] in coterie.toml")
         with self._lock:
             if self._grounding is None:
-                self._grounding = Grounding(self.answerer, Knowledge(self.answerer.business))
+                self._grounding = Grounding(
+                    self.answerer, Knowledge(self.answerer.business, engine=lambda: self.answerer.engine)
+                )
             return self._grounding
 
     def gather(self, messages: list[Message], request: Request) -> "Ground":

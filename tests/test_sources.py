@@ -1,0 +1,118 @@
+"""All kinds of source in one coterie.toml: learned, listed and asked together, each under its permissions."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from coterie.business import Business
+from coterie.cli.main import app, main
+from coterie.errors import CoterieError
+from coterie.knowledge.evidence import Reader
+from coterie.sources import Knowledge, learn, overview
+from test_documents import WordEmbedder
+
+TOML = """
+[knowledge.rules]
+kind = "documents"
+path = "docs"
+[knowledge.music]
+kind = "graph"
+base = "urn:music:"
+tables = [{ file = "albums.csv", id = "album/{title}", type = "album", label = "{title}",
+            links = { singer = "artist/{artist}" } },
+          { file = "artists.csv", id = "artist/{artist}", type = "artist", label = "{artist}" }]
+[knowledge.shop]
+kind = "database"
+url = "sqlite:///shop.db"
+[knowledge.shop.tables.orders]
+rows = { staff = "1 = 1", "*" = "customer = :reader" }
+[knowledge.stock]
+kind = "tables"
+files = { stock = "stock.csv" }
+[knowledge.stock.tables.stock]
+readers = ["staff"]
+"""
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "returns.md").write_text("# Returns\n\nThings may be returned within 30 days.\n")
+    (tmp_path / "albums.csv").write_text("title,artist\nSatchmo,Louis Armstrong\n")
+    (tmp_path / "artists.csv").write_text("artist\nLouis Armstrong\n")
+    (tmp_path / "stock.csv").write_text("thing,count\nkettle,3\n")
+    with sqlite3.connect(tmp_path / "shop.db") as db:
+        db.execute("CREATE TABLE orders (id INTEGER, customer TEXT, thing TEXT)")
+        db.executemany("INSERT INTO orders VALUES (?, ?, ?)", [(1, "ada", "kettle"), (2, "bob", "lamp")])
+    (tmp_path / "coterie.toml").write_text(f'[business]\nbase = "{tiny}"\n{TOML}')
+    return tmp_path
+
+
+def test_each_kind_is_learned_listed_and_learned_again_without_work(folder: Path) -> None:
+    business, by = Business.open(folder), WordEmbedder()
+    first = {done.source: done for done in learn(business, by=by)}
+    assert {name: bool(done.errors) for name, done in first.items()} == dict.fromkeys(
+        ("rules", "music", "shop", "stock"), False
+    )
+    assert (first["rules"].indexed, first["music"].indexed, first["shop"].passages) == (1, 2, 1)
+    again = {done.source: done for done in learn(business, by=by)}
+    assert (again["rules"].indexed, again["music"].indexed, again["music"].kept) == (0, 0, 2)
+    listed = {s["name"]: s for s in overview(business, Reader("ada"))}
+    assert [f["path"] for f in listed["shop"]["files"]] == ["orders"]
+    assert listed["stock"]["files"] == []
+    assert [f["path"] for f in overview(business, Reader("eve", frozenset({"staff"})))[3]["files"]] == ["stock"]
+
+
+def test_a_question_is_put_to_documents_and_graph_alike(folder: Path) -> None:
+    business, by = Business.open(folder), WordEmbedder()
+    list(learn(business, by=by))
+    knowledge = Knowledge(business, by)
+    try:
+        (fact,) = [e for e in knowledge.source("music").search("Who is the singer of Satchmo?", Reader())][:1]
+        assert "Louis Armstrong" in fact.text
+        assert "SELECT" in fact.query
+        found = knowledge.gather("Who is the singer of Satchmo?", Reader(), tell=lambda _: None)
+        assert any(e.source == "music" for e in found)
+        assert knowledge.open("music", fact.where, Reader()) is None
+    finally:
+        knowledge.close()
+
+
+def test_the_database_shows_a_reader_their_own_rows(folder: Path) -> None:
+    """Whatever the model writes; here it is given the statement."""
+    business = Business.open(folder)
+    knowledge = Knowledge(business, WordEmbedder())
+    try:
+        shop = knowledge.source("shop")
+        run = shop.db.run  # type: ignore[attr-defined]
+        assert run("SELECT id FROM orders", Reader("ada")).rows == [(1,)]
+        assert run("SELECT id FROM orders", Reader("eve", frozenset({"staff"}))).rows == [(1,), (2,)]
+    finally:
+        knowledge.close()
+
+
+def test_a_source_that_cannot_be_read_is_told_and_the_others_are_learned(folder: Path) -> None:
+    (folder / "shop.db").write_text("not a database, by far")
+    done = {d.source: d for d in learn(Business.open(folder), by=WordEmbedder())}
+    assert done["shop"].errors
+    assert not done["rules"].errors
+    listed = {s["name"]: s for s in overview(Business.open(folder), Reader())}
+    assert listed["shop"]["errors"]
+    assert listed["music"]["passages"] > 0
+
+
+def test_the_command_line_lists_them_all(folder: Path) -> None:
+    list(learn(Business.open(folder), by=WordEmbedder()))
+    said = CliRunner().invoke(app, ["sources", str(folder), "--json"])
+    assert [s["kind"] for s in json.loads(said.stdout)] == ["documents", "graph", "database", "tables"]
+
+
+def test_an_unknown_kind_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "coterie.toml").write_text('[knowledge.x]\nkind = "oracle"\n')
+    assert main(["sources", str(folder)]) == 2
+    assert "knowledge.x" in capsys.readouterr().err
+    with pytest.raises(CoterieError, match=r"documents.*graph.*database.*tables"):
+        Business.open(folder)
