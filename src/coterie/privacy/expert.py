@@ -1,4 +1,4 @@
-"""The tagging expert of a base model: trained where it is first needed, in about a minute, and kept beside the model."""
+"""The tagging expert of a base model: trained where it is first needed, and kept beside the model."""
 
 import hashlib
 from collections.abc import Callable
