@@ -134,12 +134,49 @@ class RoutingSpec(_Strict):
     rules: list[RuleSpec] = Field([], description="experts forced or forbidden for a channel or for words")
 
 
+class DeskRuleSpec(_Strict):
+    """[[desk.rules]]: a conversation that a person must see. All conditions that are given must hold."""
+
+    reason: str = Field(min_length=1, max_length=80, description="shown to the agent, such as vulnerable_customer")
+    words: list[str] = Field([], description="one of these words or phrases is in the customer's message")
+    topics: list[str] = Field([], description="one of these experts, or of their labels, answers")
+    amount_above: float | None = Field(None, ge=0, description="the message names an amount of money above this")
+    profile: dict[str, str | bool | float] = Field({}, description="the customer's profile has these values")
+    negative: bool = Field(False, description="the message is negative, as `sentiment` sees it")
+    queue: str = Field("general", min_length=1, description="the queue that it goes to")
+
+
+class DeskSpec(_Strict):
+    """[desk]: customer service."""
+
+    database: str = Field("sqlite:///.coterie/desk.db", description="SQLAlchemy URL: sqlite or postgresql")
+    origins: list[str] = Field([], description="sites that may show the widget, such as https://shop.example")
+    disclosure: str = Field(
+        "You are talking to an AI. It can be wrong; you can ask for a person at any time.",
+        min_length=1, description="the first thing that a visitor reads",
+    )  # fmt: skip
+    greeting: str = Field("How can we help?", description="shown above an empty conversation")
+    unknown: Literal["hand_over", "answer"] = Field(
+        "hand_over", description="when no expert is near enough and no knowledge was found"
+    )
+    error: float = Field(0.02, gt=0, lt=1, description="share of wrong answers that `coterie desk calibrate` aims at")
+    failures: int = Field(2, ge=1, description="a person is called when an answer has failed so often in a row")
+    sentiment: str = Field("", description="an expert with choices that tells negative messages")
+    negative: list[str] = Field(["negative"], description="its labels that count as negative")
+    rules: list[DeskRuleSpec] = Field([], description="conversations that a person must see")
+    answers: dict[str, str] = Field({}, description="for a label of an expert with choices, what the customer is told")
+    canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
+    idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
+    workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
     business: BusinessSpec = BusinessSpec()
     experts: dict[str, ExpertSpec] = {}
     routing: RoutingSpec = RoutingSpec()
+    desk: DeskSpec = DeskSpec()
 
 
 def read_config(folder: Path) -> Config:

@@ -1,0 +1,485 @@
+"""Conversations and all that may be done to them: a state machine with exactly one owner at any time.
+
+Notable: an action is one transaction that locks the conversation's row, looks up the next state in `NEXT`, appends
+what was said with the next number, and lets the database compare the version as it writes. So actions on one
+conversation happen one after another, whoever does them and wherever they run. Handing over is an action, never a
+phrase in a text; and what the bot finishes after a person took over becomes a suggestion in that same transaction.
+"""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from coterie.desk.message import (
+    Changed,
+    Conversation,
+    Kind,
+    Message,
+    NoConversation,
+    NotAllowed,
+    State,
+    Turn,
+    check_key,
+    clean,
+)
+from coterie.errors import CoterieError
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.database import reading, writing
+
+Action = Literal["say", "ask", "back", "hand_over", "take", "release", "snooze", "wake", "resolve"]
+# What an action makes of a state. What is not here is not allowed.
+NEXT: dict[tuple[State, Action], State] = {
+    ("bot", "say"): "bot", ("waiting", "say"): "waiting", ("person", "say"): "person", ("snoozed", "say"): "person",
+    ("resolved", "say"): "bot",
+    ("bot", "ask"): "waiting", ("waiting", "ask"): "waiting", ("person", "ask"): "person", ("snoozed", "ask"): "person",
+    ("resolved", "ask"): "waiting",
+    ("bot", "back"): "bot", ("waiting", "back"): "bot", ("person", "back"): "bot", ("snoozed", "back"): "bot",
+    ("resolved", "back"): "bot",
+    ("bot", "hand_over"): "waiting",
+    ("bot", "take"): "person", ("waiting", "take"): "person", ("person", "take"): "person",
+    ("snoozed", "take"): "person", ("resolved", "take"): "person",
+    ("person", "release"): "waiting", ("snoozed", "release"): "waiting",
+    ("person", "snooze"): "snoozed", ("snoozed", "snooze"): "snoozed",
+    ("snoozed", "wake"): "person",
+    ("bot", "resolve"): "resolved", ("waiting", "resolve"): "resolved", ("person", "resolve"): "resolved",
+    ("snoozed", "resolve"): "resolved",
+}  # fmt: skip
+LEASE_S = 15.0  # a worker says this often, or more so, that it is still at an answer
+PUBLIC = ("message", "event")
+Seal = Callable[[str, str], bytes]  # customer, text -> what is kept
+Unseal = Callable[[str, bytes], str]
+Outcome = Literal["sent", "suggested", "discarded"]
+
+
+def in_the_clear(_customer: str, text: str) -> bytes:
+    """The seal of a business without encryption at rest."""
+    return text.encode()
+
+
+def from_the_clear(_customer: str, kept: bytes) -> str:
+    return kept.decode()
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """Why a person is needed, and what helps them: shown beside the conversation, never to the customer."""
+
+    reason: str
+    detail: str = ""
+    summary: str = ""
+    suggestion: str = ""
+    evidence: tuple[dict[str, Any], ...] = ()
+    confidence: float | None = None
+    queue: str = "general"
+
+
+class Conversations:
+    """All conversations of one business, in its database.
+
+    seal, unseal: what encrypts a text under its customer's key. clock: seconds since 1970. told: called with a
+    conversation's id after each change is in the database.
+    """
+
+    def __init__(
+        self, database: Engine, seal: Seal = in_the_clear, unseal: Unseal = from_the_clear,
+        clock: Callable[[], float] = time.time, told: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self.database, self.clock, self.told = database, clock, told
+        self._seal, self._unseal = seal, unseal
+
+    # What customers do
+
+    def open(self, customer: str, channel: str = "web", key: str | None = None) -> Conversation:
+        """Begin a conversation, with the bot. The same customer and `key` give the same one again."""
+        with writing(self.database) as session:
+            if check_key(key):
+                same = select(ConversationRow).filter_by(customer=customer, client_key=key)
+                if found := session.scalars(same).first():
+                    return _plain(found)
+            now = self.clock()
+            row = ConversationRow(
+                id=uuid.uuid4().hex, customer=customer, channel=channel, state="bot", owner="bot", last_seq=0, turn=0,
+                queue="general", reason="", opened_at=now, changed_at=now, client_key=key,
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            opened = _plain(row)
+        self.told(opened.id)
+        return opened
+
+    def say(self, id: str, text: str, key: str | None = None) -> Message:
+        """The customer writes. What this has returned is kept; sent again with its key it is not doubled."""
+        text = clean(text)
+        with self._act(id) as (session, row):
+            if same := self._sent_before(session, row, "customer", key):
+                return same
+            self._move(session, row, "say", by="customer")
+            said = self._append(session, row, "customer", "message", text, key)
+            if row.state == "bot":
+                _owe(row)
+            return said
+
+    def ask_for_person(self, id: str, queue: str = "general") -> Conversation:
+        """The customer wants a person. Does nothing where one is coming, or there, already."""
+        with self._act(id) as (session, row):
+            if row.state in ("bot", "resolved"):
+                row.reason, row.queue = "asked_for_a_person", queue
+            self._move(session, row, "ask", by="customer")
+            return self._now(session, row)
+
+    def back_to_bot(self, id: str, by: str = "customer") -> Conversation:
+        """The customer, or the agent who owns it, gives the conversation to the bot, which answers what is open."""
+        with self._act(id) as (session, row):
+            if by != "customer":
+                _must_own(row, by)
+            if row.state != "bot":
+                self._move(session, row, "back", by=by)
+                if _open_question(session, row):
+                    _owe(row)
+            return self._now(session, row)
+
+    def rate(self, id: str, seq: int, good: bool, reason: str = "") -> None:
+        """The customer's thumb on a message of the bot or of a person. A second one replaces the first."""
+        with writing(self.database) as session:
+            row = self._row(session, id)
+            of = select(MessageRow).filter_by(conversation_id=id, seq=seq, kind="message")
+            rated = session.scalars(of).first()
+            if rated is None or rated.author == "customer":
+                raise NoConversation(f"conversation {id!r} has no answer {seq}")
+            found = session.scalars(select(RatingRow).filter_by(conversation_id=id, seq=seq)).first()
+            found = found or RatingRow(conversation_id=id, seq=seq)
+            found.good, found.at = good, self.clock()
+            found.reason = self._seal(row.customer, reason[:2000])
+            session.add(found)
+        self.told(id)
+
+    # What the bot does
+
+    def claim(self, id: str) -> Turn | None:
+        """The answer that the bot owes here, if it owes one that no other worker is at. Tell `hold` now and then."""
+        with writing(self.database) as session:
+            row, now = self._row(session, id), self.clock()
+            if row.answering is None or (row.lease_until or 0) > now:
+                return None
+            row.lease_until = now + LEASE_S
+            session.flush()
+            messages = tuple(self._messages(session, row, ("message",)))
+            return Turn(_plain(row), row.answering, messages)
+
+    def hold(self, turn: Turn) -> bool:
+        """Say that the answer is still being worked on; False: it is no longer wanted."""
+        with writing(self.database) as session:
+            row = self._row(session, turn.conversation.id)
+            if row.answering != turn.number:
+                return False
+            row.lease_until = self.clock() + LEASE_S
+            return True
+
+    def let_go(self, turn: Turn) -> None:
+        """Leave the answer to whoever comes next; it is still owed."""
+        with writing(self.database) as session:
+            row = self._row(session, turn.conversation.id)
+            if row.answering == turn.number:
+                row.lease_until = None
+
+    def finish(
+        self, turn: Turn, text: str, data: dict[str, Any] | None = None, handoff: Handoff | None = None
+    ) -> Outcome:
+        """End a turn with the bot's words, or with a handoff, or both.
+
+        Where a person owns the conversation by now the words become a suggestion; where the customer has written
+        meanwhile, or the bot has been given the conversation anew, they are discarded.
+        """
+        with self._act(turn.conversation.id) as (session, row):
+            if row.state == "bot" and row.answering == turn.number:
+                if text:
+                    self._append(session, row, "bot", "message", text, f"turn:{turn.number}", data)
+                row.answering = row.lease_until = None
+                if handoff:
+                    row.reason, row.queue = handoff.reason[:200], handoff.queue
+                    self._move(session, row, "hand_over", by="bot")
+                    self._brief(session, row, handoff)
+                return "sent"
+            words = text or (handoff.suggestion if handoff else "")
+            if row.state in ("waiting", "person", "snoozed") and row.turn == turn.number and words:
+                self._append(session, row, "bot", "suggestion", words, f"turn:{turn.number}", data)
+                return "suggested"
+            return "discarded"
+
+    def owed(self) -> list[str]:
+        """Conversations with an answer under way that no worker is at: those of a process that has died, too."""
+        with reading(self.database) as session:
+            free = ConversationRow.lease_until.is_(None) | (ConversationRow.lease_until <= self.clock())
+            wanted = select(ConversationRow.id).where(ConversationRow.answering.is_not(None), free)
+            return list(session.scalars(wanted.order_by(ConversationRow.changed_at)))
+
+    # What people do. `agent` is a name; `seen` the owner that they saw, where two may want the same thing at once
+
+    def take(self, id: str, agent: str, seen: str | None = None) -> Conversation:
+        """Own the conversation. Raises Changed where another took it since the agent saw its owner, `seen`."""
+        return self.assign(id, agent, agent, seen)
+
+    def assign(self, id: str, agent: str, to: str, seen: str | None = None) -> Conversation:
+        """Give the conversation to an agent, whoever owns it."""
+        _check_agent(to)
+        with self._act(id) as (session, row):
+            if seen not in (None, row.owner, f"agent:{to}"):
+                raise Changed(f"conversation {id!r} has changed meanwhile: its owner is {row.owner} now")
+            if row.owner != f"agent:{to}" or row.state != "person":
+                self._move(session, row, "take", by=f"agent:{agent}", owner=f"agent:{to}")
+            return self._now(session, row)
+
+    def reply(self, id: str, agent: str, text: str, key: str | None = None) -> Message:
+        """The agent who owns the conversation writes to the customer."""
+        text = clean(text)
+        with self._act(id) as (session, row):
+            if same := self._sent_before(session, row, f"agent:{agent}", key):
+                return same
+            _must_own(row, agent)
+            if row.state == "snoozed":
+                self._move(session, row, "wake", by=f"agent:{agent}")
+            if row.state != "person":
+                raise NotAllowed(f"conversation {id!r} is {row.state}; take it before you reply")
+            return self._append(session, row, f"agent:{agent}", "message", text, key)
+
+    def note(self, id: str, agent: str, text: str, key: str | None = None) -> Message:
+        """A private note, in any state; customers and models never see it."""
+        text = clean(text)
+        with self._act(id) as (session, row):
+            same = self._sent_before(session, row, f"agent:{agent}", key)
+            return same or self._append(session, row, f"agent:{agent}", "note", text, key)
+
+    def release(self, id: str, agent: str, queue: str = "general") -> Conversation:
+        """Back to the queue, for another person."""
+        with self._act(id) as (session, row):
+            _must_own(row, agent)
+            row.queue = queue
+            self._move(session, row, "release", by=f"agent:{agent}")
+            return self._now(session, row)
+
+    def snooze(self, id: str, agent: str, until: float) -> Conversation:
+        """Out of sight until then, or until the customer writes."""
+        if until <= self.clock():
+            raise CoterieError("until: must lie in the future")
+        with self._act(id) as (session, row):
+            _must_own(row, agent)
+            self._move(session, row, "snooze", by=f"agent:{agent}", until=until)
+            return self._now(session, row)
+
+    def resolve(self, id: str, by: str) -> Conversation:
+        """It is done; the customer's next message opens it again. `by`: an agent's name, "customer" or "system"."""
+        with self._act(id) as (session, row):
+            if row.state != "resolved":
+                who = by if by in ("customer", "system") else f"agent:{by}"
+                self._move(session, row, "resolve", by=who)
+            return self._now(session, row)
+
+    def pass_time(self, idle_s: float = 24 * 3600.0) -> list[str]:
+        """Wake what was snoozed until now, and resolve what the bot answered and nobody wrote to for `idle_s`."""
+        now, moved = self.clock(), list[str]()
+        with reading(self.database) as session:
+            due = session.scalars(select(ConversationRow.id).where(ConversationRow.wake_at <= now)).all()
+            idle = session.scalars(
+                select(ConversationRow.id).where(
+                    ConversationRow.state == "bot", ConversationRow.answering.is_(None),
+                    ConversationRow.last_seq > 0, ConversationRow.changed_at <= now - idle_s,
+                )
+            ).all()  # fmt: skip
+        for id, action in [(i, "wake") for i in due] + [(i, "resolve") for i in idle]:
+            with self._act(id) as (session, row):
+                still = row.wake_at is not None and row.wake_at <= now if action == "wake" else (
+                    row.state == "bot" and row.answering is None and row.changed_at <= now - idle_s
+                )  # fmt: skip
+                if still:
+                    self._move(session, row, cast(Action, action), by="system")
+                    moved.append(id)
+        return moved
+
+    def disliked(self, id: str) -> dict[int, str]:
+        """The messages that the customer put a thumb down on, and the reasons they gave."""
+        with reading(self.database) as session:
+            customer = self._row(session, id, lock=False).customer
+            rows = session.scalars(select(RatingRow).filter_by(conversation_id=id, good=False))
+            return {row.seq: self._unseal(customer, row.reason) for row in rows}
+
+    # What is read
+
+    def get(self, id: str, customer: str | None = None) -> Conversation:
+        """As it stands. Raises NoConversation; also where it is another customer's, and `customer` is given."""
+        with reading(self.database) as session:
+            row = session.get(ConversationRow, id)
+            if row is None or customer not in (None, row.customer):
+                raise NoConversation(f"there is no conversation {id!r}")
+            return _plain(row)
+
+    def messages(self, id: str, after: int = 0, kinds: Sequence[str] = PUBLIC) -> list[Message]:
+        """Entries numbered above `after`, in order; by default those that the customer may see."""
+        with reading(self.database) as session:
+            row = self._row(session, id, lock=False)
+            return list(self._messages(session, row, kinds, after))
+
+    def listed(
+        self, states: Sequence[State] = (), owner: str = "", customer: str = "", limit: int = 200
+    ) -> list[Conversation]:
+        """Conversations, those that wait longest first, then the latest changed."""
+        wanted = select(ConversationRow).order_by(
+            func.coalesce(ConversationRow.waiting_since, 9e12), ConversationRow.changed_at.desc()
+        )
+        if states:
+            wanted = wanted.where(ConversationRow.state.in_(states))
+        if owner:
+            wanted = wanted.where(ConversationRow.owner == owner)
+        if customer:
+            wanted = wanted.where(ConversationRow.customer == customer)
+        with reading(self.database) as session:
+            return [_plain(row) for row in session.scalars(wanted.limit(limit))]
+
+    def search(self, words: str, newest: int = 5000, limit: int = 50) -> list[tuple[Conversation, Message]]:
+        """The newest message of each conversation that holds all `words`, among the `newest` messages.
+
+        Texts are sealed in the database, so they are opened here and looked through.
+        """
+        wanted = [w.casefold() for w in words.split()]
+        found: dict[str, tuple[Conversation, Message]] = {}
+        with reading(self.database) as session:
+            pairs = (
+                select(MessageRow, ConversationRow)
+                .join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
+                .where(MessageRow.kind != "event")
+            )
+            for message, row in session.execute(pairs.order_by(MessageRow.id.desc()).limit(newest)):
+                if row.id in found:
+                    continue
+                opened = self._opened(row, message)
+                text = f"{opened.text} {row.customer}".casefold()
+                if all(w in text for w in wanted):
+                    found[row.id] = (_plain(row), opened)
+                    if len(found) == limit:
+                        break
+        return list(found.values())
+
+    def counts(self) -> dict[str, int]:
+        """How many conversations are in each state."""
+        with reading(self.database) as session:
+            grouped = select(ConversationRow.state, func.count()).group_by(ConversationRow.state)
+            return {state: int(n) for state, n in session.execute(grouped)}
+
+    # How it is done
+
+    @contextmanager
+    def _act(self, id: str) -> Iterator[tuple[Session, ConversationRow]]:
+        with writing(self.database) as session:
+            yield session, self._row(session, id)
+        self.told(id)
+
+    def _row(self, session: Session, id: str, lock: bool = True) -> ConversationRow:
+        row = session.get(ConversationRow, id, with_for_update=lock)
+        if row is None:
+            raise NoConversation(f"there is no conversation {id!r}")
+        return row
+
+    def _move(
+        self, session: Session, row: ConversationRow, action: Action, by: str, owner: str = "",
+        until: float | None = None,
+    ) -> None:  # fmt: skip
+        """Into the next state, with its owner; writes down that it happened where something changed."""
+        old_state, old_owner = cast(State, row.state), row.owner
+        if (old_state, action) not in NEXT:
+            raise NotAllowed(f"conversation {row.id!r} is {old_state}: it cannot be done now ({action})")
+        row.state = NEXT[old_state, action]
+        if row.state in ("bot", "waiting"):
+            row.owner = "bot" if row.state == "bot" else "queue"
+        elif owner:
+            row.owner = owner
+        elif row.owner == "queue":  # resolved while it waited
+            row.owner = by if by.startswith("agent:") else "bot"
+        row.wake_at = until
+        if row.state != "bot":
+            row.answering = row.lease_until = None
+        if row.state != "waiting":
+            row.waiting_since = None
+        elif row.waiting_since is None:
+            row.waiting_since = self.clock()
+        if (row.state, row.owner) != (old_state, old_owner) or action == "snooze":
+            facts = {"action": action, "by": by, "from": old_owner, "to": row.owner, "state": row.state}
+            self._append(session, row, "system", "event", "", data=facts | ({"until": until} if until else {}))
+
+    def _brief(self, session: Session, row: ConversationRow, handoff: Handoff) -> None:
+        """For the agent: why, in short what happened, what is known, and what could be said."""
+        facts = {
+            "reason": handoff.reason, "detail": handoff.detail, "evidence": list(handoff.evidence),
+            "confidence": handoff.confidence,
+        }  # fmt: skip
+        self._append(session, row, "bot", "note", handoff.summary, data=facts)
+        if handoff.suggestion:
+            self._append(session, row, "bot", "suggestion", handoff.suggestion)
+
+    def _append(
+        self, session: Session, row: ConversationRow, author: str, kind: Kind, text: str, key: str | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> Message:  # fmt: skip
+        row.last_seq += 1
+        row.changed_at = self.clock()
+        message = Message(row.last_seq, author, kind, text, row.changed_at, data or {})
+        session.add(
+            MessageRow(
+                conversation_id=row.id, seq=message.seq, author=author, kind=kind, at=message.at, data=message.data,
+                body=self._seal(row.customer, text), client_key=key,
+            )
+        )  # fmt: skip
+        session.flush()
+        return message
+
+    def _sent_before(self, session: Session, row: ConversationRow, author: str, key: str | None) -> Message | None:
+        if not check_key(key):
+            return None
+        same = select(MessageRow).filter_by(conversation_id=row.id, author=author, client_key=key)
+        found = session.scalars(same).first()
+        return self._opened(row, found) if found else None
+
+    def _messages(
+        self, session: Session, row: ConversationRow, kinds: Sequence[str], after: int = 0
+    ) -> Iterator[Message]:
+        wanted = select(MessageRow).where(
+            MessageRow.conversation_id == row.id, MessageRow.seq > after, MessageRow.kind.in_(kinds)
+        )
+        return (self._opened(row, m) for m in session.scalars(wanted.order_by(MessageRow.seq)))
+
+    def _opened(self, row: ConversationRow, m: MessageRow) -> Message:
+        return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, m.data)
+
+    def _now(self, session: Session, row: ConversationRow) -> Conversation:
+        session.flush()
+        return _plain(row)
+
+
+def _plain(row: ConversationRow) -> Conversation:
+    return Conversation(**{f.name: getattr(row, f.name) for f in fields(Conversation)})
+
+
+def _owe(row: ConversationRow) -> None:
+    """The bot owes an answer: a new turn, so that what is still being written for an older one is not wanted."""
+    row.turn += 1
+    row.answering, row.lease_until = row.turn, None
+
+
+def _check_agent(name: str) -> None:
+    if not 1 <= len(name) <= 100 or not name.isprintable():
+        raise CoterieError("agent: a name of 1 to 100 printable characters")
+
+
+def _must_own(row: ConversationRow, agent: str) -> None:
+    if row.owner != f"agent:{agent}":
+        raise NotAllowed(f"conversation {row.id!r} is not yours: its owner is {row.owner}")
+
+
+def _open_question(session: Session, row: ConversationRow) -> bool:
+    """Whether the customer spoke last."""
+    said = select(MessageRow.author).filter_by(conversation_id=row.id, kind="message")
+    return session.scalars(said.order_by(MessageRow.seq.desc()).limit(1)).first() == "customer"

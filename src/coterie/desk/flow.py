@@ -1,0 +1,291 @@
+"""The answer flow of the desk on one page: who may ask -> mask -> route -> ground -> generate -> check -> unmask ->
+reply or handoff -> record.
+
+Notable: the customer reads along sentence by sentence, and a sentence is shown only while the answer so far is sure
+enough to be sent. So nothing that was shown is ever taken back, and what was not sure goes to the agent as a
+suggestion. What masks, grounds and checks comes from other rooms as plain functions (`Parts`).
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from coterie.answer import Answer, Answerer
+from coterie.choose import question
+from coterie.config import DeskSpec
+from coterie.data.read import Message as Spoken
+from coterie.desk import handoff
+from coterie.desk.confidence import Confidence, Signals
+from coterie.desk.conversation import Handoff
+from coterie.desk.message import Message, Turn
+from coterie.engine.request import Generation, Sampling
+from coterie.errors import Busy, ContextTooLong, Stopped
+from coterie.knowledge.evidence import Evidence, Reader
+
+MOST_TOKENS = 400  # of one answer
+MOST_EVIDENCE = 5  # pieces that go before the model
+PATIENCE_S = 30.0  # while the engine's queue is full
+SENTENCE = re.compile(
+    r""".*(?:[.!?…\u3002\uff01\uff1f\u061f]['")\]\u201d\u2019]*\s|\n)""", re.DOTALL
+)  # to the last end
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Texts without private data, in their order, and what puts it back into a text."""
+
+    texts: list[str]
+    restore: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An answer after the check against its evidence: what may be said, and which statements nothing supports."""
+
+    text: str
+    unsupported: tuple[str, ...] = ()
+
+
+def _as_it_is(_customer: str, texts: list[str]) -> Masked:
+    return Masked(texts, lambda text: text)
+
+
+def _anyone(turn: Turn) -> Reader | None:
+    return Reader(turn.conversation.customer)
+
+
+def _nothing(_question: str, _reader: Reader) -> list[Evidence]:
+    return []
+
+
+def _unknown(_customer: str) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What other rooms bring. Each default does nothing, except `check`: without one, sentences stream as they come.
+
+    may_ask: as whom the customer reads; None refuses. mask: raises where it cannot be sure. ground: the best evidence
+    first. check: the answer against its evidence. profile: fields that a rule lets into the prompt; a part that
+    raises is told to the agent, and the conversation goes on without it.
+    """
+
+    may_ask: Callable[[Turn], Reader | None] = _anyone
+    mask: Callable[[str, list[str]], Masked] = _as_it_is
+    ground: Callable[[str, Reader], list[Evidence]] = _nothing
+    check: Callable[[str, Sequence[Evidence]], Checked] | None = None
+    profile: Callable[[str], Mapping[str, Any]] = _unknown
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides: the declaration, the calibrated confidence (None: never calibrated), and disliked answers."""
+
+    spec: DeskSpec
+    confidence: Confidence | None = None
+    disliked: frozenset[int] = frozenset()
+
+
+@dataclass
+class Result:
+    """How a turn ended: what the customer is told ("" for nothing), the handoff if any, and what to record."""
+
+    text: str = ""
+    handoff: Handoff | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def answer(
+    answerer: Answerer, turn: Turn, rules: Rules, parts: Parts, show: Callable[[str], None],
+    begun: Callable[[Generation], None],
+) -> Result:  # fmt: skip
+    """Answer the customer's turn. `show` gets each sentence as it may be read; `begun` what can be cancelled."""
+    troubles: list[str] = []
+    customer, said = turn.conversation.customer, turn.messages
+
+    def person(reason: str, **more: Any) -> Result:
+        more.setdefault("detail", "; ".join(troubles))
+        return Result(handoff=handoff.brief(reason, said, **more))
+
+    reader = parts.may_ask(turn)
+    if reader is None:
+        return person("may_not_ask")
+    try:
+        masked = parts.mask(customer, [m.text for m in said])
+    except Exception:
+        log.exception("masking failed; nothing goes to a model")
+        return person("masking_failed")
+    spoken = _spoken(said, masked.texts)
+    asked = question(spoken)
+
+    profile = _or(troubles, "the customer's profile could not be read", _unknown(""), lambda: parts.profile(customer))
+    if handoff.failures(said, rules.disliked) >= rules.spec.failures:
+        return person("repeated_failure")
+    try:
+        choice = answerer.chooser.choose(asked, turn.conversation.channel)
+        topics = [name for name, _ in choice.decision.chosen]
+        negative = _is_negative(answerer, rules.spec, spoken[-1]["content"])
+        facts = handoff.Facts(said[-1].text, topics, profile, negative)
+        broken = handoff.broken_rule(rules.spec.rules, facts)
+
+        found = _or(troubles, "the knowledge could not be searched", _nothing("", reader),
+                    lambda: parts.ground(asked, reader))  # fmt: skip
+        evidence = found[:MOST_EVIDENCE]
+        running = _generate(answerer, _prompt(spoken, evidence, profile, parts, customer), turn.conversation.channel)
+        begun(running.generation)
+        retrieval = max((e.score for e in evidence), default=None)
+        words = _Words(masked.restore, choice.decision.similarity, retrieval, rules, show)
+        labels = bool(topics) and bool(answerer.business.library.facts(topics[0]).choices)
+        unknown = handoff.unsure(rules.spec, None, words.signals, bool(topics), evidence)
+        words.silent = bool(broken or parts.check or unknown or labels)
+        for piece in running.generation:
+            words.take(piece.text, [t.logprob for t in piece.tokens if t.logprob is not None])
+    except (Busy, Stopped, ContextTooLong) as error:
+        return person("assistant_unavailable", detail=str(error))
+    if running.generation.cancelled:
+        return Result(words.shown, data=_record(running, words, evidence) | {"stopped": True})
+
+    label = words.raw.strip() if labels else ""
+    if labels and rules.spec.answers:  # labels are intents, and the business says what each is answered with
+        checked = Checked(rules.spec.answers.get(label, ""))
+    else:
+        checked = parts.check(words.raw, evidence) if parts.check else Checked(words.raw)
+    reply = masked.restore(checked.text)
+    broken = broken or handoff.broken_rule(rules.spec.rules, replace(facts, topics=[*topics, label]))
+    reason = (
+        (broken.reason if broken else "")
+        or handoff.unsure(rules.spec, rules.confidence, words.signals, bool(topics), evidence)
+        or ("unsupported" if checked.unsupported else "" if reply.strip() else "no_answer")
+    )
+    data = _record(running, words, evidence) | ({"label": label} if label else {})
+    if not reason:
+        words.show_rest(reply)
+        return Result(reply, data=data)
+    sure = rules.confidence.of(words.signals) if rules.confidence else None
+    if checked.unsupported:
+        troubles.append("nothing supports: " + " / ".join(checked.unsupported))
+    queue = broken.queue if broken else "general"
+    handed = person(reason, evidence=evidence, suggestion=reply.strip(), confidence=sure, queue=queue)
+    return Result(words.shown, handed.handoff, data)
+
+
+class _Words:
+    """An answer as it arrives: its text, how likely its tokens were, and how much of it was shown."""
+
+    def __init__(
+        self, restore: Callable[[str], str], similarity: float | None, retrieval: float | None, rules: Rules,
+        show: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.raw = self.shown = self._waiting = ""
+        self.silent = False  # nothing is shown before all of it is there
+        self._restore, self._rules, self._show = restore, rules, show
+        self._similarity, self._retrieval = similarity, retrieval
+        self._sum, self._tokens = 0.0, 0
+
+    @property
+    def text(self) -> str:
+        return self._restore(self.raw)
+
+    @property
+    def signals(self) -> Signals:
+        logprob = self._sum / self._tokens if self._tokens else None
+        return Signals(self._similarity, logprob, self._retrieval)
+
+    def take(self, text: str, logprobs: list[float]) -> None:
+        self.raw += text
+        self._waiting += text
+        self._sum, self._tokens = self._sum + sum(logprobs), self._tokens + len(logprobs)
+        whole = SENTENCE.match(self._waiting)
+        sure = self._rules.confidence is None or self._rules.confidence.sure(self.signals)
+        if whole and sure and not self.silent:
+            self._say(self._restore(whole[0]))
+            self._waiting = self._waiting[whole.end() :]
+
+    def show_rest(self, reply: str) -> None:
+        """What of the final reply was not shown yet."""
+        self._say(reply[len(self.shown) :] if reply.startswith(self.shown) else reply)
+
+    def _say(self, text: str) -> None:
+        self.shown += text
+        self._show(text)
+
+
+def _spoken(said: Sequence[Message], texts: Sequence[str]) -> list[Spoken]:
+    """As a model wants them: turns of user and assistant, what one side said in a row in one message."""
+    out: list[Spoken] = []
+    for m, text in zip(said, texts, strict=True):
+        role = "user" if m.author == "customer" else "assistant"
+        if out and out[-1]["role"] == role:
+            out[-1]["content"] += "\n" + text
+        else:
+            out.append({"role": role, "content": text})
+    return out
+
+
+def _prompt(
+    spoken: list[Spoken], evidence: Sequence[Evidence], profile: Mapping[str, Any], parts: Parts, customer: str
+) -> list[Spoken]:
+    """The conversation, with what is known set before the customer's last message. Evidence is data, never orders."""
+    known = [f"[{n}] {e.text}" for n, e in enumerate(evidence, 1)]
+    lines = [f"{name}: {value}" for name, value in profile.items()]
+    if lines:
+        lines = parts.mask(customer, lines).texts
+    facts = [*(["What we know:", *known] if known else []), *(["The customer:", *lines] if lines else [])]
+    if not facts:
+        return spoken
+    last = {"role": "user", "content": "\n".join([*facts, "", "The question:", spoken[-1]["content"]])}
+    return [*spoken[:-1], last]
+
+
+def _generate(answerer: Answerer, messages: list[Spoken], channel: str) -> Answer:
+    """Start the answer; where the conversation has outgrown the context, without its oldest turns."""
+    sampling, until = Sampling(max_tokens=MOST_TOKENS, logprobs=0), time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return answerer.chat("auto", messages, sampling, channel=channel)
+        except ContextTooLong:
+            if len(messages) < 3:
+                raise
+            messages = messages[2:]
+        except Busy as error:
+            if time.monotonic() > until:
+                raise
+            time.sleep(min(error.retry_after_s, 0.5))
+
+
+def _is_negative(answerer: Answerer, spec: DeskSpec, text: str) -> bool:
+    """Whether the declared expert calls the message negative."""
+    if not spec.sentiment or not any(rule.negative for rule in spec.rules):
+        return False
+    said = answerer.chat(spec.sentiment, [{"role": "user", "content": text}], Sampling(max_tokens=16))
+    return said.generation.text().strip() in spec.negative
+
+
+def _or(troubles: list[str], what: str, otherwise: T, do: Callable[[], T]) -> T:
+    """What a part gives, or something else where it fails, which the agent is told."""
+    try:
+        return do()
+    except Exception as error:
+        log.warning("%s: %s", what, error)
+        troubles.append(what)
+        return otherwise
+
+
+def _record(running: Answer, words: _Words, evidence: Sequence[Evidence]) -> dict[str, Any]:
+    """What is kept with the message: who answered, how sure, from which sources."""
+    signals = words.signals
+    return {
+        "expert": running.expert, "version": running.version,
+        "similarity": _rounded(signals.similarity), "logprob": _rounded(signals.logprob),
+        "sources": [{"source": e.source, "where": e.where, "text": e.text[:1000]} for e in evidence],
+    }  # fmt: skip
+
+
+def _rounded(x: float | None) -> float | None:
+    return None if x is None else round(float(x), 4)

@@ -1,0 +1,1 @@
+"""The database: SQLite on one machine, PostgreSQL beyond it, with the same models and the same migrations."""
