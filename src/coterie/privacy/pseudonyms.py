@@ -38,6 +38,7 @@ class Pseudonyms:
         self._numbers: dict[str, int] = {}  # last number of each kind
         self._variants: dict[str, int] = {}  # how many of each stem
         self._beginnings: set[str] = set()  # of all pseudonyms, in small letters
+        self._unsaved: dict[str, Pair] = {}
         for pair in pairs:
             kind, _, number = pair.pseudonym[1:-1].lower().partition("_")
             stem = pair.pseudonym[:-1].rstrip("abcdefghijklmnopqrstuvwxyz")
@@ -65,7 +66,19 @@ class Pseudonyms:
                 self._variants[stem] += 1
             pair = Pair(pseudonym, value)
             self._keep(kind, stem, pair)
+            self._unsaved[pair.pseudonym] = pair
             return pair.pseudonym
+
+    def unsaved(self) -> list[Pair]:
+        """The pairs that were made here and not yet `saved`."""
+        with self._lock:
+            return list(self._unsaved.values())
+
+    def saved(self, pairs: Iterable[Pair]) -> None:
+        """These pairs are kept elsewhere now."""
+        with self._lock:
+            for pair in pairs:
+                self._unsaved.pop(pair.pseudonym, None)
 
     def _keep(self, kind: str, stem: str, pair: Pair) -> None:
         self._known[kind, pair.value] = pair.pseudonym
