@@ -165,7 +165,7 @@ def test_the_master_key_comes_from_variable_file_or_command(tmp_path: Path) -> N
 
 BAD = [
     ({"COTERIE_MASTER_KEY": "short"}, "not a master key"), ({"COTERIE_MASTER_KEY_FILE": "nowhere"}, "cannot be read"),
-    ({"COTERIE_MASTER_KEY_COMMAND": "false"}, "exit code 1"), ({"COTERIE_MASTER_KEY_COMMAND": "echo no"}, "a master key"),
+    ({"COTERIE_MASTER_KEY_COMMAND": "false"}, "exit code 1"), ({"COTERIE_MASTER_KEY_COMMAND": "echo no"}, "a master"),
     ({"COTERIE_MASTER_KEY_COMMAND": "/no/such/program"}, "could not be run"),
     ({"COTERIE_MASTER_KEY": new_key(), "COTERIE_MASTER_KEY_FILE": "x"}, "both set"),
 ]  # fmt: skip
