@@ -12,6 +12,7 @@ from coterie.cli import data as data_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli import models as model_commands
+from coterie.cli import privacy as privacy_commands
 from coterie.cli import suite as suite_commands
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
@@ -33,6 +34,11 @@ app.command()(route)
 app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
 app.add_typer(data_commands.app, name="data")
+app.add_typer(privacy_commands.accounts, name="accounts")
+app.add_typer(privacy_commands.keys, name="keys")
+app.add_typer(privacy_commands.audit, name="audit")
+app.add_typer(privacy_commands.customers, name="customers")
+app.add_typer(privacy_commands.privacy, name="privacy")
 app.add_typer(suite_commands.app, name="suite")
 app.command()(suite_commands.compare)
 app.command("optimise-prompt")(optimise_prompt)
@@ -267,9 +273,14 @@ def serve(
 
     from coterie.answer import Answerer
     from coterie.business import Business
+    from coterie.desk.desk import database_of
+    from coterie.desk.rights import rooms_of
+    from coterie.privacy.house import open_house
     from coterie.web.app import create_app
 
     business = Business.open(folder)
+    database = database_of(business)
+    house = open_house(business.folder, database)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -280,13 +291,17 @@ def serve(
     answerer = Answerer.open(business, tell)
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="warning", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(answerer, house, lambda: rooms_of(house)), log_level="warning", lifespan="on")
+    )
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
     try:
         server.run([listener])
     finally:
         answerer.close()
+        house.close()
+        database.dispose()
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The audit log: who saw, changed, exported, erased what. A chain of lines, each linked to the one before.
 
-Notable: a line's link is a hash over the line and the link before it, keyed where there is a master key: whoever can
-write to the database but lacks the key cannot make a chain that verifies. Lines cut off at the end leave a chain that
+Notable: a line's link is a hash over the line and the link before it, keyed where a key is given: whoever can write to
+the database but lacks the key cannot make a chain that verifies. Lines cut off at the end leave a chain that
 is whole, so note the head (`coterie audit head`) elsewhere now and then, and verify against it. Lines name accounts and
 customers by id and never hold what somebody said: they outlive an erasure.
 Source: Schneier and Kelsey 1999, "Secure audit logs to support computer forensics", section 4.
@@ -19,7 +19,6 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session
 
 from coterie.errors import CoterieError
-from coterie.privacy.master import MasterKey
 from coterie.privacy.tables import AuditRow
 from coterie.store.database import reading, writing
 
@@ -52,11 +51,9 @@ class Line:
 class Audit:
     """The log in one database."""
 
-    def __init__(
-        self, database: Engine, master: MasterKey | None = None, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, database: Engine, key: bytes = b"", clock: Callable[[], float] = time.time) -> None:
         self.database, self.clock = database, clock
-        self._key = master.derived("audit log") if master else b""
+        self._key = key
 
     def record(self, actor: str, action: str, subject: str = "", **detail: Any) -> None:
         """Add a line, in a transaction of its own."""

@@ -6,12 +6,13 @@ first key be made in the middle of another transaction. Sealed bytes: version of
 nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so nothing opens in another's name.
 """
 
+import hashlib
 import secrets
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cryptography.exceptions import InvalidTag
@@ -50,6 +51,7 @@ class Unreadable(CoterieError):
 @dataclass(frozen=True)
 class _Open:
     version: int
+    key: bytes = field(repr=False)
     cipher: AESGCM
     until: float
 
@@ -101,12 +103,25 @@ class Keys:
         except InvalidTag:
             raise Unreadable(f"data of customer {customer!r} was changed, or belongs to somebody else") from None
 
+    def secret(self, name: str) -> bytes:
+        """32 bytes of its own for something that is no customer, such as the audit log; the same for good."""
+        first = self._newest(name) if not self._has(name) else self._key(name, 1)
+        return hashlib.blake2b(b"secret", key=first.key, digest_size=32).digest()
+
+    def _has(self, name: str) -> bool:
+        with reading(self.database) as session:
+            return session.get(KeyRow, (name, 1)) is not None
+
     def rotate(self, customer: str) -> int:
         """A new key from now on; what is sealed under older ones stays readable. The new version."""
         made = self._make(customer)
         with self._lock:
             self._current.pop(customer, None)
         return made
+
+    def current(self, customer: str) -> int:
+        """The version of the customer's newest key; after an erasure it is another one."""
+        return self._newest(customer).version
 
     def version_of(self, sealed: bytes) -> int:
         """Which of the customer's keys it is sealed under."""
@@ -183,7 +198,7 @@ class Keys:
         if row.destroyed_at is not None:
             raise Erased(f"customer {customer!r} was erased; what was sealed then cannot be read")
         key = self.master.unwrap(row.wrapped, _of_key(customer, version))
-        opened = _Open(version, AESGCM(key), now + KEPT_S)
+        opened = _Open(version, key, AESGCM(key), now + KEPT_S)
         with self._lock:
             _keep(self._open, (customer, version), opened)
         return opened

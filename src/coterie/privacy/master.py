@@ -52,10 +52,6 @@ class MasterKey:
         except (InvalidTag, ValueError):
             raise KeyLost("a key in the database does not open with this master key, or was changed") from None
 
-    def derived(self, purpose: str) -> bytes:
-        """A key of 32 bytes for something else, such as the audit log's links."""
-        return hashlib.blake2b(purpose.encode(), key=self.key, digest_size=32, person=b"coterie").digest()
-
 
 def new_key() -> str:
     """A fresh master key, as it is written in a file or a variable."""

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, delete, select
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 
 from coterie.data.private import Span
@@ -44,7 +44,7 @@ class Vault:
     ) -> None:  # fmt: skip
         self.detector, self.database, self.keys, self.known, self.region = detector, database, keys, known, region
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, Pseudonyms] = OrderedDict()
+        self._open: OrderedDict[str, tuple[int, Pseudonyms]] = OrderedDict()  # with the key they were kept under
 
     def mask(self, customer: str, texts: list[str]) -> Masked:
         """The texts with pseudonyms, which are in the database before this returns. Raises MaskingFailed."""
@@ -67,29 +67,22 @@ class Vault:
         with self._lock:
             self._open.pop(customer, None)
 
-    def erase(self, customer: str) -> int:
-        """Delete a customer's pseudonyms. How many."""
-        self.forget(customer)
-        with writing(self.database) as session:
-            rows = session.scalars(select(PseudonymRow.pseudonym).where(PseudonymRow.customer == customer)).all()
-            session.execute(delete(PseudonymRow).where(PseudonymRow.customer == customer))
-        return len(rows)
-
-    def export(self, customer: str) -> list[dict[str, str]]:
-        """A customer's pseudonyms and values."""
-        return [{"pseudonym": pair.pseudonym, "value": pair.value} for pair in self._read(customer)]
-
     def _of(self, customer: str) -> Pseudonyms:
+        key = self.keys.current(customer)  # another one after an erasure: what is in memory is forgotten too
         with self._lock:
-            if customer in self._open:
+            version, found = self._open.get(customer, (0, None))
+            if found and version == key:
                 self._open.move_to_end(customer)
-                return self._open[customer]
+                return found
         read = Pseudonyms(self._read(customer))
         with self._lock:
-            kept = self._open.setdefault(customer, read)
+            version, found = self._open.get(customer, (0, None))
+            if found is None or version != key:
+                self._open[customer] = key, read
+                found = read
             while len(self._open) > KEPT:
                 self._open.popitem(last=False)
-            return kept
+            return found
 
     def _read(self, customer: str) -> list[Pair]:
         query = select(PseudonymRow).where(PseudonymRow.customer == customer)

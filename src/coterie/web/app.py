@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -29,6 +29,9 @@ from coterie.errors import CoterieError
 from coterie.evaluation import charts
 from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
+from coterie.privacy.house import House
+from coterie.privacy.rights import Room
+from coterie.web.access import Gate, add_access
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
 
@@ -36,9 +39,10 @@ HERE = Path(__file__).parent
 Start = Callable[[Callable[[Piece], None]], Answer]
 
 
-def create_app(answerer: Answerer) -> FastAPI:
-    """The application over one business."""
-    app = FastAPI(title="Coterie", docs_url=None, redoc_url=None)
+def create_app(answerer: Answerer, house: House | None = None, rooms: Callable[[], list[Room]] = list) -> FastAPI:
+    """The application over one business. `house`: who may do what; `rooms`: who holds customers' data."""
+    gate = Gate(house)
+    app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
     registry = CollectorRegistry()
@@ -46,6 +50,7 @@ def create_app(answerer: Answerer) -> FastAPI:
     business, started = answerer.business, int(time.time())
     app.add_middleware(Guard)
     handle_errors(app)
+    add_access(app, gate, pages, rooms)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:

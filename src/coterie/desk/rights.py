@@ -1,0 +1,72 @@
+"""A customer's conversations: given to them, deleted, and kept no longer than wished."""
+
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from coterie.privacy.house import House
+from coterie.privacy.rights import Room
+from coterie.privacy.tables import PseudonymRow
+from coterie.privacy.vault import PURPOSE
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.database import reading, writing
+
+
+def rooms_of(house: House) -> list[Room]:
+    """Everything of this business that holds customers' data."""
+    return [
+        Room(
+            "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
+            lambda before: _delete(
+                house, (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
+            ),
+        ),
+        Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
+        Room("consents", house.consents.of, house.consents.erase),
+    ]  # fmt: skip
+
+
+def _export(house: House, customer: str) -> list[dict[str, Any]]:
+    out = []
+    with reading(house.database) as session:
+        query = select(ConversationRow).where(ConversationRow.customer == customer).order_by(ConversationRow.opened_at)
+        for row in session.scalars(query):
+            messages = session.scalars(select(MessageRow).filter_by(conversation_id=row.id).order_by(MessageRow.seq))
+            ratings = session.scalars(select(RatingRow).filter_by(conversation_id=row.id).order_by(RatingRow.seq))
+            out.append({
+                "id": row.id, "channel": row.channel, "opened_at": row.opened_at, "state": row.state,
+                "messages": [{"seq": m.seq, "author": m.author, "kind": m.kind, "at": m.at,
+                              "text": house.unseal(customer, m.body)} for m in messages],
+                "ratings": [{"seq": r.seq, "good": r.good, "reason": house.unseal(customer, r.reason)}
+                            for r in ratings],
+            })  # fmt: skip
+    return out
+
+
+def _delete(house: House, which: Any) -> int:
+    """Delete these conversations with all that hangs on them. How many."""
+    with writing(house.database) as session:
+        ids = list(session.scalars(select(ConversationRow.id).where(which)))
+        for at in range(0, len(ids), 500):
+            _delete_all(session, ids[at : at + 500])
+    return len(ids)
+
+
+def _delete_all(session: Session, ids: list[str]) -> None:
+    for table in (RatingRow, MessageRow):
+        session.execute(delete(table).where(table.conversation_id.in_(ids)))
+    session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
+
+
+def _pseudonyms(house: House, customer: str) -> dict[str, str]:
+    with reading(house.database) as session:
+        rows = [(r.pseudonym, r.value) for r in session.scalars(select(PseudonymRow).filter_by(customer=customer))]
+    return {pseudonym: house.keys.unseal(customer, value, PURPOSE) for pseudonym, value in rows}
+
+
+def _forget(house: House, customer: str) -> int:
+    with writing(house.database) as session:
+        count = len(session.scalars(select(PseudonymRow.pseudonym).filter_by(customer=customer)).all())
+        session.execute(delete(PseudonymRow).where(PseudonymRow.customer == customer))
+    return count
