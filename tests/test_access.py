@@ -156,7 +156,8 @@ def test_over_https_the_cookie_is_secure(app: FastAPI, staff: dict[Role, str]) -
 
 OTHERS = [
     ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
-    ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({}, 403), ({"X-CSRF-Token": "guess"}, 403), ({"X-CSRF-Token": ""}, 403),
+    ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({}, 403),
+    ({"X-CSRF-Token": "guess"}, 403), ({"X-CSRF-Token": ""}, 403),
     ({"Sec-Fetch-Site": "same-origin"}, 204), ({"Origin": "http://shop.example"}, 204),
 ]  # fmt: skip
 

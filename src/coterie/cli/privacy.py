@@ -152,7 +152,7 @@ def rotate_master_key(
         count = house.keys.rewrap(fresh)
         house.audit.record("cli", "keys.rotate", "", keys=count, master=fresh.id[:8])
     result({"keys": count, "master": fresh.id}, as_json,
-           f"{count} keys are wrapped by {new}; set {VARIABLE}_FILE to it, or put it in .coterie/master.key")  # fmt: skip
+           f"{new} wraps {count} keys; set {VARIABLE}_FILE to it, or move it to .coterie/master.key")  # fmt: skip
 
 
 @audit.command("verify")
