@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from playwright.sync_api import Browser, sync_playwright
 
 from coterie.business import Business, fit
 from coterie.model.load import BaseModel, load
@@ -23,6 +26,11 @@ settings.register_profile("coterie", deadline=None, max_examples=25, derandomize
 settings.load_profile("coterie")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 COLORS = ("red", "green", "blue", "yellow")
 THINGS = {
@@ -115,3 +123,17 @@ def fitted_shop(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     folder = make_shop(tmp_path_factory.mktemp("fitted"), tiny)
     list(fit(Business.open(folder)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium; skips where it cannot be installed."""
+    if not shutil.which("chromium") and os.geteuid() == 0:
+        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=False, capture_output=True)
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("the page's tests need Chromium, and `apt-get install chromium` cannot be run here")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from coterie.answer import Answer
@@ -44,6 +45,17 @@ class ScriptedAnswerer:
     business: Business
     says: Callable[[str], Script]
     asked: list[list[Message]] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Any:
+        """As much of an engine as the pages look at."""
+        return SimpleNamespace(
+            alive=True,
+            load_numbers=lambda: (0, 0),
+            base=SimpleNamespace(name="scripted"),
+            stats=None,
+            close=lambda: None,
+        )
 
     @property
     def chooser(self) -> "ScriptedAnswerer":
@@ -87,6 +99,9 @@ class ScriptedBusiness(Business):
     @property
     def library(self) -> Any:
         class Shelf:
+            def shelf(_self) -> list[ExpertFacts]:
+                return []
+
             def facts(_self, name: str) -> ExpertFacts:
                 return ExpertFacts(name, "lora", version=1, choices=self.choices)
 

@@ -54,7 +54,7 @@ class _Answerer:
 
 def application(house: House | None, folder: Path, rooms: Callable[[], list[Room]] = list) -> FastAPI:
     (folder / "coterie.toml").write_text('[business]\nname = "Shop"\n')
-    app = create_app(_Answerer(Business.open(folder)), house, rooms)  # type: ignore[arg-type]
+    app = create_app(_Answerer(Business.open(folder)), None, house, rooms)  # type: ignore[arg-type]
     return app
 
 

@@ -1,9 +1,7 @@
 """The chat page, used as visitors use it: in a real browser (headless Chromium), against the real server and engine."""
 
-import os
 import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from coterie.answer import Answer, Answerer
 from coterie.business import Business
@@ -23,10 +21,6 @@ from coterie.engine.request import Callback, Piece, Sampling
 from coterie.errors import Busy
 from coterie.web.app import create_app
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 expect.set_options(timeout=20_000)  # ms, for busy machines; what is expected comes much sooner
 ALL = 1 << 30
 QUESTION = "Which color has the grass?"
@@ -87,19 +81,6 @@ def served(answerer: Answerer) -> Iterator[str]:
         thread.join()
         listener.close()
         answerer.engine.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not shutil.which("chromium") and os.geteuid() == 0:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=False, capture_output=True)
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("the page's tests need Chromium, and `apt-get install chromium` cannot be run here")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

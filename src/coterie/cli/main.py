@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coterie.cli import data as data_commands
+from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli import models as model_commands
@@ -34,6 +35,7 @@ app.command()(route)
 app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
 app.add_typer(data_commands.app, name="data")
+app.add_typer(desk_commands.app, name="desk")
 app.add_typer(privacy_commands.accounts, name="accounts")
 app.add_typer(privacy_commands.keys, name="keys")
 app.add_typer(privacy_commands.audit, name="audit")
@@ -273,14 +275,11 @@ def serve(
 
     from coterie.answer import Answerer
     from coterie.business import Business
-    from coterie.desk.desk import database_of
-    from coterie.desk.rights import rooms_of
-    from coterie.privacy.house import open_house
+    from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.web.app import create_app
 
     business = Business.open(folder)
-    database = database_of(business)
-    house = open_house(business.folder, database)
+    house = house_of(business)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -289,19 +288,19 @@ def serve(
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
+    desk = open_desk(answerer, house, tell)
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(answerer, house, lambda: rooms_of(house)), log_level="warning", lifespan="on")
-    )
+    application = create_app(answerer, desk, house, lambda: rooms_of(house))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
     try:
         server.run([listener])
     finally:
+        desk.close()
         answerer.close()
         house.close()
-        database.dispose()
 
 
 @app.command()

@@ -34,18 +34,13 @@ Customer = Annotated[str, typer.Argument(help="The customer's id.")]
 @contextmanager
 def _house(folder: Path) -> "Iterator[House]":
     from coterie.business import Business
-    from coterie.desk.desk import database_of
-    from coterie.privacy.house import open_house
+    from coterie.desk.rights import house_of
 
-    database = database_of(Business.open(folder))
+    house = house_of(Business.open(folder))
     try:
-        house = open_house(folder, database)
-        try:
-            yield house
-        finally:
-            house.close()
+        yield house
     finally:
-        database.dispose()
+        house.close()
 
 
 def _rooms(house: "House") -> "list[Room]":
@@ -244,10 +239,9 @@ def retain(
 def train_tagger(folder: Folder = Path(), as_json: Json = False) -> None:
     """Train the tagging expert of this business's base model anew, on made sentences (minutes)."""
     from coterie.business import Business
-    from coterie.model.pull import models_dir
-    from coterie.privacy.expert import file_of, tagger_of
+    from coterie.privacy.expert import file_of, tagger_of, taggers_dir
 
-    base, place = Business.open(folder).base(tell), models_dir().parent / "taggers"
+    base, place = Business.open(folder).base(tell), taggers_dir()
     with bars() as shown:
         tagger_of(base, place, lambda done, total: shown.count("training the tagger", done, total), anew=True)
     result({"file": str(file_of(base, place))}, as_json, str(file_of(base, place)))
@@ -265,7 +259,6 @@ def mask_text(
 ) -> None:
     """Show what a model would get to see of a text."""
     from coterie.business import Business
-    from coterie.model.pull import models_dir
     from coterie.privacy.deidentify import Detector, Mask
     from coterie.privacy.expert import tagger_of
     from coterie.privacy.pseudonyms import Pseudonyms
@@ -274,8 +267,7 @@ def mask_text(
     if not rules_only:
         base = Business.open(folder).base(tell)
         with bars() as shown:
-            place = models_dir().parent / "taggers"
-            tagger = tagger_of(base, place, lambda done, total: shown.count("training the tagger", done, total))
+            tagger = tagger_of(base, None, lambda done, total: shown.count("training the tagger", done, total))
     pseudonyms = Pseudonyms()
     masked = Mask(Detector(tagger, region), pseudonyms).hide(sys.stdin.read() if text == "-" else text)
     pairs = {pair.pseudonym: pair.value for pair in pseudonyms.pairs()}

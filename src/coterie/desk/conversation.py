@@ -364,6 +364,36 @@ class Conversations:
                         break
         return list(found.values())
 
+    def last_messages(self, ids: Sequence[str]) -> dict[str, Message]:
+        """The latest message of each of these conversations."""
+        newest = (
+            select(func.max(MessageRow.id)).where(MessageRow.conversation_id.in_(ids), MessageRow.kind == "message")
+            .group_by(MessageRow.conversation_id)
+        )  # fmt: skip
+        pairs = (
+            select(MessageRow, ConversationRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
+            .where(MessageRow.id.in_(newest))
+        )  # fmt: skip
+        with reading(self.database) as session:
+            return {row.id: self._opened(row, message) for message, row in session.execute(pairs)}
+
+    def reasons(self, since: float) -> dict[str, int]:
+        """Why conversations that changed since then were handed over, the last time for each; commonest first."""
+        grouped = (
+            select(ConversationRow.reason, func.count()).where(
+                ConversationRow.reason != "", ConversationRow.changed_at >= since
+            ).group_by(ConversationRow.reason).order_by(func.count().desc())
+        )  # fmt: skip
+        with reading(self.database) as session:
+            return {reason: int(n) for reason, n in session.execute(grouped)}
+
+    def ratings(self, since: float) -> dict[str, int]:
+        """Thumbs since then: how many up and how many down."""
+        with reading(self.database) as session:
+            grouped = select(RatingRow.good, func.count()).where(RatingRow.at >= since).group_by(RatingRow.good)
+            found = {bool(good): int(n) for good, n in session.execute(grouped)}
+        return {"up": found.get(True, 0), "down": found.get(False, 0)}
+
     def counts(self) -> dict[str, int]:
         """How many conversations are in each state."""
         with reading(self.database) as session:

@@ -1,16 +1,46 @@
-"""A customer's conversations: given to them, deleted, and kept no longer than wished."""
+"""The desk in the house of privacy: conversations sealed and masked; given to their customer, deleted, kept no longer
+than wished."""
 
 from typing import Any
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from coterie.privacy.house import House
+from coterie.answer import Answerer
+from coterie.business import Business, Tell
+from coterie.desk.desk import Desk, database_of
+from coterie.desk.flow import Masked, Parts
+from coterie.privacy.deidentify import Detector
+from coterie.privacy.expert import WhenNeeded
+from coterie.privacy.house import House, open_house
 from coterie.privacy.rights import Room
 from coterie.privacy.tables import PseudonymRow
-from coterie.privacy.vault import PURPOSE
+from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
+
+
+def house_of(business: Business) -> House:
+    """Keys, accounts and audit log of a business, over the desk's database. Raises KeyLost, CoterieError."""
+    return open_house(business.folder, database_of(business))
+
+
+def open_desk(answerer: Answerer, house: House, tell: Tell = lambda _: None) -> Desk:
+    """The desk at work: what is said is kept sealed, and every model sees it masked."""
+    tagger = WhenNeeded(answerer.engine.base, tell)
+    if answerer.business.config.desk.origins:
+        tagger.open()  # customers are about to come: none of them waits for its training
+    detector = Detector(tagger)
+    vault = Vault(detector, house.database, house.keys)
+    parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts))
+    desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
+    desk.start()
+    return desk
+
+
+def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
+    found = vault.mask(customer, texts)
+    return Masked(found.texts, found.restore)
 
 
 def rooms_of(house: House) -> list[Room]:

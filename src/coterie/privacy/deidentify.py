@@ -12,12 +12,12 @@ masker fails, nothing goes out.
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from typing import Protocol
 
 from coterie.data.private import IPV4, Span, finder
 from coterie.errors import CoterieError
 from coterie.privacy.known import KnownValues
 from coterie.privacy.pseudonyms import FORM, Pseudonyms, Restorer
-from coterie.privacy.tagger import Tagger
 
 # Kinds that say who somebody is, or reach them. The others that the tagger knows (place, organisation, date, title,
 # nationality, url) are left in, as an answer often turns on them; ask for them by name.
@@ -51,10 +51,16 @@ class MaskingFailed(CoterieError):
     code = "masking_failed"
 
 
+class Finds(Protocol):
+    """A tagging expert: the private spans in each of several texts."""
+
+    def find(self, texts: list[str]) -> list[list[Span]]: ...
+
+
 class Detector:
     """Finds private spans in any text: by rule and checksum first, then by the tagging expert, where there is one."""
 
-    def __init__(self, tagger: Tagger | None = None, region: str = "GB", kinds: Iterable[str] = IDENTIFYING) -> None:
+    def __init__(self, tagger: Finds | None = None, region: str = "GB", kinds: Iterable[str] = IDENTIFYING) -> None:
         self.tagger, self.kinds = tagger, frozenset(kinds)
         self._rules = finder(region)
 

@@ -43,9 +43,9 @@ class House:
         return self.keys.unseal(customer, kept) if kept[:1] == FORM else kept.decode()
 
     def close(self) -> None:
-        """Let go of the keys' database; `database` is its opener's to close."""
-        if self.keys.database is not self.database:
-            self.keys.database.dispose()
+        """Let go of both databases."""
+        self.keys.database.dispose()
+        self.database.dispose()
 
 
 def open_house(folder: Path, database: Engine, environment: Mapping[str, str] | None = None) -> House:

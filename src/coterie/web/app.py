@@ -23,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from coterie.answer import Answer, Answerer
+from coterie.desk.desk import Desk
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
@@ -32,6 +33,7 @@ from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
+from coterie.web.desk import add_desk
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
 
@@ -39,8 +41,14 @@ HERE = Path(__file__).parent
 Start = Callable[[Callable[[Piece], None]], Answer]
 
 
-def create_app(answerer: Answerer, house: House | None = None, rooms: Callable[[], list[Room]] = list) -> FastAPI:
-    """The application over one business. `house`: who may do what; `rooms`: who holds customers' data."""
+def create_app(
+    answerer: Answerer, desk: Desk | None = None, house: House | None = None,
+    rooms: Callable[[], list[Room]] = list,
+) -> FastAPI:  # fmt: skip
+    """The application over one business, with its desk where it is open.
+
+    house: who may do what. rooms: who holds customers' data.
+    """
     gate = Gate(house)
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
@@ -51,6 +59,8 @@ def create_app(answerer: Answerer, house: House | None = None, rooms: Callable[[
     app.add_middleware(Guard)
     handle_errors(app)
     add_access(app, gate, pages, rooms)
+    if desk:
+        add_desk(app, desk, pages, saw=_on_record(house) if house else None)
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
@@ -111,6 +121,11 @@ def create_app(answerer: Answerer, house: House | None = None, rooms: Callable[[
         return await _reply_all(request, starts, _TextShape())
 
     return app
+
+
+def _on_record(house: House) -> Callable[[str, str, str], None]:
+    """Says in the audit log which agent read whose conversation."""
+    return lambda agent, id, customer: house.audit.record(f"agent:{agent}", "conversation.read", customer, id=id)
 
 
 class _ChatShape:

@@ -1,0 +1,134 @@
+"""`coterie desk`: invite agents, calibrate when to hand over, list and show conversations."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from coterie.cli.show import bars, result, table, tell
+from coterie.errors import CoterieError, DataError
+
+if TYPE_CHECKING:  # loaded when the command needs them, so that --help is quick
+    from coterie.business import Business
+    from coterie.data.read import Example
+
+app = typer.Typer(help="Customer service: agents, conversations, and when to hand over.", no_args_is_help=True)
+FolderOption = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="The agent's name, shown to customers.")],
+    folder: FolderOption = Path(),
+    supervisor: Annotated[bool, typer.Option("--supervisor", help="May see the overview.")] = False,
+    address: Annotated[str, typer.Option(help="Where `coterie serve` can be reached.")] = "http://localhost:8000",
+    as_json: Json = False,
+) -> None:
+    """Print a link that lets an agent into the desk for a week."""
+    from coterie.business import Business
+    from coterie.web.door import Agent, open_door
+
+    if not 1 <= len(name) <= 100 or not name.isprintable():
+        raise CoterieError("NAME: 1 to 100 printable characters")
+    business = Business.open(folder)
+    door = open_door(business.folder, business.config.desk.origins)
+    link = f"{address.rstrip('/')}/desk?invite={door.invite(Agent(name, 'supervisor' if supervisor else 'agent'))}"
+    result({"name": name, "link": link}, as_json, link)
+
+
+@app.command("list")
+def list_(
+    folder: FolderOption = Path(),
+    state: Annotated[
+        Literal["bot", "waiting", "person", "snoozed", "resolved"] | None, typer.Option(help="Only in this state.")
+    ] = None,
+    search: Annotated[str, typer.Option(help="Only those with these words in a message.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List conversations, those that wait longest first."""
+    from dataclasses import asdict
+
+    from coterie.business import Business
+    from coterie.desk.conversation import Conversations
+    from coterie.desk.rights import house_of
+
+    house = house_of(Business.open(folder))
+    talks = Conversations(house.database, house.seal, house.unseal)
+    found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else ())
+    found = [c for c in found if state in (None, c.state)]
+    rows = [[c.id, c.customer, c.state, c.owner, c.reason] for c in found]
+    result([asdict(c) for c in found], as_json, table(["conversation", "customer", "state", "owner", "reason"], rows))
+
+
+@app.command()
+def show(
+    conversation: Annotated[str, typer.Argument(help="Its id, as `coterie desk list` prints it.")],
+    folder: FolderOption = Path(),
+    as_json: Json = False,
+) -> None:
+    """Show all that was said in a conversation, private notes too."""
+    from dataclasses import asdict
+
+    from coterie.business import Business
+    from coterie.desk.conversation import Conversations
+    from coterie.desk.rights import house_of
+
+    house = house_of(Business.open(folder))
+    talks = Conversations(house.database, house.seal, house.unseal)
+    house.audit.record("cli", "conversation.read", talks.get(conversation).customer, id=conversation)
+    messages = talks.messages(conversation, kinds=("message", "note", "suggestion", "event"))
+    rows = [[str(m.seq), m.author, m.kind, m.text or str(m.data.get("action", ""))] for m in messages]
+    result([asdict(m) for m in messages], as_json, table(["", "who", "what", ""], rows))
+
+
+@app.command()
+def calibrate(
+    folder: FolderOption = Path(),
+    data: Annotated[
+        Path | None, typer.Option(help="Rows with the right answers; default: all declared test rows.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(min=0.001, max=0.5, help="Wished share of wrong answers; default: [desk] error.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="At most this many rows; 0: all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Learn from answers to rows with known outcome how sure an answer must be to be sent."""
+    from dataclasses import asdict
+
+    from coterie.answer import Answerer
+    from coterie.business import Business
+    from coterie.desk.calibrate import outcomes
+    from coterie.desk.confidence import fit_confidence
+    from coterie.desk.desk import confidence_file
+
+    business = Business.open(folder)
+    rows = list(islice(_rows(business, data), limit or None))
+    if not rows:
+        raise DataError('no rows to calibrate on; declare test = "..." for an expert in coterie.toml, or give --data')
+    answerer = Answerer.open(business, tell)
+    try:
+        with bars() as shown:
+            signals, right = outcomes(answerer, rows, lambda done: shown.count("answers", done, len(rows)))
+    finally:
+        answerer.close()
+    fitted = fit_confidence(signals, right, error or business.config.desk.error)
+    fitted.save(confidence_file(business))
+    said = (
+        f"of {fitted.rows} answers {sum(right) / len(right):.1%} were right; sent from a confidence of "
+        f"{fitted.threshold:.3f} on: {fitted.handled:.1%} of the answers, {fitted.wrong:.1%} of them wrong"
+    )
+    result(asdict(fitted), as_json, said)
+
+
+def _rows(business: "Business", data: Path | None) -> "Iterator[Example]":
+    names = list(business.config.experts)
+    if data and names:
+        yield from business.examples(names[0], [str(data.resolve())])
+        return
+    for name in names:
+        if business.spec(name).test:
+            yield from business.examples(name, business.spec(name).test)

@@ -1,0 +1,248 @@
+"""The agents' side of the desk: its page, and what it asks of the server. Nothing here that `desk/` does not decide."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+from jinja2 import Environment
+from pydantic import BaseModel as Record
+from pydantic import Field
+
+from coterie.desk.desk import Desk
+from coterie.desk.live import EVERY
+from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
+from coterie.errors import CoterieError
+from coterie.web.door import COOKIE, INVITED_S, Agent, Door, Forbidden, NotSignedIn, open_door
+from coterie.web.events import event, next_news, stream
+from coterie.web.schema import Text
+from coterie.web.widget import STATIC, widget_app
+
+ALL = ("message", "note", "suggestion", "event")
+VIEWS: dict[str, tuple[State, ...]] = {
+    "waiting": ("waiting",), "mine": ("person", "snoozed"), "people": ("person",), "bot": ("bot",),
+    "snoozed": ("snoozed",), "resolved": ("resolved",), "all": (),
+}  # fmt: skip
+SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
+PRESENT_S = 20.0  # an agent's page says this often, or more so, where they look
+
+
+class Words(Record):
+    text: Text
+    key: str | None = Field(None, max_length=LONGEST_KEY)
+
+
+class Taking(Record):
+    seen: str | None = Field(None, max_length=200, description="the owner that the agent saw")
+    to: str | None = Field(None, max_length=100)
+
+
+class Snoozing(Record):
+    minutes: float = Field(gt=0, le=60 * 24 * 90)
+
+
+class Looking(Record):
+    typing: bool = False
+
+
+def _again_after(times: dict[tuple[str, str], float], key: tuple[str, str]) -> bool:
+    """Whether this was not so within SEEN_S: a page that reads a conversation at each change is one look."""
+    now = time.monotonic()
+    if len(times) > 10_000:
+        for old in [k for k, at in times.items() if at < now - SEEN_S]:
+            del times[old]
+    fresh = times.get(key, -SEEN_S) <= now - SEEN_S
+    times[key] = now
+    return fresh
+
+
+class _Presence:
+    """Who looks at which conversation. Of this process only; it is a courtesy, the database decides."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, dict[str, tuple[float, bool]]] = {}
+
+    def look(self, id: str, agent: str, typing: bool) -> bool:
+        """Note it; whether that is news."""
+        here = self._at.setdefault(id, {})
+        news = agent not in here or here[agent][1] != typing or here[agent][0] < time.monotonic() - PRESENT_S
+        here[agent] = time.monotonic(), typing
+        return news
+
+    def others(self, id: str, agent: str) -> list[dict[str, Any]]:
+        now = time.monotonic()
+        here = {a: v for a, v in self._at.get(id, {}).items() if v[0] > now - PRESENT_S}
+        if here:
+            self._at[id] = here
+        else:
+            self._at.pop(id, None)
+        return [{"name": a, "typing": typing} for a, (_, typing) in here.items() if a != agent]
+
+
+def add_desk(
+    app: FastAPI, desk: Desk, pages: Environment, door: Door | None = None,
+    saw: Callable[[str, str, str], None] | None = None,
+) -> None:  # fmt: skip
+    """Routes of desk and widget. `saw` is told which agent opened which conversation, of which customer."""
+    door = door or open_door(desk.business.folder, desk.spec.origins)
+    app.mount("/widget", widget_app(desk, door))
+    app.include_router(_router(desk, door, pages, saw))
+
+    @app.get("/widget.js")
+    def script() -> Response:
+        return FileResponse(STATIC / "widget" / "embed.js", headers={"Access-Control-Allow-Origin": "*"})
+
+
+def _router(
+    desk: Desk, door: Door, pages: Environment, saw: Callable[[str, str, str], None] | None = None
+) -> APIRouter:
+    router, talks, presence = APIRouter(), desk.conversations, _Presence()
+    ByAgent = Annotated[Agent, Depends(door.agent)]
+    opened: dict[tuple[str, str], float] = {}
+
+    @router.get("/desk", response_class=HTMLResponse)
+    def page(request: Request, invite: str = "") -> Response:
+        if invite:
+            if door.invited(invite) is None:
+                raise NotSignedIn("this link has expired; `coterie desk invite NAME` prints a new one")
+            into = RedirectResponse("desk", 303)
+            secure = request.url.scheme == "https"
+            into.set_cookie(COOKIE, invite, INVITED_S, httponly=True, samesite="strict", secure=secure)
+            return into
+        try:
+            agent = door.agent(request)
+        except NotSignedIn:
+            return HTMLResponse(
+                pages.get_template("desk_closed.html").render(business=desk.business.config.business), 401
+            )
+        return HTMLResponse(
+            pages.get_template("desk.html").render(
+                business=desk.business.config.business, agent=agent, canned=desk.spec.canned
+            )
+        )
+
+    @router.get("/desk/api/conversations")
+    def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting") -> dict[str, Any]:  # type: ignore[valid-type]
+        owner = f"agent:{agent.name}" if view == "mine" else ""
+        found = talks.listed(VIEWS[view], owner)
+        mine = len(talks.listed(VIEWS["mine"], f"agent:{agent.name}"))
+        last = talks.last_messages([c.id for c in found])
+        return {
+            "conversations": [_row(c) | {"last": _short(last.get(c.id))} for c in found],
+            "counts": talks.counts() | {"mine": mine},
+        }  # fmt: skip
+
+    @router.get("/desk/api/conversations/{id}")
+    def one(id: str, agent: ByAgent) -> dict[str, Any]:
+        c = talks.get(id)
+        if saw and _again_after(opened, (agent.name, id)):
+            saw(agent.name, id, c.customer)
+        try:
+            profile, trouble = dict(desk.parts.profile(c.customer)), ""
+        except Exception:  # the conversation goes on without it
+            profile, trouble = {}, "The customer's profile could not be read."
+        others = [o for o in talks.listed(customer=c.customer, limit=20) if o.id != id]
+        return {
+            "conversation": _row(c), "entries": [asdict(m) for m in talks.messages(id, kinds=ALL)],
+            "profile": profile, "trouble": trouble, "others": [_row(o) for o in others],
+            "disliked": talks.disliked(id), "present": presence.others(id, agent.name),
+        }  # fmt: skip
+
+    @router.post("/desk/api/conversations/{id}/take")
+    def take(id: str, body: Taking, agent: ByAgent) -> dict[str, Any]:
+        return _row(talks.assign(id, agent.name, body.to or agent.name, body.seen))
+
+    @router.post("/desk/api/conversations/{id}/release")
+    def release(id: str, agent: ByAgent) -> dict[str, Any]:
+        return _row(talks.release(id, agent.name))
+
+    @router.post("/desk/api/conversations/{id}/snooze")
+    def snooze(id: str, body: Snoozing, agent: ByAgent) -> dict[str, Any]:
+        return _row(talks.snooze(id, agent.name, talks.clock() + body.minutes * 60))
+
+    @router.post("/desk/api/conversations/{id}/resolve")
+    def resolve(id: str, agent: ByAgent) -> dict[str, Any]:
+        return _row(talks.resolve(id, agent.name))
+
+    @router.post("/desk/api/conversations/{id}/bot")
+    def back(id: str, agent: ByAgent) -> dict[str, Any]:
+        now = talks.back_to_bot(id, by=agent.name)
+        desk.wake(id)
+        return _row(now)
+
+    @router.post("/desk/api/conversations/{id}/replies")
+    def reply(id: str, body: Words, agent: ByAgent) -> dict[str, Any]:
+        return asdict(talks.reply(id, agent.name, body.text, body.key))
+
+    @router.post("/desk/api/conversations/{id}/notes")
+    def note(id: str, body: Words, agent: ByAgent) -> dict[str, Any]:
+        return asdict(talks.note(id, agent.name, body.text, body.key))
+
+    @router.post("/desk/api/conversations/{id}/looking")
+    def looking(id: str, body: Looking, agent: ByAgent) -> dict[str, Any]:
+        talks.get(id)
+        if presence.look(id, agent.name, body.typing):
+            desk.live.changed(id)
+        return {}
+
+    @router.get("/desk/api/search")
+    def search(q: str, _agent: ByAgent) -> dict[str, Any]:
+        if not q.strip():
+            raise CoterieError("q: what to search for")
+        return {"conversations": [_row(c) | {"last": _short(m)} for c, m in talks.search(q)]}
+
+    @router.get("/desk/api/state")
+    def state(agent: ByAgent) -> dict[str, Any]:
+        """For supervisors: queues, people, and how the assistant does."""
+        if agent.role != "supervisor":
+            raise Forbidden("only supervisors see this")
+        waiting = talks.listed(("waiting",), limit=1000)
+        running, queued = desk.answerer.engine.load_numbers()
+        people = Counter(c.owner.partition(":")[2] for c in talks.listed(("person",), limit=1000))
+        return {
+            "counts": talks.counts(), "people": dict(people.most_common()),
+            "queues": dict(Counter(c.queue for c in waiting)),
+            "longest_wait_s": max((talks.clock() - (c.waiting_since or talks.clock()) for c in waiting), default=0),
+            "reasons": talks.reasons(talks.clock() - 24 * 3600), "ratings": talks.ratings(talks.clock() - 24 * 3600),
+            "assistant": {
+                "alive": desk.answerer.engine.alive, "writing": desk.working, "running": running, "queued": queued,
+                "calibrated": asdict(desk.confidence) if desk.confidence else None,
+            },
+        }  # fmt: skip
+
+    @router.get("/desk/api/events")
+    def events(_agent: ByAgent) -> Response:
+        return stream(_news(desk))
+
+    return router
+
+
+async def _news(desk: Desk) -> AsyncIterator[str]:
+    """Which conversations have changed, as it happens; after a silence, which have changed in other processes."""
+    with desk.live.subscribed(EVERY) as news:
+        seen = await asyncio.to_thread(_versions, desk)
+        yield event("ready", {})
+        while True:
+            came = await next_news(news)
+            changed = {str(n["id"]) for n in came}
+            if not came:
+                now = await asyncio.to_thread(_versions, desk)
+                changed = {id for id, version in now.items() if seen.get(id) != version}
+                seen = now
+            yield event("changed", {"ids": sorted(changed)}) if changed else ": the line is open\n\n"
+
+
+def _versions(desk: Desk) -> dict[str, int]:
+    return {c.id: c.version for c in desk.conversations.listed(("bot", "waiting", "person", "snoozed"), limit=1000)}
+
+
+def _row(c: Conversation) -> dict[str, Any]:
+    return asdict(c)
+
+
+def _short(m: Message | None) -> dict[str, Any] | None:
+    return {"author": m.author, "text": " ".join(m.text.split())[:140], "at": m.at} if m else None

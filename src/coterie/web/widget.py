@@ -1,0 +1,162 @@
+"""The widget's side of the desk: what a visitor's page may ask. Mounted at /widget, with its own CORS rules."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse
+from pydantic import BaseModel as Record
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from coterie.desk.desk import Desk
+from coterie.desk.message import LONGEST_KEY, Conversation, Message
+from coterie.web.door import Door, Limit
+from coterie.web.events import event, next_news, stream
+from coterie.web.problem import handle_errors
+from coterie.web.schema import Text
+
+STATIC = Path(__file__).parent / "static"
+FILES = ("widget.js", "visit.js", "strings.js", "widget.css", "tokens.css", "render.js")
+SAYS, VISITS = Limit(30, 60), Limit(120, 60)  # messages of a visitor, new visits from one address
+
+
+class Visit(Record):
+    """POST /widget/visits: `identity` is the site's word for who this is, `token` the visit before."""
+
+    identity: str = Field("", max_length=4000)
+    token: str = Field("", max_length=4000)
+
+
+class Begin(Record):
+    key: str = Field(min_length=1, max_length=LONGEST_KEY)
+
+
+class Said(Record):
+    text: Text
+    key: str = Field(min_length=1, max_length=LONGEST_KEY)
+
+
+class Rating(Record):
+    seq: int
+    good: bool
+    reason: Text = Field("", max_length=2000)
+
+
+def widget_app(desk: Desk, door: Door) -> FastAPI:
+    """The routes under /widget."""
+    app = FastAPI(title="Coterie's widget", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(
+        CORSMiddleware, allow_origins=sorted(door.origins), allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"], max_age=3600,
+    )  # fmt: skip
+    handle_errors(app)
+    talks = desk.conversations
+
+    def mine(request: Request, id: str) -> Conversation:
+        """The visitor's own conversation; another's reads as if there were none."""
+        return talks.get(id, door.visitor(request))
+
+    @app.post("/visits")
+    def visit(body: Visit, request: Request) -> dict[str, Any]:
+        site = door.site(request)
+        VISITS.count(request.client.host if request.client else "")
+        customer, token = door.admit(site, body.identity, body.token)
+        last = next(iter(talks.listed(customer=customer, limit=1)), None)
+        return {
+            "token": token, "business": desk.business.config.business.name, "disclosure": desk.spec.disclosure,
+            "greeting": desk.spec.greeting, "conversation": last.id if last else None,
+        }  # fmt: skip
+
+    @app.post("/conversations")
+    def begin(body: Begin, request: Request) -> dict[str, Any]:
+        customer = door.visitor(request)
+        SAYS.count(customer)
+        return {"id": talks.open(customer, "web", body.key).id}
+
+    @app.post("/conversations/{id}/messages")
+    def say(id: str, body: Said, request: Request) -> dict[str, Any]:
+        SAYS.count(mine(request, id).customer)
+        message = talks.say(id, body.text, body.key)
+        desk.wake(id)
+        return {"seq": message.seq}
+
+    @app.post("/conversations/{id}/stop")
+    def stop(id: str, request: Request) -> dict[str, Any]:
+        desk.stop(mine(request, id).id)
+        return {}
+
+    @app.post("/conversations/{id}/person")
+    def person(id: str, request: Request) -> dict[str, Any]:
+        return state_of(talks.ask_for_person(mine(request, id).id))
+
+    @app.post("/conversations/{id}/bot")
+    def bot(id: str, request: Request) -> dict[str, Any]:
+        now = talks.back_to_bot(mine(request, id).id)
+        desk.wake(id)
+        return state_of(now)
+
+    @app.post("/conversations/{id}/ratings")
+    def rate(id: str, body: Rating, request: Request) -> dict[str, Any]:
+        talks.rate(mine(request, id).id, body.seq, body.good, body.reason)
+        return {}
+
+    @app.get("/conversations/{id}/events")
+    def events(id: str, request: Request, after: int = 0) -> Response:
+        mine(request, id)
+        return stream(_events(desk, id, after))
+
+    @app.get("/static/{name}")
+    def file(name: str) -> Response:
+        """Files that pages of any site may import: there is nothing secret in them."""
+        if name not in FILES:
+            raise HTTPException(404, "Not Found")
+        where = STATIC / "widget" if (STATIC / "widget" / name).exists() else STATIC
+        return FileResponse(where / name, headers={"Access-Control-Allow-Origin": "*"})
+
+    return app
+
+
+async def _events(desk: Desk, id: str, after: int) -> AsyncIterator[str]:
+    """All that the customer may see, from the entry after `after` on, as it happens."""
+    talks, before, draft = desk.conversations, None, False
+    with desk.live.subscribed(id) as news:
+        came: list[dict[str, Any]] = [{"event": "changed"}]
+        while True:
+            for n in came:
+                if n["event"] in ("piece", "writing"):
+                    draft = True
+                    yield event("piece", {"text": n["text"]})
+                elif n["event"] == "ended" and draft:
+                    draft = False
+                    yield event("ended", {})
+            if not came or any(n["event"] != "piece" for n in came):
+                for message in await asyncio.to_thread(talks.messages, id, after):
+                    after = message.seq
+                    yield event("entry", public(message))
+                now = state_of(await asyncio.to_thread(talks.get, id))
+                yield event("state", now) if now != before else ": the line is open\n\n"
+                before = now
+            came = await next_news(news)
+
+
+def state_of(c: Conversation) -> dict[str, Any]:
+    """What a customer may know of where their conversation stands."""
+    return {"state": c.state, "answering": c.answering is not None, "with": _name(c.owner)}
+
+
+def public(m: Message) -> dict[str, Any]:
+    """An entry as its customer may see it."""
+    shown: dict[str, Any] = {"seq": m.seq, "kind": m.kind, "author": m.author.partition(":")[0], "at": m.at}
+    if m.kind == "event":
+        return shown | {"state": m.data.get("state"), "with": _name(m.data.get("to", ""))}
+    sources = [{"source": s["source"], "where": s["where"], "text": s["text"]} for s in m.data.get("sources", [])]
+    return shown | {"text": m.text, "name": _name(m.author), "sources": sources, "stopped": "stopped" in m.data}
+
+
+def _name(owner: str) -> str:
+    """Of an agent; "" for the bot and the queue."""
+    return owner.partition(":")[2]

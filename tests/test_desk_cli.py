@@ -1,0 +1,67 @@
+"""`coterie desk`, as an owner calls it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from coterie.business import Business
+from coterie.cli.main import main
+from coterie.desk.confidence import load_confidence
+from coterie.desk.conversation import Conversations
+from coterie.desk.desk import confidence_file, database_of
+from coterie.web.door import Agent, open_door
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main([str(a) for a in args])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_an_invitation_is_a_link_that_lets_in(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "desk", "invite", "Bea", "-f", shop, "--supervisor", "--address", "https://d.example/")
+    link = out.strip()
+    assert (code, link.partition("=")[0]) == (0, "https://d.example/desk?invite")
+    assert open_door(shop, []).invited(link.partition("=")[2]) == Agent("Bea", "supervisor")
+
+
+def test_conversations_are_listed_and_shown(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talks = Conversations(database_of(Business.open(shop)))
+    waits, other = talks.open("ada"), talks.open("bob")
+    talks.say(waits.id, "Where is my order?")
+    talks.ask_for_person(waits.id)
+    _, out, _ = run(capsys, "desk", "list", "-f", shop, "--json")
+    assert [c["id"] for c in json.loads(out)] == [waits.id, other.id]
+    for narrow in (["--state", "waiting"], ["--search", "my ORDER"]):
+        _, out, _ = run(capsys, "desk", "list", "-f", shop, "--json", *narrow)
+        assert [c["customer"] for c in json.loads(out)] == ["ada"]
+    _, out, _ = run(capsys, "desk", "show", waits.id, "-f", shop)
+    assert "Where is my order?" in out
+    code, _, err = run(capsys, "desk", "show", "none", "-f", shop)
+    assert (code, err.strip()) == (2, "error: there is no conversation 'none'")
+
+
+def test_calibrate_asks_the_experts_and_keeps_what_it_learns(
+    fitted_shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shop"
+    shutil.copytree(fitted_shop, folder)
+    code, out, err = run(capsys, "desk", "calibrate", "-f", folder, "--data", folder / "colors.csv", "--error", "0.3")
+    assert (code, out) == (2, "")
+    assert "24 answers with an outcome; at least 50 are needed" in err
+    rows = (folder / "colors.csv").read_text().splitlines()
+    (folder / "more.csv").write_text("\n".join([rows[0], *rows[1:] * 3]))
+    code, out, _ = run(
+        capsys, "desk", "calibrate", "-f", folder, "--data", folder / "more.csv", "--error", "0.3", "--json"
+    )
+    kept = load_confidence(confidence_file(Business.open(folder)))
+    assert code == 0
+    assert kept
+    assert (kept.rows, kept.error) == (72, 0.3)
+    assert json.loads(out)["threshold"] == kept.threshold
