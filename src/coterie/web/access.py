@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from itsdangerous import BadSignature, URLSafeTimedSerializer
 from jinja2 import Environment
 from pydantic import BaseModel as Record
 from pydantic import Field
@@ -17,9 +18,11 @@ from pydantic import Field
 from coterie.privacy.access import LOCAL, PASSER, VISITOR, Forbidden, Limit, NotSignedIn, Permission, Person
 from coterie.privacy.accounts import Login
 from coterie.privacy.house import House
+from coterie.privacy.oidc import Attempt, Provider, provider
 from coterie.privacy.rights import Room, erase_customer, export_customer
 
-COOKIE = "coterie_session"
+COOKIE, ATTEMPT = "coterie_session", "coterie_attempt"
+ATTEMPT_S = 600  # that signing in at an identity provider may take
 OPEN = "open"  # anyone, signed in or not
 OWN = "own"  # the route looks at its own door: the widget's visitors, the desk's agents
 SELF = "self"  # anyone who is signed in, about themselves
@@ -175,7 +178,7 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
 
     @router.get("/login", response_class=HTMLResponse)
     def login_page() -> str:
-        return pages.get_template("login.html").render(wrong="")
+        return pages.get_template("login.html").render(wrong="", oidc=provider() is not None)
 
     @router.post("/login")
     def login(
@@ -187,7 +190,9 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
         try:
             return session_reply(request, gate.login(request, name, password, code))
         except NotSignedIn as error:
-            return HTMLResponse(pages.get_template("login.html").render(wrong=str(error)), 401)
+            return HTMLResponse(
+                pages.get_template("login.html").render(wrong=str(error), oidc=provider() is not None), 401
+            )
 
     @router.post("/logout")
     def logout(request: Request) -> Response:
@@ -203,9 +208,40 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
         return {"name": person.name, "role": person.role, "may": sorted(person.may), "csrf": csrf}
 
     if house:
+        _of_provider(router, house)
         _of_accounts(router, house)
         _of_customers(router, house, rooms)
     app.include_router(router)
+
+
+def _of_provider(router: APIRouter, house: House) -> None:
+    """Signing in by OpenID Connect. What is under way stands in a signed cookie for ten minutes."""
+    signed = URLSafeTimedSerializer(house.keys.secret("coterie:oidc"), "coterie-oidc")
+
+    def known() -> Provider:
+        found = provider()
+        if found is None:
+            raise HTTPException(404, "no identity provider is set up")
+        return found
+
+    @router.get("/login/oidc")
+    def begin(request: Request) -> Response:
+        url, attempt = known().begin(str(request.url_for("return_from_provider")))
+        reply = RedirectResponse(url, 303)
+        reply.set_cookie(ATTEMPT, signed.dumps(vars(attempt)), ATTEMPT_S, httponly=True, samesite="lax",
+                         secure=request.url.scheme == "https", path="/login")  # fmt: skip
+        return reply
+
+    @router.get("/login/oidc/return")
+    def return_from_provider(request: Request) -> Response:
+        try:
+            attempt = Attempt(**signed.loads(request.cookies.get(ATTEMPT, ""), max_age=ATTEMPT_S))
+        except (BadSignature, TypeError) as error:
+            raise NotSignedIn("this sign-in took too long, or began elsewhere; try again") from error
+        who = known().finish(request.query_params, attempt, str(request.url_for("return_from_provider")))
+        reply = session_reply(request, house.accounts.login_oidc(who.subject, who.email))
+        reply.delete_cookie(ATTEMPT, path="/login")
+        return reply
 
 
 def _of_accounts(router: APIRouter, house: House) -> None:
