@@ -245,10 +245,11 @@ def main() -> None:
     report.table("coterie, all 17 kinds", ["kind", "recall", "precision", "F2"], own_kinds)
     ours, theirs = (merged[name].typed()[2] for name in ("coterie", "presidio"))
     report.ratios = {"f2_vs_presidio": ours / theirs, "throughput_vs_presidio": speed["coterie"] / speed["presidio"]}
-    looked_for, size, hits = plaintext(every, 100 if args.quick else 1000)
+    count = 100 if args.quick else 1000
+    looked_for, size, hits = plaintext(every, count)
     report.say(
-        f"{100 if args.quick else 1000} conversations kept by the desk, masked texts written to a log: {looked_for} known "
-        f"values looked for in {size / 2**20:.1f} MiB of database, its log, keys and log file: {hits} hits."
+        f"{count} conversations kept by the desk, masked texts written to a log: {looked_for} known values "
+        f" looked for in {size / 2**20:.1f} MiB of database, its log, keys and log file: {hits} hits."
     )
     report.figures = {
         "plaintext_hits": hits,

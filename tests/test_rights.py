@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from coterie.business import Business
 from coterie.cli.main import app
 from coterie.desk.conversation import Conversations
 from coterie.desk.rights import rooms_of
+from coterie.desk.trained import marked
 from coterie.errors import CoterieError
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.house import House, open_house
@@ -29,6 +31,18 @@ def house(tmp_path: Path) -> Iterator[House]:
     yield opened
     opened.close()
     database.dispose()
+
+
+def shop(house: House) -> Business:
+    """The business of the house, with an expert that learned from two customers."""
+    folder = Path(str(house.keys.database.url.database)).parents[1]
+    toml = '[business]\nname = "Shop"\n[experts.support]\ntrain = ["a.jsonl", "b.csv"]\n'
+    (folder / "coterie.toml").write_text(toml)
+    if not (folder / "a.jsonl").exists():
+        rows = [{"prompt": "p", "completion": "c", "customer": c} for c in ("zoe", "ben")]
+        (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / "b.csv").write_text("prompt,completion,customer\np,c,zoe\n")
+    return Business.open(folder)
 
 
 def talk(house: House, customer: str, *said: str) -> str:
@@ -49,7 +63,7 @@ def test_an_export_has_everything_about_a_customer_and_nothing_about_others(hous
     talk(house, "ben", "I am Ben")
     Vault(Detector(), house.database, house.keys).mask("ada", ["card 4111 1111 1111 1111"])
     house.consents.record("ada", "ai", "told", "notice-1")
-    found = export_customer(rooms_of(house), house.audit, "ada", "anna")
+    found = export_customer(rooms_of(house, shop(house)), house.audit, "ada", "anna")
     assert texts(found) == ["I am Ada", "card 4111 1111 1111 1111"]
     assert found["pseudonyms"] == {"[CARD_1]": "4111 1111 1111 1111"}
     assert [c["what"] for c in found["consents"]] == ["told"]
@@ -64,8 +78,8 @@ def test_an_erased_customer_is_gone_from_every_room_and_can_come_back(house: Hou
     assert vault.mask("ada", ["a@b.com"]).texts == ["[EMAIL_1]"]
     house.consents.record("ada", "ai", "agreed", "notice-1")
     kept = house.seal("ada", "in a backup")
-    done = erase_customer(rooms_of(house), house.keys, house.audit, "ada", "anna")
-    assert done == {"keys": 1, "conversations": 1, "pseudonyms": 1, "consents": 1}
+    done = erase_customer(rooms_of(house, shop(house)), house.keys, house.audit, "ada", "anna")
+    assert done == {"keys": 1, "conversations": 1, "pseudonyms": 1, "consents": 1, "experts": {}}
     with pytest.raises(Erased):
         house.unseal("ada", kept)
     conversations = Conversations(house.database, house.seal, house.unseal)
@@ -73,8 +87,19 @@ def test_an_erased_customer_is_gone_from_every_room_and_can_come_back(house: Hou
         conversations.messages(id)
     assert [m.text for m in conversations.messages(other)] == ["I am Ben"]
     assert vault.mask("ada", ["new@b.com"]).texts == ["[EMAIL_1]"], "nothing is left in memory either"
-    found = export_customer(rooms_of(house), house.audit, "ada", "anna")
+    found = export_customer(rooms_of(house, shop(house)), house.audit, "ada", "anna")
     assert (found["conversations"], list(found["pseudonyms"].values())) == ([], ["new@b.com"])
+
+
+def test_experts_that_learned_from_an_erased_customer_are_listed_until_their_rows_are_gone(house: House) -> None:
+    business = shop(house)
+    assert marked(business) == {}
+    done = erase_customer(rooms_of(house, business), house.keys, house.audit, "zoe", "anna")
+    assert done["experts"] == marked(business) == {"support": ["a.jsonl:1", "b.csv:2"]}
+    (business.folder / "a.jsonl").write_text('{"prompt": "p", "completion": "c", "customer": "ben"}\n')
+    assert marked(business) == {"support": ["b.csv:2"]}
+    (business.folder / "b.csv").unlink()
+    assert marked(business) == {}
 
 
 def test_where_a_room_fails_the_others_are_erased_and_it_may_be_run_again(house: House) -> None:
@@ -86,7 +111,7 @@ def test_where_a_room_fails_the_others_are_erased_and_it_may_be_run_again(house:
             raise OSError("the index is locked")
         return 7
 
-    rooms = [Room("index", lambda c: [], erase), *rooms_of(house)]
+    rooms = [Room("index", lambda c: [], erase), *rooms_of(house, shop(house))]
     with pytest.raises(NotErased, match="OSError: the index is locked"):
         erase_customer(rooms, house.keys, house.audit, "ada", "anna")
     assert texts(export_customer(rooms, house.audit, "ada", "anna")) == []
@@ -101,7 +126,7 @@ def test_resolved_conversations_are_kept_as_long_as_the_rule_says(house: House) 
     conversations.say(old, "hello")
     conversations.resolve(old, "bot")
     now[0] += 10 * 86400
-    rooms = rooms_of(house)
+    rooms = rooms_of(house, shop(house))
     assert keep_only(rooms, {"conversations": 11}, house.audit, now[0]) == {"conversations": 0}
     assert keep_only(rooms, {"conversations": 9}, house.audit, now[0]) == {"conversations": 1}
     assert [c.id for c in conversations.listed()] == [still_open]
@@ -112,7 +137,7 @@ def test_resolved_conversations_are_kept_as_long_as_the_rule_says(house: House) 
                                                ({"consents": 3}, "keeps nothing that expires")])  # fmt: skip
 def test_a_rule_that_fits_nothing_deletes_nothing(house: House, days: dict[str, float], message: str) -> None:
     with pytest.raises(CoterieError, match=message):
-        keep_only(rooms_of(house), {"conversations": 1, **days}, house.audit)
+        keep_only(rooms_of(house, shop(house)), {"conversations": 1, **days}, house.audit)
 
 
 def test_consent_is_what_was_said_last_and_silence_is_no(house: House) -> None:
@@ -130,7 +155,7 @@ def test_no_plain_text_is_on_the_disk_after_many_conversations(house: House, tmp
     rng, values = random.Random(0), list[str]()
     vault = Vault(Detector(), house.database, house.keys)
     with (tmp_path / "program.log").open("w") as log:
-        for n in range(60):
+        for n in range(25):
             name, mail = f"Xaviera Q{n}uimby{n}", f"x{n}.quimby@mail{n}.example"
             card = f"4{rng.randrange(10**14):014d}"
             card += next(d for d in "0123456789" if _luhn(card + d))

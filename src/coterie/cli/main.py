@@ -291,7 +291,7 @@ def serve(
     desk = open_desk(answerer, house, tell)
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    application = create_app(answerer, desk, house, lambda: rooms_of(house))
+    application = create_app(answerer, desk, house, lambda: rooms_of(house, business))
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip

@@ -43,10 +43,11 @@ def _house(folder: Path) -> "Iterator[House]":
         house.close()
 
 
-def _rooms(house: "House") -> "list[Room]":
+def _rooms(house: "House", folder: Path) -> "list[Room]":
+    from coterie.business import Business
     from coterie.desk.rights import rooms_of
 
-    return rooms_of(house)
+    return rooms_of(house, Business.open(folder))
 
 
 def _password(prompt: str = "Password") -> str:
@@ -191,7 +192,7 @@ def export_one(customer: Customer, folder: Folder = Path()) -> None:
     from coterie.privacy.rights import export_customer
 
     with _house(folder) as house:
-        found = export_customer(_rooms(house), house.audit, customer, "cli")
+        found = export_customer(_rooms(house, folder), house.audit, customer, "cli")
     print(json.dumps(found, ensure_ascii=False, indent=1, default=str))
 
 
@@ -210,8 +211,18 @@ def erase_one(
             raise CoterieError(f"erasing {customer!r} cannot be undone; say --yes")
         typer.confirm(f"Erase {customer!r} for good?", abort=True)
     with _house(folder) as house:
-        done = erase_customer(_rooms(house), house.keys, house.audit, customer, "cli")
+        done = erase_customer(_rooms(house, folder), house.keys, house.audit, customer, "cli")
     result(done, as_json, table(["room", "erased"], [[k, str(v)] for k, v in done.items()]))
+
+
+@customers.command("trained")
+def trained_on_erased(folder: Folder = Path(), as_json: Json = False) -> None:
+    """List the experts that learned from erased customers, and the rows to take out before they are fitted anew."""
+    from coterie.business import Business
+    from coterie.desk.trained import marked
+
+    found = marked(Business.open(folder))
+    result(found, as_json, table(["expert", "rows"], [[name, ", ".join(rows)] for name, rows in found.items()]))
 
 
 @customers.command("retain")
@@ -231,7 +242,7 @@ def retain(
         except ValueError as error:
             raise CoterieError(f"{text!r}: not a rule; write ROOM=DAYS, such as conversations=365") from error
     with _house(folder) as house:
-        done = keep_only(_rooms(house), days, house.audit)
+        done = keep_only(_rooms(house, folder), days, house.audit)
     result(done, as_json, table(["room", "deleted"], [[k, str(v)] for k, v in done.items()]))
 
 

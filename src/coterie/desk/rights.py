@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from coterie.answer import Answerer
 from coterie.business import Business, Tell
+from coterie.desk import trained
 from coterie.desk.desk import Desk, database_of
 from coterie.desk.flow import Masked, Parts
 from coterie.privacy.deidentify import Detector
@@ -43,7 +44,7 @@ def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
     return Masked(found.texts, found.restore)
 
 
-def rooms_of(house: House) -> list[Room]:
+def rooms_of(house: House, business: Business) -> list[Room]:
     """Everything of this business that holds customers' data."""
     return [
         Room(
@@ -54,6 +55,7 @@ def rooms_of(house: House) -> list[Room]:
         ),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
         Room("consents", house.consents.of, house.consents.erase),
+        trained.room_of(business),
     ]  # fmt: skip
 
 
