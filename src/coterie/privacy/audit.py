@@ -123,7 +123,7 @@ class Audit:
         return [asdict(line) for line in reversed(self.lines(subject=customer, limit=1_000_000))]
 
     def _rows(self) -> Iterator[AuditRow]:
-        last = -(2**62)
+        last = -(2**31)
         with reading(self.database) as session:
             while rows := session.scalars(
                 select(AuditRow).where(AuditRow.seq > last).order_by(AuditRow.seq).limit(PAGE)
