@@ -14,7 +14,7 @@ def answers(n: int, seed: int) -> tuple[list[Signals], list[bool]]:
     """Answers that are right more often the nearer and the likelier they are; some have no similarity."""
     rng = np.random.default_rng(seed)
     near, likely = rng.uniform(0, 1, n), rng.normal(-1, 0.5, n)
-    right = rng.uniform(0, 1, n) < 1 / (1 + np.exp(-(8 * near + 2 * likely)))
+    right = rng.uniform(0, 1, n) < 1 / (1 + np.exp(-(12 * near + 2 * likely)))
     some = [Signals(float(s) if i % 5 else None, float(p)) for i, (s, p) in enumerate(zip(near, likely, strict=True))]
     return some, right.tolist()
 
@@ -22,9 +22,9 @@ def answers(n: int, seed: int) -> tuple[list[Signals], list[bool]]:
 @pytest.mark.parametrize(
     ("confidence", "right", "error", "sent"),
     [
-        ([0.9] * 99, [True] * 99, 0.01, 99), ([0.9] * 98, [True] * 98, 0.01, 0),
-        ([0.9] * 99 + [0.5] * 50, [True] * 99 + [False] * 50, 0.01, 99),
-        ([0.9] * 99 + [0.9], [True] * 99 + [False], 0.01, 0), ([0.9, 0.8], [False, True], 0.5, 0), ([], [], 0.5, 0),
+        ([0.9] * 268, [True] * 268, 0.01, 268), ([0.9] * 267, [True] * 267, 0.01, 0),
+        ([0.9] * 268 + [0.5] * 50, [True] * 268 + [False] * 50, 0.01, 268),
+        ([0.9] * 268 + [0.9], [True] * 268 + [False], 0.01, 0), ([0.9, 0.8], [False, True], 0.5, 0), ([], [], 0.5, 0),
     ],
 )  # fmt: skip
 def test_the_threshold_sends_as_much_as_the_error_allows(
@@ -73,7 +73,8 @@ def test_too_few_answers_or_all_alike_are_refused() -> None:
         fit_confidence(signals, [True] * 100, 0.05)
 
 
-def test_an_absent_signal_moves_nothing() -> None:
-    fitted = Confidence((0.5, -1.0, 0.0), (1.0, 1.0, 1.0), (2.0, 1.0, 0.0), 0.0, 0.5, 0.02, 100, 1.0, 0.0)
-    assert fitted.of(Signals()) == 0.5
+def test_an_absent_signal_has_a_weight_of_its_own() -> None:
+    weights = ((2.0, 1.0, 0.0), (-1.0, 0.0, 0.0))
+    fitted = Confidence((0.5, -1.0, 0.0), (1.0, 1.0, 1.0), *weights, 0.0, 0.5, 0.02, 100, 1.0, 0.0)
+    assert fitted.of(Signals()) == pytest.approx(1 / (1 + math.exp(1.0)))
     assert fitted.of(Signals(similarity=1.0)) == pytest.approx(1 / (1 + math.exp(-1.0)))

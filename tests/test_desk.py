@@ -17,7 +17,7 @@ from coterie.knowledge.evidence import Evidence, Reader
 from desk_support import Script, ask, open_desk, scripted, settled
 
 ALL = ("message", "note", "suggestion", "event")
-SURE = Confidence((0.5, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), 3.0, 0.8, 0.02, 100, 0.9, 0.01)
+SURE = Confidence((0.5, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.0, 0.0), 3.0, 0.8, 0.02, 100, 0.9, 0.01)
 Open = Callable[..., Desk]
 
 

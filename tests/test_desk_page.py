@@ -26,7 +26,7 @@ from desk_support import Script, open_desk, scripted
 
 AXE = "4.14.1"
 CANNED = {"Greeting": "Hello, I am looking into it."}
-SURE = Confidence((0.5, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), 3.0, 0.8, 0.02, 100, 0.9, 0.01)
+SURE = Confidence((0.5, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.0, 0.0), 3.0, 0.8, 0.02, 100, 0.9, 0.01)
 HTML = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
 expect.set_options(timeout=20_000)  # ms, for busy machines
 

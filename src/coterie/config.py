@@ -146,6 +146,17 @@ class DeskRuleSpec(_Strict):
     queue: str = Field("general", min_length=1, description="the queue that it goes to")
 
 
+class WebhookSpec(_Strict):
+    """[[desk.webhooks]]: another system that is told what happens at the desk."""
+
+    url: str = Field(pattern="^https?://", description="where it is sent to, by POST")
+    secret_env: str = Field(min_length=1, description="the environment variable that holds the secret to sign with")
+    kinds: list[Literal["message", "note", "suggestion", "event"]] = Field(
+        ["message", "event"], description="which entries of a conversation"
+    )
+    texts: bool = Field(False, description="tell what was said, too")
+
+
 class DeskSpec(_Strict):
     """[desk]: customer service."""
 
@@ -166,6 +177,7 @@ class DeskSpec(_Strict):
     rules: list[DeskRuleSpec] = Field([], description="conversations that a person must see")
     answers: dict[str, str] = Field({}, description="for a label of an expert with choices, what the customer is told")
     canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
+    webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
     idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
     workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
 

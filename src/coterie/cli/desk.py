@@ -121,6 +121,8 @@ def calibrate(
         f"of {fitted.rows} answers {sum(right) / len(right):.1%} were right; sent from a confidence of "
         f"{fitted.threshold:.3f} on: {fitted.handled:.1%} of the answers, {fitted.wrong:.1%} of them wrong"
     )
+    if not fitted.handled:
+        said += "; no threshold keeps that error for certain: more rows, or a larger --error"
     result(asdict(fitted), as_json, said)
 
 

@@ -1,8 +1,9 @@
 """How sure the assistant is of an answer, as a probability, and from which one on it may send it.
 
 A logistic regression on the signals of routing, retrieval and generation, fitted to answers whose outcome is known
-(Platt 1999), and a threshold for a wished share of wrong answers among those sent: the lowest at which
-(wrong + 1) / (sent + 1) stays within it, as in conformal risk control (Angelopoulos et al. 2024).
+(Platt 1999), and a threshold for a wished share of wrong answers among those sent: the lowest at which the share,
+as it may be with 95% confidence and not only as it was counted, stays within it (risk-controlling prediction sets,
+Bates et al. 2021, with Wilson's bound).
 """
 
 import json
@@ -18,6 +19,7 @@ from coterie.errors import DataError, ModelError
 from coterie.experts.library import write_atomic_bytes
 
 FEWEST = 50  # rows with an outcome that a fit needs
+Z = 1.645  # of a one-sided bound that holds in 95 of 100 cases
 RIDGE = 1.0  # penalty on the weights: 50 rows must not make a certainty
 
 
@@ -40,11 +42,13 @@ class Signals:
 
 @dataclass(frozen=True)
 class Confidence:
-    """Centre, scale and weight of each signal, the bias; the threshold, and how it did on the rows it was set on."""
+    """Centre, scale and weight of each signal, and what its absence weighs; the bias; the threshold, and how it did on
+    the rows it was set on."""
 
     centre: tuple[float, ...]
     scale: tuple[float, ...]
     weights: tuple[float, ...]
+    absent: tuple[float, ...]
     bias: float
     threshold: float
     error: float  # wished
@@ -53,10 +57,11 @@ class Confidence:
     wrong: float  # share of these that are wrong
 
     def of(self, signals: Signals) -> float:
-        """Probability that the answer is right. A signal that is absent counts as if it were at the centre."""
+        """Probability that the answer is right."""
         total = self.bias
-        for value, centre, scale, weight in zip(signals.values(), self.centre, self.scale, self.weights, strict=True):
-            total += 0.0 if math.isnan(value) else weight * (value - centre) / scale
+        parts = zip(signals.values(), self.centre, self.scale, self.weights, self.absent, strict=True)
+        for value, centre, scale, weight, absent in parts:
+            total += absent if math.isnan(value) else weight * (value - centre) / scale
         return 1 / (1 + math.exp(-max(-40.0, min(40.0, total))))
 
     def sure(self, signals: Signals) -> bool:
@@ -83,14 +88,16 @@ def threshold_for(confidence: Sequence[float], right: Sequence[bool], error: flo
     p, wrong = np.asarray(confidence, np.float64), ~np.asarray(right, bool)
     order = np.argsort(-p, kind="stable")
     sent = np.arange(1, len(order) + 1)
-    risk = (np.cumsum(wrong[order]) + 1) / (sent + 1)
+    share = np.cumsum(wrong[order]) / sent
+    spread = Z * np.sqrt(share * (1 - share) / sent + Z**2 / (4 * sent**2))
+    risk = (share + Z**2 / (2 * sent) + spread) / (1 + Z**2 / sent)  # Wilson 1927
     last = np.append(p[order][1:] != p[order][:-1], True)  # equal confidences are sent together or not at all
     good = np.flatnonzero((risk <= error) & last)
     return float(p[order][good[-1]]) if len(good) else math.nextafter(max(float(p.max(initial=0.0)), 1.0), 2)
 
 
 def fit_confidence(signals: Sequence[Signals], right: Sequence[bool], error: float) -> Confidence:
-    """Learn from answers whose outcome is known. The two halves of the rows learn the weights and set the threshold.
+    """Learn from answers whose outcome is known. The threshold is set on what each half teaches of the other.
 
     Raises DataError for too few rows, or where all outcomes are the same.
     """
@@ -103,17 +110,21 @@ def fit_confidence(signals: Sequence[Signals], right: Sequence[bool], error: flo
     centre = np.where(known.any(axis=0), np.nanmean(np.where(known.any(axis=0), x, 0.0), axis=0), 0.0)
     filled = np.where(known, x, centre)
     scale = np.where(filled.std(axis=0) > 1e-9, filled.std(axis=0), 1.0)
-    z = (filled - centre) / scale
+    z = np.concatenate([(filled - centre) / scale, ~known], axis=1)
     order = np.random.default_rng(0).permutation(len(y))
     half = order[: len(y) // 2], order[len(y) // 2 :]
-    weights, bias = _logistic(z[half[0]], y[half[0]])
-    p = 1 / (1 + np.exp(-np.clip(z @ weights + bias, -40, 40)))
-    held, outcome = p[half[1]], y[half[1]].astype(bool)
-    threshold = threshold_for(held.tolist(), outcome.tolist(), error)
-    sent = held >= threshold
+    p, outcome = np.zeros(len(y)), y.astype(bool)
+    for here, there in (half, half[::-1]):
+        weights, bias = _logistic(z[here], y[here])
+        p[there] = 1 / (1 + np.exp(-np.clip(z[there] @ weights + bias, -40, 40)))
+    threshold = threshold_for(p.tolist(), right, error)
+    sent = p >= threshold
+    weights, bias = _logistic(z, y)
+    n = len(centre)
     return Confidence(
-        tuple(map(float, centre)), tuple(map(float, scale)), tuple(map(float, weights)), float(bias), threshold, error,
-        len(y), float(sent.mean()), float((~outcome[sent]).mean()) if sent.any() else 0.0,
+        tuple(map(float, centre)), tuple(map(float, scale)), tuple(map(float, weights[:n])),
+        tuple(map(float, weights[n:])), float(bias), threshold, error, len(y), float(sent.mean()),
+        float((~outcome[sent]).mean()) if sent.any() else 0.0,
     )  # fmt: skip
 
 

@@ -356,7 +356,7 @@ class Conversations:
             for message, row in session.execute(pairs.order_by(MessageRow.id.desc()).limit(newest)):
                 if row.id in found:
                     continue
-                opened = self._opened(row, message)
+                opened = self.opened(row, message)
                 text = f"{opened.text} {row.customer}".casefold()
                 if all(w in text for w in wanted):
                     found[row.id] = (_plain(row), opened)
@@ -375,7 +375,7 @@ class Conversations:
             .where(MessageRow.id.in_(newest))
         )  # fmt: skip
         with reading(self.database) as session:
-            return {row.id: self._opened(row, message) for message, row in session.execute(pairs)}
+            return {row.id: self.opened(row, message) for message, row in session.execute(pairs)}
 
     def reasons(self, since: float) -> dict[str, int]:
         """Why conversations that changed since then were handed over, the last time for each; commonest first."""
@@ -471,7 +471,7 @@ class Conversations:
             return None
         same = select(MessageRow).filter_by(conversation_id=row.id, author=author, client_key=key)
         found = session.scalars(same).first()
-        return self._opened(row, found) if found else None
+        return self.opened(row, found) if found else None
 
     def _messages(
         self, session: Session, row: ConversationRow, kinds: Sequence[str], after: int = 0
@@ -479,9 +479,10 @@ class Conversations:
         wanted = select(MessageRow).where(
             MessageRow.conversation_id == row.id, MessageRow.seq > after, MessageRow.kind.in_(kinds)
         )
-        return (self._opened(row, m) for m in session.scalars(wanted.order_by(MessageRow.seq)))
+        return (self.opened(row, m) for m in session.scalars(wanted.order_by(MessageRow.seq)))
 
-    def _opened(self, row: ConversationRow, m: MessageRow) -> Message:
+    def opened(self, row: ConversationRow, m: MessageRow) -> Message:
+        """An entry with its text unsealed."""
         return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, m.data)
 
     def _now(self, session: Session, row: ConversationRow) -> Conversation:

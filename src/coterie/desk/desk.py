@@ -5,6 +5,7 @@ the database, and the next process, or another one at the same database, finds i
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,13 +17,16 @@ from sqlalchemy import Engine
 
 from coterie.answer import Answerer
 from coterie.business import Business
+from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
 from coterie.desk.confidence import load_confidence
 from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clear, in_the_clear
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
+from coterie.desk.webhook import TIMEOUT_S, Webhook, Webhooks
 from coterie.engine.request import Generation
+from coterie.errors import CoterieError
 from coterie.store.database import open_database
 
 LOOK_S = 2.0  # between two looks for answers that nobody is at
@@ -36,6 +40,14 @@ def database_of(business: Business) -> Engine:
     if url.startswith(lead) and not url.startswith(lead + "/") and url != lead + ":memory:":
         url = f"{lead}{business.folder.resolve() / url.removeprefix(lead)}"
     return open_database(url)
+
+
+def _hooks(spec: DeskSpec) -> list[Webhook]:
+    """As declared. Raises CoterieError where a secret is not in the environment."""
+    for hook in spec.webhooks:
+        if not os.environ.get(hook.secret_env):
+            raise CoterieError(f"desk.webhooks: the environment has no {hook.secret_env}, the secret of {hook.url}")
+    return [Webhook(h.url, os.environ[h.secret_env], h.kinds, h.texts) for h in spec.webhooks]
 
 
 def confidence_file(business: Business) -> Path:
@@ -70,10 +82,12 @@ class Desk:
         self.conversations = Conversations(database, seal, unseal, clock, self._changed)
         self.parts = parts or Parts()
         self.confidence = load_confidence(confidence_file(self.business))
+        self.webhooks = Webhooks(self.conversations, _hooks(self.spec), clock)
         self._pool = ThreadPoolExecutor(self.spec.workers, thread_name_prefix="desk")
         self._lock = threading.Lock()
         self._at_work: dict[str, _Work] = {}
         self._closing = threading.Event()
+        self._teller: threading.Thread | None = None
         self._looker = threading.Thread(target=self._look, name="desk-look", daemon=True)
 
     @classmethod
@@ -96,6 +110,8 @@ class Desk:
         if self._looker.is_alive():
             self._looker.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._teller:
+            self._teller.join(TIMEOUT_S + 1)
         self.conversations.database.dispose()
 
     @property
@@ -141,10 +157,17 @@ class Desk:
                 for id in self.conversations.owed():
                     self.wake(id)
                 self.conversations.pass_time(self.spec.idle_hours * 3600)
+                self._tell()
             except Exception:
                 log.exception("the desk could not look at its conversations; it tries again")
             if self._closing.wait(LOOK_S):
                 return
+
+    def _tell(self) -> None:
+        """Webhooks, in a thread of their own: a slow receiver holds nothing up."""
+        if self.webhooks.hooks and not (self._teller and self._teller.is_alive()):
+            self._teller = threading.Thread(target=self.webhooks.deliver, name="desk-webhooks", daemon=True)
+            self._teller.start()
 
     def _work(self, id: str) -> None:
         """Answer what is owed in one conversation, until nothing is."""

@@ -1,0 +1,239 @@
+"""The desk, measured: which messages may be answered without a person, and what becomes of whole contacts.
+
+Part intents: Banking77 and MultiDoGO (the papers' splits). A classifier is learned, and a threshold for 2% wrong
+answers set, on training data only; then test data: accuracy, macro-F1, share handled and its error. With a business
+whose expert is trained (`coterie fit examples/banking77`), --business measures that expert too, by the product's own
+calibration.
+
+Part contacts: the banking tasks of tau2-bench, offline, see desk_tasks.py. Escalate-all, BM25-FAQ, the base model and
+coterie (the base model with the desk's confidence) serve a scripted customer; the gold oracle must reach 100%.
+
+    python benchmarks/desk.py --quick
+    python benchmarks/desk.py --record
+    python benchmarks/desk.py --part contacts --model FOLDER     # any base model, or --url of a compatible server
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+from common import Report, finish, need_data, options, screen
+from desk_intents import abstention, learn, margin
+from desk_tasks import Bm25, Reply, Run, System, Task, oracle, play, products, read_documents, read_tasks, replay
+
+from coterie.answer import Answerer
+from coterie.business import Business
+from coterie.data.read import Example
+from coterie.desk.calibrate import outcomes
+from coterie.desk.confidence import fit_confidence, threshold_for
+from coterie.engine.engine import Engine
+from coterie.engine.request import Sampling
+from coterie.evaluation.metrics import macro_f1, wilson
+from coterie.evaluation.tasks import banking77, multidogo
+from coterie.model.load import BaseModel, load
+from coterie.model.pull import DEFAULT, pull
+
+ERROR = 0.02
+PERSON_COST = (3.0, 6.0, 12.0)  # of one contact with a person: low, middle, high; a currency of your choice
+ASSISTANT_COST = 0.002  # of one answer on a small server
+DOMAINS = ("airline", "fastfood", "finance", "software")
+BUSINESS = {"banking77": "a bank", "multidogo airline": "an airline", "multidogo fastfood": "a restaurant",
+            "multidogo finance": "a bank", "multidogo software": "a software company"}  # fmt: skip
+QUICK_ROWS, QUICK_TASKS = 800, 12
+
+
+def intents(report: Report, base: BaseModel, quick: bool, business: Path | None) -> None:
+    """Share handled at 2% error, with thresholds fixed on training rows."""
+    sets = {"banking77": banking77.splits(need_data("banking77"))}
+    sets |= {f"multidogo {d}": multidogo.splits(need_data(f"multidogo/{d}")) for d in DOMAINS[: 1 if quick else 4]}
+    rows = []
+    for name, data in sets.items():
+        train, test = _pairs(data.train), _pairs(data.test)
+        if quick:
+            pick = np.random.default_rng(0).permutation(len(train))[:QUICK_ROWS]
+            train = [train[i] for i in pick]
+            test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:500]]
+        began = time.monotonic()
+        learned = learn(base, BUSINESS[name], [t for t, _ in train], [label for _, label in train])
+        seconds = time.monotonic() - began
+        out = learned.left_out
+        left_right = _left_out_right(learned.names, out, train)
+        at = threshold_for(margin(out).tolist(), left_right, ERROR)
+        scores = learned.scores([t for t, _ in test])
+        said, wanted = [learned.names[i] for i in scores.argmax(axis=1)], [label for _, label in test]
+        right = [s == w for s, w in zip(said, wanted, strict=True)]
+        found = abstention(margin(scores), right, at)
+        f1, accuracy = macro_f1(said, wanted), wilson(sum(right), len(right))
+        key = name.replace(" ", "_")
+        report.figures |= {f"{key}_macro_f1": f1, f"{key}_accuracy": accuracy.value,
+                           f"{key}_handled": found["handled"], f"{key}_wrong": found["wrong"]}  # fmt: skip
+        curve = _coverage(margin(scores), np.array(right), ERROR)
+        report.figures[f"{key}_curve"] = curve
+        rows.append([name, len(train), len(learned.names), accuracy.value, f1, found["handled"], found["wrong"], curve,
+                     round(seconds)])  # fmt: skip
+    head = ["closed form", "rows", "intents", "accuracy", "macro-F1", "handled", "wrong of these",
+            f"share at {ERROR:.0%} on the test's own curve", "seconds to learn"]  # fmt: skip
+    report.table(f"Intents: threshold set for {ERROR:.0%} wrong on training rows, each left out in turn", head, rows)
+    if business:
+        expert(report, business, sets["banking77"].test, quick)
+
+
+def _coverage(confidence: np.ndarray, right: np.ndarray, error: float) -> float:
+    """The largest share of the test rows, the surest first, with at most this share of errors (risk-coverage curve)."""
+    order = np.argsort(-confidence, kind="stable")
+    good = np.flatnonzero(np.cumsum(~right[order]) / np.arange(1, len(order) + 1) <= error)
+    return float(good[-1] + 1) / len(order) if len(good) else 0.0
+
+
+def _pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    return [(e.question, e.completion) for e in examples]
+
+
+def _left_out_right(names: list[str], left_out: np.ndarray, train: list[tuple[str, str]]) -> list[bool]:
+    """Whether each row that was learned from is told right when it is left out; of a sample, in the sample's order."""
+    from desk_intents import MOST
+
+    labels = [label for _, label in train]
+    if len(labels) > MOST:
+        labels = [labels[i] for i in np.random.default_rng(0).permutation(len(labels))[:MOST]]
+    return [names[i] == label for i, label in zip(left_out.argmax(axis=1), labels, strict=True)]
+
+
+def expert(report: Report, folder: Path, test: Sequence[Example], quick: bool) -> None:
+    """The trained expert of a business: calibrated on half of its test rows as `coterie desk calibrate` does, measured
+    on the other half, and the other way round."""
+    answerer = Answerer.open(Business.open(folder))
+    try:
+        signals, right = outcomes(answerer, test[:: 10 if quick else 1], lambda n: None)
+    finally:
+        answerer.close()
+    order = np.random.default_rng(1).permutation(len(right))
+    sent, wrong = 0, 0
+    for here, there in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+        fitted = fit_confidence([signals[i] for i in here], [right[i] for i in here], ERROR)
+        chosen = [right[i] for i in there if fitted.sure(signals[i])]
+        sent, wrong = sent + len(chosen), wrong + len(chosen) - sum(chosen)
+    report.figures |= {"expert_accuracy": sum(right) / len(right), "expert_handled": sent / len(right),
+                       "expert_wrong": wrong / max(sent, 1)}  # fmt: skip
+    report.say(f"The trained expert is right in {sum(right) / len(right):.1%} of {len(right)} rows; of "
+               f"{sent / len(right):.1%} handled, {wrong / max(sent, 1):.1%} are wrong (two halves, each measured with "
+               "what the other taught).")  # fmt: skip
+
+
+def contacts(report: Report, args: argparse.Namespace, base: BaseModel | None) -> None:
+    """Whole contacts, from the customer's wish to the bank's state."""
+    folder = need_data("tau2_banking")
+    tasks, documents = read_tasks(folder), read_documents(folder)
+    gold = [replay(t).verified for t in tasks]
+    if not all(gold):
+        raise SystemExit(f"the oracle fails {gold.count(False)} tasks: the harness is broken")
+    index, names = Bm25(documents), products(tasks, documents)
+    if args.quick:
+        tasks = tasks[:: len(tasks) // QUICK_TASKS]
+    engine = Engine(base, None, slots=4, context=2048) if base else None
+    model = _Model(engine, args.url, args.model_name, index, documents)
+    systems: dict[str, System] = {
+        "oracle (gold)": oracle, "escalate all": lambda _t, _s: Reply(person=True),
+        "BM25-FAQ": lambda _t, said: Reply(documents[index.search(" ".join(said[::2]), 1)[0][1]]),
+        "base model": model.reply,
+    }  # fmt: skip
+    runs: dict[str, list[Run]] = {}
+    for name, system in systems.items():
+        runs[name] = [replay(t) if system is oracle else play(t, system, names) for t in tasks]
+        screen.print(f"{name}: done")
+    development, held = tasks[::2], tasks[1::2]
+    rows = [_row(name, done) for name, done in runs.items()]
+    for error in (0.01, 0.02, 0.05):
+        by_task = {r.task.name: r for r in runs["base model"]}
+        tuned = [by_task[t.name] for t in development]
+        at = threshold_for([r.confidence for r in tuned], [r.verified for r in tuned], error)
+        kept = [by_task[t.name] for t in held]
+        ours = [r if r.confidence >= at else replace(r, escalated=True, done=[]) for r in kept]
+        rows.append(_row(f"coterie, {error:.0%} wrong ({len(held)} held-out)", ours))
+        report.figures[f"deflection_at_{error:.0%}".replace("%", "")] = sum(r.assumed for r in ours) / len(ours)
+    report.figures["oracle_verified"] = sum(gold) / len(gold)
+    head = ["contacts", "verified", "assumed", "silent failure", "escalation recall",
+            *(f"cost at {c:.0f}" for c in PERSON_COST)]  # fmt: skip
+    report.table("Contacts of tau2-bench's bank", head, rows)
+    report.say("Cost is of one resolved contact: (answers x cost of an answer + escalated x cost of a person) / "
+               "(verified + escalated), at three costs of a person. Verified: the bank's state is the gold one, and a "
+               "person was called exactly where the gold solution calls one.")  # fmt: skip
+    if engine:
+        engine.close()
+
+
+def _row(name: str, runs: Sequence[Run]) -> list[object]:
+    n, escalated = len(runs), sum(r.escalated for r in runs)
+    verified, wanted = sum(r.verified for r in runs), [r for r in runs if r.task.wants_person]
+    recall = sum(r.escalated for r in wanted) / len(wanted) if wanted else float("nan")
+    solved = sum(r.verified and not r.escalated for r in runs) + escalated
+    costs = [(n * ASSISTANT_COST + escalated * c) / solved if solved else float("inf") for c in PERSON_COST]
+    silent = sum(r.silent_failure for r in runs)
+    return [name, verified / n, sum(r.assumed for r in runs) / n, silent / n, recall, *costs]
+
+
+class _Model:
+    """A language model with the two best documents before it, in our engine or behind an OpenAI-compatible server."""
+
+    def __init__(
+        self, engine: Engine | None, url: str, name: str, index: Bm25, documents: dict[str, str]
+    ) -> None:  # fmt: skip
+        self.engine, self.url, self.name, self.index, self.documents = engine, url, name, index, documents
+
+    def reply(self, task: Task, said: Sequence[str]) -> Reply:
+        found = self.index.search(" ".join(said[::2]), 2)
+        facts = "\n\n".join(self.documents[name][:1500] for _, name in found)
+        system = (
+            "You help customers of a bank. Answer in two sentences from these facts. Ask if you need to.\n\n" + facts
+        )
+        messages = [{"role": "system", "content": system}] + [
+            {"role": "user" if n % 2 == 0 else "assistant", "content": text[:600]} for n, text in enumerate(said)
+        ]
+        text, logprobs = self._server(messages) if self.url else self._engine(messages)
+        sure = float(np.exp(np.mean(logprobs))) if logprobs else 0.0
+        return Reply(text, confidence=sure)
+
+    def _engine(self, messages: list[dict[str, str]]) -> tuple[str, list[float]]:
+        assert self.engine
+        base = self.engine.base
+        generation = self.engine.submit(base.encode(base.chat(messages)), Sampling(max_tokens=64, logprobs=0))
+        text, logprobs = "", list[float]()
+        for piece in generation:
+            text += piece.text
+            logprobs += [t.logprob for t in piece.tokens if t.logprob is not None]
+        return text, logprobs
+
+    def _server(self, messages: list[dict[str, str]]) -> tuple[str, list[float]]:
+        body = {"model": self.name, "messages": messages, "max_tokens": 128, "temperature": 0, "logprobs": True}
+        answer = httpx.post(f"{self.url.rstrip('/')}/v1/chat/completions", json=body, timeout=300).raise_for_status()
+        choice = answer.json()["choices"][0]
+        tokens = (choice.get("logprobs") or {}).get("content") or []
+        return choice["message"]["content"], [t["logprob"] for t in tokens]
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["intents", "contacts"], help="only this part")
+    parser.add_argument("--business", type=Path, help="a business whose expert names Banking77's intents, trained")
+    parser.add_argument("--model", default=DEFAULT, help="base model: a hub id, a folder or a .gguf file")
+    parser.add_argument("--url", default="", help="an OpenAI-compatible server to ask instead, for part contacts")
+    parser.add_argument("--model-name", default="base", help="the model's name at that server")
+    args = parser.parse_args()
+    report = Report("Customer service: benchmarks/desk.py")
+    base = None if args.url and args.part == "contacts" else load(pull(args.model), packed=True)
+    if args.part != "contacts":
+        assert base
+        intents(report, base, args.quick, args.business)
+    if args.part != "intents":
+        contacts(report, args, base)
+    if "banking77_handled" in report.figures:
+        report.ratios["banking77_handled_vs_85"] = report.figures["banking77_handled"] / 0.85
+    finish(report, args)
+
+
+if __name__ == "__main__":
+    main()

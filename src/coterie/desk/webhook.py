@@ -1,0 +1,154 @@
+"""Webhooks: everything that happens at the desk, told to other systems, signed, in order and at least once.
+
+Notable: there is no queue beside the conversations. Their entries are the queue, and a webhook is a mark in it: it
+moves on when the receiver has taken an entry, and `replay` moves it back. So nothing can be told that did not happen,
+and nothing that happened can be left out.
+
+The signature is that of the time and the body, HMAC-SHA256 under a secret that both sides know, as `t=...,v1=...` in
+`X-Coterie-Signature`. A receiver refuses what is older than some minutes, and an `id` that it has seen: see `verify`.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from sqlalchemy import select
+
+from coterie.desk.conversation import Conversations
+from coterie.errors import CoterieError
+from coterie.store.conversation import ConversationRow, MessageRow
+from coterie.store.database import reading, writing
+from coterie.store.webhook import WebhookRow
+
+TIMEOUT_S, LONGEST_PAUSE_S = 5.0, 3600.0
+TOLERANCE_S = 300.0
+SETTLED_S = 1.0  # entries younger than this may still be joined by one with a lower id, from another process
+AT_ONCE = 100  # entries told in one go
+Post = Callable[[str, bytes, dict[str, str]], int]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where, the secret, which kinds of entry ("message", "event", ...), and whether texts are told too."""
+
+    url: str
+    secret: str = field(repr=False)
+    kinds: Sequence[str] = ("message", "event")
+    texts: bool = False
+
+
+def sign(secret: str, body: bytes, now: float) -> str:
+    """The value of X-Coterie-Signature."""
+    stamp = str(int(now))
+    mark = hmac.new(secret.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+    return f"t={stamp},v1={mark}"
+
+
+def verify(secret: str, header: str, body: bytes, now: float, tolerance_s: float = TOLERANCE_S) -> bool:
+    """For a receiver: whether the body is ours and is not being replayed from long ago."""
+    found = re.fullmatch(r"t=(\d{1,12}),v1=([0-9a-f]{64})", header)
+    if not found or abs(now - int(found[1])) > tolerance_s:
+        return False
+    return hmac.compare_digest(sign(secret, body, int(found[1])), header)
+
+
+def _post(url: str, body: bytes, headers: dict[str, str]) -> int:
+    return httpx.post(url, content=body, headers=headers, timeout=TIMEOUT_S, follow_redirects=False).status_code
+
+
+class Webhooks:
+    """Tells each address what it has not been told. `deliver` is called now and then, by one process at a time."""
+
+    def __init__(
+        self, talks: Conversations, hooks: Sequence[Webhook], clock: Callable[[], float] = time.time, post: Post = _post
+    ) -> None:  # fmt: skip
+        self.talks, self.hooks, self.clock, self.post = talks, hooks, clock, post
+
+    def deliver(self) -> int:
+        """Tell what is due; how many entries were taken."""
+        return sum(self._deliver(hook) for hook in self.hooks)
+
+    def _deliver(self, hook: Webhook) -> int:
+        taken = 0
+        row = self._mark(hook)
+        if row.next_at > self.clock():
+            return 0
+        for id, body in self._due(hook, row.told):
+            headers = {
+                "Content-Type": "application/json", "X-Coterie-Event": str(id),
+                "X-Coterie-Signature": sign(hook.secret, body, self.clock()),
+            }  # fmt: skip
+            try:
+                status = self.post(hook.url, body, headers)
+                problem = "" if 200 <= status < 300 else f"it answered {status}"
+            except httpx.HTTPError as error:
+                problem = type(error).__name__
+            self._note(hook.url, id, problem)
+            if problem:
+                log.warning("webhook %s: entry %d was not taken: %s", hook.url, id, problem)
+                return taken
+            taken += 1
+        return taken
+
+    def replay(self, url: str, since: float) -> None:
+        """Tell an address again all that happened since a time. Raises CoterieError for an unknown address."""
+        with writing(self.talks.database) as session:
+            row = session.get(WebhookRow, url)
+            if row is None:
+                raise CoterieError(f"there is no webhook {url!r}")
+            first = select(MessageRow.id).where(MessageRow.at >= since).order_by(MessageRow.id).limit(1)
+            id = session.scalars(first).first()
+            if id is not None:
+                row.told = min(row.told, id - 1)
+            row.failed, row.next_at = 0, 0.0
+
+    def _mark(self, hook: Webhook) -> WebhookRow:
+        """Where the address stands; a new one is told what happens from now on."""
+        with writing(self.talks.database) as session:
+            row = session.get(WebhookRow, hook.url)
+            if row is None:
+                newest = session.scalars(select(MessageRow.id).order_by(MessageRow.id.desc()).limit(1)).first()
+                row = WebhookRow(url=hook.url, told=newest or 0, failed=0, next_at=0.0, error="")
+                session.add(row)
+                session.flush()
+            return row
+
+    def _note(self, url: str, id: int, problem: str) -> None:
+        with writing(self.talks.database) as session:
+            row = session.get(WebhookRow, url)
+            if row is None:
+                return
+            row.failed = row.failed + 1 if problem else 0
+            row.error = problem[:300]
+            row.next_at = self.clock() + min(2.0**row.failed, LONGEST_PAUSE_S) if problem else 0.0
+            row.told = row.told if problem else id
+
+    def _due(self, hook: Webhook, told: int) -> list[tuple[int, bytes]]:
+        entries = (
+            select(MessageRow, ConversationRow)
+            .join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
+            .where(MessageRow.id > told, MessageRow.kind.in_(hook.kinds), MessageRow.at <= self.clock() - SETTLED_S)
+            .order_by(MessageRow.id)
+            .limit(AT_ONCE)
+        )
+        with reading(self.talks.database) as session:
+            return [(m.id, self._body(hook, m, c)) for m, c in session.execute(entries)]
+
+    def _body(self, hook: Webhook, m: MessageRow, c: ConversationRow) -> bytes:
+        told: dict[str, Any] = {
+            "id": m.id, "conversation": c.id, "customer": c.customer, "seq": m.seq, "kind": m.kind, "author": m.author,
+            "at": m.at, "state": c.state,
+        }  # fmt: skip
+        if m.kind == "event":
+            told |= {k: m.data[k] for k in ("action", "by", "from", "to") if k in m.data}
+        if hook.texts:
+            told["text"] = self.talks.opened(c, m).text
+        return json.dumps(told, separators=(",", ":")).encode()

@@ -1,0 +1,133 @@
+"""Webhooks: signed, in order, at least once, and again on request."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coterie.desk.conversation import Conversations
+from coterie.desk.webhook import Webhook, Webhooks, sign, verify
+from coterie.errors import CoterieError
+from coterie.store.database import open_database
+from desk_support import Script, open_desk, scripted
+
+URL, SECRET = "https://crm.example/hook", "s" * 32
+
+
+class Receiver:
+    """Takes what it is sent, or answers as `answers` says first."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[dict[str, Any], dict[str, str]]] = []
+        self.answers: list[Any] = []
+
+    def post(self, url: str, body: bytes, headers: dict[str, str]) -> int:
+        answer = self.answers.pop(0) if self.answers else 200
+        if isinstance(answer, Exception):
+            raise answer
+        if answer == 200:
+            assert verify(SECRET, headers["X-Coterie-Signature"], body, now[0])
+            self.got.append((json.loads(body), headers))
+        return int(answer)
+
+
+now = [1000.0]
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> tuple[Conversations, Receiver, Callable[..., Webhooks]]:
+    now[0] = 1000.0
+    talks, receiver = Conversations(open_database(f"sqlite:///{tmp_path}/d.db"), clock=lambda: now[0]), Receiver()
+
+    def hooks(**more: Any) -> Webhooks:
+        return Webhooks(talks, [Webhook(URL, SECRET, **more)], lambda: now[0], receiver.post)
+
+    hooks().deliver()  # from here on it is told
+    return talks, receiver, hooks
+
+
+def test_what_happens_is_told_in_order_and_once(told: Any) -> None:
+    talks, receiver, hooks = told
+    c = talks.open("ada")
+    talks.say(c.id, "A secret order")
+    talks.ask_for_person(c.id)
+    talks.note(c.id, "bea", "private")
+    now[0] += 5
+    assert hooks().deliver() == 2
+    assert hooks().deliver() == 0
+    (said, _), (asked, _) = receiver.got
+    assert (said["seq"], said["kind"], said["author"], said["customer"]) == (1, "message", "customer", "ada")
+    assert (asked["kind"], asked["action"], asked["to"]) == ("event", "ask", "queue")
+    assert "A secret order" not in json.dumps(receiver.got), "texts are told only where that is declared"
+
+
+def test_texts_are_told_where_declared(told: Any) -> None:
+    talks, receiver, hooks = told
+    talks.say(talks.open("ada").id, "Hi")
+    now[0] += 5
+    hooks(texts=True, kinds=("message",)).deliver()
+    assert [body["text"] for body, _ in receiver.got] == ["Hi"]
+
+
+@pytest.mark.parametrize("failure", [500, 302, 404, httpx.ConnectError("down"), httpx.ReadTimeout("slow")], ids=str)
+def test_a_receiver_that_fails_is_tried_again_later_and_misses_nothing(failure: Any, told: Any) -> None:
+    talks, receiver, hooks = told
+    id = talks.open("ada").id
+    for n in range(3):
+        talks.say(id, str(n))
+    receiver.answers = [200, failure, failure]
+    now[0] += 5
+    assert hooks(kinds=("message",)).deliver() == 1
+    assert hooks(kinds=("message",)).deliver() == 0, "not at once"
+    now[0] += 3
+    assert hooks(kinds=("message",)).deliver() == 0
+    now[0] += 3
+    assert hooks(kinds=("message",)).deliver() == 0, "the pause grows"
+    now[0] += 3
+    assert hooks(kinds=("message",)).deliver() == 2
+    assert [body["seq"] for body, _ in receiver.got] == [1, 2, 3]
+
+
+def test_a_replay_tells_it_again_under_the_same_ids(told: Any) -> None:
+    talks, receiver, hooks = told
+    id = talks.open("ada").id
+    talks.say(id, "old")
+    now[0] = 2000
+    talks.say(id, "new")
+    now[0] += 5
+    hooks().deliver()
+    hooks().replay(URL, 1500)
+    hooks().deliver()
+    assert [headers["X-Coterie-Event"] for _, headers in receiver.got] == ["1", "2", "2"]
+    with pytest.raises(CoterieError, match="there is no webhook"):
+        hooks().replay("https://other.example", 0)
+
+
+@given(body=st.binary(max_size=50), at=st.integers(0, 10**9), off=st.integers(-1000, 1000))
+def test_a_signature_holds_for_its_body_and_its_time_only(body: bytes, at: int, off: int) -> None:
+    header = sign(SECRET, body, at)
+    assert verify(SECRET, header, body, at + off) == (abs(off) <= 300)
+    assert not verify("x" * 32, header, body, at)
+    assert not verify(SECRET, header, body + b"!", at)
+    assert not verify(SECRET, header.replace(f"t={at}", f"t={at + 1}"), body, at)
+
+
+@pytest.mark.parametrize("header", ["", "t=,v1=", "t=1,v1=zz", "v1=" + "0" * 64, "t=1000,v1=" + "é" * 64])
+def test_a_malformed_signature_is_refused(header: str) -> None:
+    assert not verify(SECRET, header, b"", 1000)
+
+
+def test_the_desk_needs_the_secret_and_delivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = [{"url": URL, "secret_env": "HOOK_SECRET"}]
+    answerer = scripted(tmp_path, lambda _t: Script("Yes."), webhooks=declared)
+    with pytest.raises(CoterieError, match="the environment has no HOOK_SECRET"):
+        open_desk(answerer, f"sqlite:///{tmp_path}/d.db")
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    desk = open_desk(answerer, f"sqlite:///{tmp_path}/d.db", start=False)
+    assert desk.webhooks.hooks == [Webhook(URL, SECRET, ["message", "event"])]
+    desk.close()
