@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from coterie.business import Business
 from coterie.cli.main import app
-from coterie.desk.conversation import Conversations
+from coterie.desk.conversation import Conversations, Handoff
 from coterie.desk.rights import rooms_of
 from coterie.desk.trained import marked
 from coterie.errors import CoterieError
@@ -164,7 +164,14 @@ def test_no_plain_text_is_on_the_disk_after_many_conversations(house: House, tmp
             card += next(d for d in "0123456789" if _luhn(card + d))
             values += [name, mail, card]
             text = f"I am {name}, {mail}, my card is {card}"
-            talk(house, f"c{n}", text)
+            id = talk(house, f"c{n}", text)
+            conversations = Conversations(house.database, house.seal, house.unseal)
+            turn = conversations.claim(id)
+            assert turn is not None
+            evidence = ({"source": "crm", "where": "contacts", "text": text},)
+            handed = Handoff("low_confidence", f"{name} asks", f"Dear {name}", f"Yours, {name}", evidence)
+            conversations.finish(turn, "", {}, handed)
+            assert any(m.data.get("evidence") == list(evidence) for m in conversations.messages(id, kinds=("note",)))
             known = Vault(Detector(), house.database, house.keys, lambda _c, name=name: {"name": [name]})
             print(known.mask(f"c{n}", [text]).texts[0], file=log)
             assert vault.mask(f"c{n}", [f"again {mail}"]).texts == ["again [EMAIL_1]"]
