@@ -110,7 +110,7 @@ def test_every_route_with_every_role(role: Role, app: FastAPI, staff: dict[Role,
             reply = browser.request(method, path, headers={"Sec-Fetch-Site": "same-origin"})
             refused = reply.status_code in (401, 403) or reply.headers.get("location") == "/login"
             admitted = rule == access.OPEN or rule in MAY[role] or (rule == access.SELF and role != "visitor")
-            wrong_password = route.path == "/login" and method == "POST"
+            wrong_password = (method, route.path) in (("POST", "/login"), ("GET", "/login/oidc/return"))
             assert refused != admitted or wrong_password, (role, method, route.path, reply.status_code, reply.text)
 
 
