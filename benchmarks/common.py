@@ -155,11 +155,12 @@ def run_side(command: Sequence[str], threads: int) -> dict[str, Any]:
 class Side:
     """A side that stays loaded and answers one job after another, so that sides can take turns: see `take_jobs`."""
 
-    def __init__(self, command: Sequence[str], threads: int) -> None:
+    def __init__(self, command: Sequence[str], threads: int, python: str = sys.executable, **more: str) -> None:
+        """`python`: of the environment that it runs in; `more`: environment variables."""
         self.command = command
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the object
         self.process = subprocess.Popen(
-            [sys.executable, *command], env=_environment(threads), text=True, stdin=subprocess.PIPE,
+            [python, *command], env=_environment(threads) | more, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
 

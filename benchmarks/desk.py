@@ -147,6 +147,10 @@ def contacts(report: Report, args: argparse.Namespace, base: BaseModel | None) -
         screen.print(f"{name}: done")
     development, held = tasks[::2], tasks[1::2]
     rows = [_row(name, done) for name, done in runs.items()]
+    for name, done in runs.items():
+        key = name.split(" (")[0].replace(" ", "_").replace("-", "_").lower()
+        report.figures |= {f"{key}_verified": sum(r.verified for r in done) / len(done),
+                           f"{key}_silent_failure": sum(r.silent_failure for r in done) / len(done)}  # fmt: skip
     for error in (0.01, 0.02, 0.05):
         by_task = {r.task.name: r for r in runs["base model"]}
         tuned = [by_task[t.name] for t in development]

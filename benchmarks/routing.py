@@ -105,7 +105,7 @@ def cost(base: BaseModel, router: Router, texts: list[str]) -> dict[str, Any]:
     try:
         turns = iter(list(range(len(texts))) * 3)
         answering = seconds(len(texts), lambda: answer(next(turns)))
-        embedding = seconds(len(texts), lambda: embed(base, [texts[next(turns)]]))
+        embedding = seconds(len(texts), lambda: embed(base, [texts[next(turns)]], engine.step))
         routing = seconds(len(texts), lambda: router.route(vectors[next(turns)]))
     finally:
         engine.close()

@@ -1,12 +1,19 @@
-"""Generated tokens per second with 1, 4 and 16 requests at once, spread over the base and 4 LoRA experts.
+"""Generated tokens per second with 1, 4, 16 and 64 requests at once, spread over the base and 4 LoRA experts.
 
-Coterie's engine against llama.cpp (the same GGUF, base model only) and against transformers with PEFT adapters.
-The same prompts, each answer exactly as long as asked; each side in a process of its own, loaded once, and all take
-turns on the same job. Of a peer's settings (VARIANTS in peers/) the one that is fastest with 16 requests is compared.
-Ratio: `mixed16_vs_best_peer`, our tokens per second with 16 mixed requests over the faster peer's.
+Coterie's engine against llama.cpp (the same GGUF: base model only, with a LoRA for each request, and in Coterie's own
+precision), transformers with PEFT adapters, and vLLM's CPU build with LoRA where $COTERIE_VLLM names the Python of an
+environment that has it. The same prompts, each answer exactly as long as asked; each side in a process of its own,
+loaded once, and all take turns on the same job. Of a peer's settings (VARIANTS in peers/) the one that is fastest with
+16 requests is compared. Ratios:
+- `mixed1|4|16|64_vs_best_peer`: our tokens per second with mixed requests over the best of all peers, llama.cpp with
+  the base model alone and 4-bit weights included;
+- `mixed16_vs_best_lora_peer`: the same over the best of those that serve the experts too;
+- `mixed_vs_base`: with 16 requests, mixed over base only;
+- `single_vs_llamacpp`: one request to the base, nothing guessed, over llama.cpp with weights in bfloat16 too.
 """
 
 import asyncio
+import os
 import socket
 import statistics
 import sys
@@ -15,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +34,36 @@ import uvicorn
 from coterie.answer import Answerer
 from coterie.business import Business
 from coterie.data.read import read
+from coterie.engine import engine as engines
 from coterie.engine.request import Sampling
 from coterie.experts import lora as loras
+from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
+from coterie.experts.kinds import fresh, save
 from coterie.experts.library import ExpertFacts, Library
+from coterie.experts.prefix import PrefixConfig
+from coterie.experts.prompt import PromptConfig
+from coterie.model.export import write_gguf, write_gguf_lora
 from coterie.model.load import load
 from coterie.model.pull import DEFAULT, pull
 from coterie.web.app import create_app
 
 PEERS = Path(__file__).parent / "peers"
-LEVELS = (1, 4, 16)
+LEVELS = (1, 4, 16, 64)
 EXPERTS = ("", "billing", "cards", "loans", "travel")  # the first is the base model
+MANY = 64  # more experts, of mixed kinds
+KINDS = (loras.LoraConfig(), loras.LoraConfig(8, 16), BottleneckConfig(), PromptConfig(), PrefixConfig())
 COLUMNS = {"prompt": "text", "completion": "category"}
+OURS, LLAMA = "Coterie", "llama.cpp"
 Job = dict[str, Any]  # "requests": each with prompt (ids), text, expert ("" for the base); "tokens" to generate
 
 
 def make_business(folder: Path) -> None:
     """A business with four experts. Their weights are random: what they cost does not depend on values."""
     base = load(pull(DEFAULT))
-    (folder / "coterie.toml").write_text(f'[business]\nname = "Benchmark"\nbase = "{pull(DEFAULT)}"\nqueue = 256\n')
+    (folder / "coterie.toml").write_text(
+        f'[business]\nname = "Benchmark"\nbase = "{pull(DEFAULT)}"\nqueue = 256\nslots = 64\n'
+    )
     (folder / "adapters").mkdir()
     for seed, name in enumerate(EXPERTS[1:]):
         lora = loras.fresh(loras.LoraConfig(), base.decoder, seed)
@@ -59,6 +78,17 @@ def make_business(folder: Path) -> None:
         Library(folder / "experts").publish(ExpertFacts(name), fill)
         (folder / "adapters" / name).mkdir()
         fill(folder / "adapters" / name)
+        (folder / "gguf").mkdir(exist_ok=True)
+        write_gguf_lora(base, lora.weights, lora.config.alpha, folder / "gguf" / f"{name}.gguf")
+    for n in range(MANY):
+        config = KINDS[n % len(KINDS)]
+        expert = fresh(config, base.decoder, n)
+        for weight in expert.weights.values():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(n)) * 0.01)
+        Library(folder / "experts").publish(
+            ExpertFacts(f"many{n}", config.kind), partial(save, expert, base=DEFAULT, model=base.decoder.config)
+        )
+    write_gguf(base, folder / "bf16.gguf", "bf16")
 
 
 def our_side(folder: str, threads: str) -> None:
@@ -67,7 +97,7 @@ def our_side(folder: str, threads: str) -> None:
     opened = Business.open(Path(folder))
     endless = replace(opened.base(), eos=frozenset())  # every answer runs to the length asked for
     business = Business(opened.folder, opened.config, endless)
-    engine = business.engine()
+    engine, guesses = business.engine(), engines.SPECULATED
     config = uvicorn.Config(create_app(Answerer(business, engine)), port=0, log_level="error", access_log=False)
     server = uvicorn.Server(config)
     port = serve_in_thread(server)
@@ -75,6 +105,7 @@ def our_side(folder: str, threads: str) -> None:
     def work(job: Job) -> dict[str, Any]:
         if job.get("address"):
             return {"port": port}
+        engines.SPECULATED = 0 if job.get("guess") is False else guesses
         began = time.monotonic()
         sampling = Sampling(max_tokens=job["tokens"])
         running = [
@@ -164,35 +195,55 @@ def main() -> None:
         folder, model = Path(scratch), pull(DEFAULT)
         make_business(folder)
         common.hugging_face_copy(model, folder / "base")
-        ours, threads = "Coterie", str(args.threads)
+        threads = str(args.threads)
         gguf = str(next(model.glob("*.gguf"), "")) or common.skip(f"{model} holds no GGUF for llama.cpp")
+        llama, peft = str(PEERS / "llama_cpp.py"), str(PEERS / "peft_generate.py")
+        pairs = (str(folder / "base"), str(folder / "adapters"))
         variants = {
-            "llama.cpp": {v: [str(PEERS / "llama_cpp.py"), str(gguf), threads, v] for v in llama_cpp.VARIANTS},
-            "PEFT": {
-                v: [str(PEERS / "peft_generate.py"), str(folder / "base"), str(folder / "adapters"), threads, v]
-                for v in peft_generate.VARIANTS
-            },
+            LLAMA: {v: [llama, gguf, threads, v] for v in llama_cpp.VARIANTS},
+            f"{LLAMA} with LoRA": {v: [llama, gguf, threads, v, str(folder / "gguf")] for v in llama_cpp.VARIANTS},
+            f"{LLAMA}, bf16": {v: [llama, str(folder / "bf16.gguf"), threads, v] for v in llama_cpp.VARIANTS},
+            "PEFT": {v: [peft, *pairs, threads, v] for v in peft_generate.VARIANTS},
         }
-        sides = {ours: common.Side([__file__, "--side", scratch, threads], args.threads)}
+        sides = {OURS: common.Side([__file__, "--side", scratch, threads], args.threads)}
+        settings: dict[str, str] = {}
         for peer, commands in variants.items():
-            trials = dict(list(commands.items())[:1]) if args.quick else commands
-            best, pace = fastest(trials, next(work)[16], args.threads)
-            report.figures |= {f"{peer}, {name}, trial tokens/s": value for name, value in pace.items()}
-            sides[f"{peer}, {best}"] = common.Side(commands[best], args.threads)
-        port = sides[ours].ask({"address": True})["port"]
+            settings[peer] = next(iter(commands))
+            if not args.quick:
+                settings[peer], pace = fastest(commands, next(work)[16], args.threads)
+                report.figures |= {f"{peer}, {name}, trial tokens/s": value for name, value in pace.items()}
+            sides[peer] = common.Side(commands[settings[peer]], args.threads)
+        if python := os.environ.get("COTERIE_VLLM"):
+            preload = next(Path(python).parents[1].glob("lib/libiomp5.so"))
+            sides["vLLM with LoRA"] = common.Side(
+                [str(PEERS / "vllm_cpu.py"), *pairs, threads, ""], args.threads, python, LD_PRELOAD=str(preload)
+            )
+        else:
+            report.say("vLLM is not compared: COTERIE_VLLM names no Python that has it (docs/benchmarks.md).")
+        port = sides[OURS].ask({"address": True})["port"]
         for side in sides.values():
             for job in next(work).values():
                 side.ask(job | {"tokens": 8})  # warms up
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+        def note(name: str, level: int, run: dict[str, Any]) -> None:
+            found.setdefault((name, level), []).append(run)
+
         for _ in range(rounds):
             for level, job in next(work).items():
-                for name, side in sides.items():
-                    found.setdefault((name, level), []).append(side.ask(job))
                 alike = [request | {"expert": ""} for request in job["requests"]]
-                found.setdefault((f"{ours}, base only", level), []).append(sides[ours].ask(job | {"requests": alike}))
-                found.setdefault((f"{ours}, over HTTP", level), []).append(asyncio.run(over_http(port, job)))
+                many = [request | {"expert": f"many{n % MANY}"} for n, request in enumerate(job["requests"])]
+                for name, side in sides.items():
+                    note(name, level, side.ask(job))
+                note(f"{OURS}, base only", level, sides[OURS].ask(job | {"requests": alike}))
+                note(
+                    f"{OURS}, base only, no guesses", level, sides[OURS].ask(job | {"requests": alike, "guess": False})
+                )
+                note(f"{OURS}, an expert each, of 5 kinds", level, sides[OURS].ask(job | {"requests": many}))
+                note(f"{OURS}, over HTTP", level, asyncio.run(over_http(port, job)))
         for side in sides.values():
             side.close()
+    report.say("Settings of the peers: " + "; ".join(f"{k}: {v}" for k, v in settings.items()) + ".")
     tell(report, found, tokens, rounds, args.threads)
     common.finish(report, args)
 
@@ -212,16 +263,23 @@ def tell(
                 f"{name}, {level} at once, first token p50 ms": first[name, level] * 1e3,
             }
         report.figures |= {f"{name}, peak MiB": peaks[name]} if peaks[name] else {}
-    peers = [name for name in names if not name.startswith("Coterie")]
+    peers = [name for name in names if not name.startswith(OURS)]
     for level in LEVELS:
         best = max(pace[name, level] for name in peers)
-        report.ratios[f"mixed{level}_vs_best_peer"] = pace["Coterie", level] / best
+        report.ratios[f"mixed{level}_vs_best_peer"] = pace[OURS, level] / best
+    with_lora = max(pace[name, 16] for name in peers if "LoRA" in name or name == "PEFT")
+    report.ratios |= {
+        "mixed16_vs_best_lora_peer": pace[OURS, 16] / with_lora,
+        "mixed_vs_base": pace[OURS, 16] / pace[f"{OURS}, base only", 16],
+        "single_vs_llamacpp": pace[f"{OURS}, base only, no guesses", 1] / pace[f"{LLAMA}, bf16", 1],
+    }
     report.say(
-        f"{', '.join(map(str, LEVELS))} requests at once, spread over the base and 4 LoRA experts: prompts of "
-        f"Banking77 in the chat template, {tokens} tokens generated for each, {threads} threads. Medians of "
-        f"{rounds} rounds; in each, all sides do the same job in turn. llama.cpp serves the base model only, from the "
-        "same GGUF (4-bit weights); Coterie computes in bfloat16 where the processor has it. Over HTTP: streamed, the "
-        "client on the same cores."
+        f"{', '.join(map(str, LEVELS))} requests at once, spread over the base and 4 LoRA experts of rank 16: prompts "
+        f"of Banking77 in the chat template, {tokens} tokens generated for each, {threads} threads. Medians of "
+        f"{rounds} rounds; in each, all sides do the same job in turn. llama.cpp computes from the same GGUF (4-bit "
+        "weights), the base model for every request but where LoRA is said; Coterie, PEFT and vLLM in bfloat16. "
+        "Guesses: while few requests run, Coterie looks tokens up in what was said before, and the model checks them. "
+        "Over HTTP: streamed, the client on the same cores."
     )
     head = ["", *(f"{level} at once" for level in LEVELS)]
     paces = [[name, *(pace[name, level] for level in LEVELS), peaks[name] or "as above"] for name in names]

@@ -21,7 +21,7 @@ from coterie.experts.kinds import apply
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig, weight_name
 from coterie.experts.merge import merge
-from coterie.experts.mixture import Mixture
+from coterie.experts.mixture import lay, mixed
 from coterie.model.decoder import Change
 from coterie.model.load import BaseModel
 from support import logits_of, random_rows
@@ -62,12 +62,12 @@ def of(library: Library, base: BaseModel, name: str) -> Expert:
 
 
 def arrow_change(base: BaseModel, experts: list[Expert], tokens: int, top_k: int) -> Change | None:
-    mixture = Mixture(experts, base.decoder)
+    laid = [lay(e, base.decoder) for e in experts]
     directions = [arrow.prototypes(e, base.decoder.config) for e in experts]
     shared = arrow.Arrow(directions, base.decoder.weights["final_norm"])
     allowed = torch.ones(tokens, len(experts), dtype=torch.bool)
     gates = shared.gates(torch.arange(tokens), allowed, torch.full((tokens,), top_k))
-    return mixture.change(torch.full((tokens,), -1), allowed.float(), gates)
+    return mixed(laid, base.decoder, torch.full((tokens,), -1), allowed.float(), gates)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -110,7 +110,7 @@ def test_arrow_over_one_expert_is_that_expert(tiny_base: BaseModel) -> None:
 
 
 @given(weights=st.lists(st.floats(0.05, 2), min_size=1, max_size=4))
-def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_in_a_stack(
+def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_of_each(
     weights: list[float], tiny_base: BaseModel, library: Library
 ) -> None:
     experts = [of(library, tiny_base, name) for name in NAMES[: len(weights)]]
@@ -125,8 +125,9 @@ def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_in_a_s
     (merged,) = logits_of(tiny_base, [row], apply(merge(experts, weights, model), tiny_base.decoder).change)
     torch.testing.assert_close(merged, wanted, atol=1e-4, rtol=1e-4)
     shares = torch.tensor([weights]).expand(12, -1)
-    (stacked,) = logits_of(tiny_base, [row], Mixture(experts, tiny_base.decoder).change(torch.full((12,), -1), shares))
-    torch.testing.assert_close(stacked, wanted, atol=1e-4, rtol=1e-4)
+    laid = [lay(e, tiny_base.decoder) for e in experts]
+    (shared,) = logits_of(tiny_base, [row], mixed(laid, tiny_base.decoder, torch.full((12,), -1), shares))
+    torch.testing.assert_close(shared, wanted, atol=1e-4, rtol=1e-4)
 
 
 def parts(library: Library, **weights: float) -> tuple[tuple[Adapter, float], ...]:

@@ -12,10 +12,12 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 from sqlalchemy import create_engine, text
 
-from coterie.desk.crm import Careful, Case, CrmError, profile_of
+from coterie.config import CrmSpec
+from coterie.desk.crm import Careful, Case, CrmError, open_crm, profile_of
 from coterie.desk.crm_sql import SqlCrm
 from coterie.desk.flow import Parts
 from coterie.desk.salesforce import SalesforceCrm
+from coterie.errors import CoterieError
 from coterie.knowledge.evidence import Reader
 from desk_support import Script, ask, open_desk, scripted
 
@@ -254,6 +256,31 @@ def test_values_that_are_not_plain_do_not_reach_a_prompt(fields: dict[str, Any])
             return type("C", (), {"fields": fields})()
 
     assert profile_of(Odd(), {"Name": "name", "Tier__c": "tier"})("ada") == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        ({"kind": "sql", "url": "sqlite://"}, "needs `find` and `read`"),
+        ({"kind": "sql", "url": "nonsense", "find": "x", "read": "y"}, "url: cannot be used"),
+        ({"kind": "salesforce", "url": "https://x"}, "no SALESFORCE_CLIENT_ID and no SALESFORCE_CLIENT_SECRET"),
+    ],
+)  # fmt: skip
+def test_a_declaration_that_lacks_something_says_what(declared: dict[str, Any], says: str) -> None:
+    with pytest.raises(CoterieError, match=says):
+        open_crm(CrmSpec.model_validate(declared))
+
+
+def test_a_declared_crm_is_used(org: Org, sql: SqlCrm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SALESFORCE_CLIENT_ID", "id")
+    monkeypatch.setenv("SALESFORCE_CLIENT_SECRET", "secret")
+    fields = {"Name": "name"}
+    for declared in (
+        {"kind": "salesforce", "url": org.address, "fields": fields},  # type: ignore[attr-defined]
+        {"kind": "sql", "url": str(sql.database.url), "find": sql.find_sql, "read": sql.read_sql, "fields": fields},
+    ):
+        spec = CrmSpec.model_validate(declared)
+        assert profile_of(open_crm(spec), spec.fields)("ada@example.com") == {"name": "Ada Okafor"}
 
 
 def test_a_conversation_goes_on_without_the_crm(tmp_path: Path, org: Org) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,13 @@ def test_calibrate_asks_the_experts_and_keeps_what_it_learns(
     assert kept
     assert (kept.rows, kept.error) == (72, 0.3)
     assert json.loads(out)["threshold"] == kept.threshold
+
+
+def test_serve_says_what_is_wrong_with_the_desk_and_ends(shop: Path) -> None:
+    toml = shop / "coterie.toml"
+    toml.write_text(toml.read_text() + '\n[desk]\ndatabase = "mysql://x/y"\n')
+    command = [sys.executable, "-m", "coterie", "serve", str(shop), "--port", "18997"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (
+        2, "error: database: mysql is not supported; use sqlite or postgresql"
+    )  # fmt: skip

@@ -424,3 +424,15 @@ def test_a_closed_door_says_how_to_get_in(browser: Browser, shop: Shop) -> None:
     with tab(browser) as page:
         page.goto(f"{shop.address}/desk")
         expect(page.get_by_text("coterie desk invite NAME")).to_be_visible()
+
+
+def test_a_message_is_shown_once_even_before_the_server_has_said_that_it_has_it(site: Page) -> None:
+    held: list[Any] = []
+    site.route("**/messages", lambda route: held.append((route, route.fetch())))
+    write(site, "Only once")
+    expect(site.locator(".entries .customer")).to_have_text("YouOnly once")
+    expect(site.locator(".customer")).to_have_count(1)
+    for route, response in held:
+        route.fulfill(response=response)
+    expect(site.locator(".entry.bot:not(.draft)")).to_have_count(1)
+    expect(site.locator(".customer")).to_have_count(1)

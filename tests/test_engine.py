@@ -176,10 +176,16 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
     made = {f"e{i}": publish(library, tiny_base, f"e{i}", i) for i in range(count)}
     (prompt,) = random_rows(tiny_base, [9], seed=3)
     wanted = {name: greedy(tiny_base, prompt, 4, lora)[0] for name, lora in made.items()}
-    gc.collect()
-    before = sum(type(o) is Expert for o in gc.get_objects())
-    engine = Engine(tiny_base, library, slots=12, context=CONTEXT)
+
+    def held() -> int:
+        gc.collect()
+        return sum(w.nbytes for o in gc.get_objects() if type(o) is Expert for w in o.weights.values())
+
+    before, all_of_them = held(), sum(w.nbytes for lora in made.values() for w in lora.weights.values())
+    budget = all_of_them // 2
+    engine = Engine(tiny_base, library, slots=12, context=CONTEXT, expert_memory=budget, pinned=frozenset({"e0"}))
     try:
+        first = engine._shelf.open(("e0", 1))
         for names in (list(made), list(made)[::-1]):
             asked = {name: engine.submit(prompt, Sampling(max_tokens=4), (name, 1)) for name in names}
             for name, generation in asked.items():
@@ -187,8 +193,20 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
                 assert generation.generated == wanted[name]
         for name in made:
             engine.submit(prompt, Sampling(max_tokens=1), (name, 1)).text()
-        gc.collect()
-        assert sum(type(o) is Expert for o in gc.get_objects()) - before <= 16
+        assert budget / 4 < held() - before < budget
+        assert engine._shelf.open(("e0", 1)) is first  # pinned
+    finally:
+        engine.close()
+
+
+def test_an_expert_larger_than_all_the_memory_for_experts_is_refused(tiny_base: BaseModel, tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    publish(library, tiny_base, "large", 0)
+    engine = Engine(tiny_base, library, expert_memory=1000)
+    try:
+        with pytest.raises(CoterieError, match=r"large takes .* MiB, and expert_memory under \[business\] allows"):
+            engine.submit([1, 2], Sampling(max_tokens=1), ("large", 1))
+        assert engine.submit([1, 2], Sampling(max_tokens=1)).text() is not None
     finally:
         engine.close()
 

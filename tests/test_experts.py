@@ -21,7 +21,7 @@ from coterie.experts.expert import CONFIG, Expert
 from coterie.experts.kinds import apply, save
 from coterie.experts.kinds import load as load_expert
 from coterie.experts.lora import LoraConfig
-from coterie.experts.mixture import Mixture
+from coterie.experts.mixture import lay, mixed
 from coterie.experts.prefix import PrefixConfig
 from coterie.experts.prompt import PromptConfig
 from coterie.model.load import BaseModel, load
@@ -116,8 +116,9 @@ def test_a_mixed_batch_gives_each_row_what_its_own_expert_gives_alone(
     experts = [trained(CONFIGS[name], tiny_base, i) for i, name in enumerate(ROWS)]
     rows = random_rows(tiny_base, [5 + i for i in range(len(owners))], seed)
     of_tokens = torch.tensor(owners).repeat_interleave(torch.tensor([len(r) for r in rows]))
-    mixed = logits_of(tiny_base, rows, Mixture(experts, tiny_base.decoder).change(of_tokens))
-    for row, owner, found in zip(rows, owners, mixed, strict=True):
+    laid = [lay(e, tiny_base.decoder) for e in experts]
+    together = logits_of(tiny_base, rows, mixed(laid, tiny_base.decoder, of_tokens))
+    for row, owner, found in zip(rows, owners, together, strict=True):
         alone = logits_with(tiny_base, [row], experts[owner] if owner >= 0 else None)
         torch.testing.assert_close(found, alone[0], atol=1e-4, rtol=1e-4)
 
@@ -128,8 +129,10 @@ def test_a_mixed_batch_in_the_products_own_precision_is_close_to_float32(tiny: P
     experts = [trained(CONFIGS[name], tiny_base, i) for i, name in enumerate(ROWS)]
     rows = random_rows(base, [20, 20, 20, 20])
     owners = torch.tensor([1, -1, 4, 8]).repeat_interleave(20)
-    found = torch.cat(logits_of(base, rows, Mixture(experts, base.decoder).change(owners)))
-    exact = torch.cat(logits_of(tiny_base, rows, Mixture(experts, tiny_base.decoder).change(owners)))
+    found, exact = (
+        torch.cat(logits_of(b, rows, mixed([lay(e, b.decoder) for e in experts], b.decoder, owners)))
+        for b in (base, tiny_base)
+    )
     plain = torch.cat(logits_of(tiny_base, rows))
     changed = owners >= 0
     assert (found - exact).abs().mean() < 0.1 * (exact - plain)[changed].abs().mean()

@@ -1,6 +1,7 @@
-"""A peer of benchmarks/serving.py: llama.cpp's server (wheel xllamacpp), base model only, 16 slots.
+"""A peer of benchmarks/serving.py: llama.cpp's server (wheel xllamacpp), with 16 or 64 slots.
 
-Run by serving.py in a process of its own: `llama_cpp.py GGUF THREADS VARIANT`; jobs on stdin, see common.take_jobs.
+Run by serving.py in a process of its own: `llama_cpp.py GGUF THREADS VARIANT [LORAS]`, where LORAS is a folder of GGUF
+adapters named as the experts; without it the base model answers everything. Jobs on stdin, see common.take_jobs.
 """
 
 import sys
@@ -14,29 +15,35 @@ import xllamacpp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import peak_mib, take_jobs
 
-SLOTS, CONTEXT = 16, 512  # as many as requests, and tokens for each
+CONTEXT = 512  # tokens for each slot
 FLASH = xllamacpp.llama_flash_attn_type
-VARIANTS = {  # flash attention, and one cache for all slots
-    "no flash attention": (FLASH.LLAMA_FLASH_ATTN_TYPE_DISABLED, False),
-    "flash attention": (FLASH.LLAMA_FLASH_ATTN_TYPE_ENABLED, False),
-    "flash attention, one cache": (FLASH.LLAMA_FLASH_ATTN_TYPE_ENABLED, True),
+VARIANTS = {  # flash attention, one cache for all slots, slots
+    "flash attention": (FLASH.LLAMA_FLASH_ATTN_TYPE_ENABLED, False, 16),
+    "no flash attention": (FLASH.LLAMA_FLASH_ATTN_TYPE_DISABLED, False, 16),
+    "flash attention, one cache": (FLASH.LLAMA_FLASH_ATTN_TYPE_ENABLED, True, 16),
+    "flash attention, 64 slots": (FLASH.LLAMA_FLASH_ATTN_TYPE_ENABLED, False, 64),
 }
 
 
-def start(gguf: str, threads: int, variant: str) -> xllamacpp.Server:
-    """The server, loaded."""
+def start(gguf: str, threads: int, variant: str, loras: list[Path]) -> xllamacpp.Server:
+    """The server, loaded; no adapter is on but where a request asks for it."""
     params = xllamacpp.CommonParams()
     params.model.path = gguf
-    params.n_parallel, params.n_ctx = SLOTS, SLOTS * CONTEXT
-    params.flash_attn_type, params.kv_unified = VARIANTS[variant]
+    params.flash_attn_type, params.kv_unified, params.n_parallel = VARIANTS[variant]
+    params.n_ctx = params.n_parallel * CONTEXT
     params.cont_batching = True
+    if loras:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), 1.0) for file in loras]
+        params.lora_init_without_apply = True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = 0
     return xllamacpp.Server(params)
 
 
-def main(gguf: str, threads: str, variant: str) -> None:
-    server = start(gguf, int(threads), variant)
+def main(gguf: str, threads: str, variant: str, folder: str = "") -> None:
+    loras = sorted(Path(folder).glob("*.gguf")) if folder else []
+    server = start(gguf, int(threads), variant, loras)
+    place = {file.stem: n for n, file in enumerate(loras)}
 
     def one(request: dict[str, Any], tokens: int, began: float) -> tuple[float, int]:
         """Seconds to the first token, and how many came."""
@@ -48,6 +55,8 @@ def main(gguf: str, threads: str, variant: str) -> None:
             return False
 
         wish = {"prompt": request["prompt"], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        if request["expert"] in place:
+            wish["lora"] = [{"id": place[request["expert"]], "scale": 1.0}]
         server.handle_completions(wish, take)
         return first, last["usage"]["completion_tokens"]
 
@@ -65,4 +74,4 @@ def main(gguf: str, threads: str, variant: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:5])

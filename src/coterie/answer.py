@@ -58,7 +58,7 @@ class Answerer:
 
     def __init__(self, business: Business, engine: Engine) -> None:
         self.business, self.engine = business, engine
-        self.chooser = Chooser(business, engine.base)
+        self.chooser = Chooser(business, engine.base, engine.step)
         self._own: dict[tuple[str, int], Engine] = {}  # of experts that are models of their own
         self._opening = threading.Lock()
 

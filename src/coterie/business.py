@@ -68,15 +68,18 @@ class Business:
     def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
         """An engine over base and library, as the declaration sizes it."""
         b = self.config.business
-        sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
-        return Engine(self.base(tell), library or self.library, **sizes)
+        sizes: dict[str, Any] = {
+            "slots": b.slots, "context": b.context, "queue": b.queue, "expert_memory": b.expert_memory << 20,
+            "pinned": frozenset(b.pinned),
+        }  # fmt: skip
+        return Engine(self.base(tell), library or self.library, **{**sizes, **options})
 
     def own_engine(self, facts: ExpertFacts, library: Library | None = None, **options: int) -> Engine | None:
         """The engine of an expert that is a model of its own (`full`); None for all others."""
         if facts.kind != "full":
             return None
         b, folder = self.config.business, (library or self.library).folder(facts.name, facts.version)
-        sizes = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
+        sizes: dict[str, Any] = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
         return Engine(load(folder / "model", packed=True), None, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:

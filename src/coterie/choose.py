@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from coterie.business import Business
 from coterie.data.read import Message
+from coterie.engine.step import Step
 from coterie.errors import CoterieError, ModelError
 from coterie.experts.library import Library
 from coterie.model.load import BaseModel
+from coterie.model.threads import give_back_pool
 from coterie.routing.router import Decision, Router
 from coterie.routing.rules import Rule, rule
 from coterie.routing.space import background, embed
@@ -47,8 +49,8 @@ class Choice:
 class Chooser:
     """The router of one business."""
 
-    def __init__(self, business: Business, base: BaseModel) -> None:
-        self.business, self.base = business, base
+    def __init__(self, business: Business, base: BaseModel, step: Step | None = None) -> None:
+        self.business, self.base, self._step = business, base, step
         self._lock = threading.Lock()
         self._router: Router | None = None
         self._versions: dict[str, int] = {}
@@ -63,7 +65,8 @@ class Chooser:
             router = self._in_step()
             ruling = rule(rules, channel, text, self._versions.keys())
             allowed = [n for n in self._versions if n not in ruling.refused] if ruling.refused else None
-            vector = embed(self.base, [text])[0] if len(router) else router.background.centre
+            vector = embed(self.base, [text], self._step)[0] if len(router) else router.background.centre
+            give_back_pool()
             decision = router.route(vector, settings.top_k, settings.abstain, allowed, sure=bool(ruling.use))
             if ruling.use and not decision.chosen:  # none of them has statistics; the rule counts all the same
                 decision = Decision(((ruling.use[0], 1.0),), decision.scored)

@@ -110,6 +110,8 @@ class BusinessSpec(_Strict):
     context: int = Field(2048, ge=64, description="most tokens of one conversation, answer included")
     slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
+    expert_memory: int = Field(1024, ge=1, description="MiB that experts in memory may take; the longest idle go first")
+    pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
 
 
 class RuleSpec(_Strict):
@@ -146,6 +148,18 @@ class DeskRuleSpec(_Strict):
     queue: str = Field("general", min_length=1, description="the queue that it goes to")
 
 
+class CrmSpec(_Strict):
+    """[desk.crm]: where the customer's record is, and what of it a model may see."""
+
+    kind: Literal["salesforce", "sql"] = Field(description="which CRM")
+    url: str = Field(min_length=1, description="salesforce: https://NAME.my.salesforce.com; sql: SQLAlchemy's URL")
+    client_id_env: str = Field("SALESFORCE_CLIENT_ID", description="salesforce: the environment variable of the id")
+    client_secret_env: str = Field("SALESFORCE_CLIENT_SECRET", description="salesforce: and of the secret")
+    find: str = Field("", description="sql: gives the id of the customer named :customer")
+    read: str = Field("", description="sql: gives the fields of the customer with :id")
+    fields: dict[str, str] = Field({}, description="fields that may reach the prompt, and the names they have there")
+
+
 class WebhookSpec(_Strict):
     """[[desk.webhooks]]: another system that is told what happens at the desk."""
 
@@ -177,6 +191,7 @@ class DeskSpec(_Strict):
     rules: list[DeskRuleSpec] = Field([], description="conversations that a person must see")
     answers: dict[str, str] = Field({}, description="for a label of an expert with choices, what the customer is told")
     canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
+    crm: CrmSpec | None = Field(None, description="where the customer's record is")
     webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
     idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
     workers: int = Field(16, ge=1, le=256, description="answers worked on at once")

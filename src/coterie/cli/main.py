@@ -288,7 +288,11 @@ def serve(
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
-    desk = open_desk(answerer, house, tell)
+    try:
+        desk = open_desk(answerer, house, tell)
+    except BaseException:
+        answerer.close()  # its threads would keep the process alive
+        raise
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
     application = create_app(answerer, desk, house, lambda: rooms_of(house, business))

@@ -4,6 +4,7 @@ Notable: a CRM is asked with a deadline, and one that fails is left alone for a 
 conversation never waits for it twice; what it could not give is told to the agent and to nobody else.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,9 @@ from concurrent.futures import TimeoutError as TooSlow
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from sqlalchemy.exc import ArgumentError
+
+from coterie.config import CrmSpec
 from coterie.errors import CoterieError
 
 DEADLINE_S, REST_S, FAILURES = 3.0, 30.0, 3
@@ -112,6 +116,30 @@ def profile_of(crm: Crm, allowed: Mapping[str, str], careful: Careful | None = N
         return {shown: _plain(known[name]) for name, shown in allowed.items() if _plain(known.get(name)) is not None}
 
     return profile
+
+
+def open_crm(spec: CrmSpec) -> Crm:
+    """As declared. Raises CoterieError where something that it needs is not there."""
+    if spec.kind == "sql":
+        if not spec.find or not spec.read:
+            raise CoterieError("desk.crm: a CRM of kind sql needs `find` and `read`, two SELECT statements")
+        from sqlalchemy import create_engine
+
+        from coterie.desk.crm_sql import SqlCrm
+
+        try:
+            return SqlCrm(create_engine(spec.url, pool_pre_ping=True), spec.find, spec.read)
+        except (ArgumentError, ImportError) as error:
+            raise CoterieError(f"desk.crm: url: cannot be used ({error})") from error
+    missing = [name for name in (spec.client_id_env, spec.client_secret_env) if not os.environ.get(name)]
+    if missing:
+        raise CoterieError(f"desk.crm: the environment has no {' and no '.join(missing)}")
+    try:
+        from coterie.desk.salesforce import SalesforceCrm
+    except ImportError as error:
+        raise CoterieError("desk.crm: Salesforce needs simple-salesforce; pip install 'coterie[salesforce]'") from error
+    id, secret = os.environ[spec.client_id_env], os.environ[spec.client_secret_env]
+    return SalesforceCrm(spec.url, id, secret, tuple(spec.fields))
 
 
 def _plain(value: Any) -> Any:

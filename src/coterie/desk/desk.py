@@ -21,6 +21,7 @@ from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
 from coterie.desk.confidence import load_confidence
 from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clear, in_the_clear
+from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
@@ -92,7 +93,13 @@ class Desk:
 
     @classmethod
     def open(cls, answerer: Answerer, parts: Parts | None = None) -> "Desk":
-        """The desk of the answerer's business, at work."""
+        """The desk of the answerer's business, at work. Of `parts` that are not given, those that it declares.
+
+        Raises CoterieError for a declaration that cannot be used, StorageError for a database that cannot be opened.
+        """
+        crm = answerer.business.config.desk.crm
+        if crm and parts is None:
+            parts = Parts(profile=profile_of(open_crm(crm), crm.fields))
         desk = cls(answerer, database_of(answerer.business), parts)
         desk.start()
         return desk

@@ -1,6 +1,7 @@
 """The desk in the house of privacy: conversations sealed and masked; given to their customer, deleted, kept no longer
 than wished."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -9,6 +10,7 @@ from sqlalchemy.orm import Session
 from coterie.answer import Answerer
 from coterie.business import Business, Tell
 from coterie.desk import trained
+from coterie.desk.crm import CrmError, open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
 from coterie.desk.flow import Masked, Parts
 from coterie.privacy.deidentify import Detector
@@ -32,11 +34,22 @@ def open_desk(answerer: Answerer, house: House, tell: Tell = lambda _: None) -> 
     if answerer.business.config.desk.origins:
         tagger.open()  # customers are about to come: none of them waits for its training
     detector = Detector(tagger)
-    vault = Vault(detector, house.database, house.keys)
-    parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts))
+    crm = answerer.business.config.desk.crm
+    profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
+    vault = Vault(detector, house.database, house.keys, lambda customer: _known(profile, customer))
+    parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts), profile=profile)
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
     desk.start()
     return desk
+
+
+def _known(profile: Callable[[str], Mapping[str, Any]], customer: str) -> dict[str, list[str]]:
+    """What the CRM says of a customer, to be masked however it is written. While it is down, nothing of it is in the
+    prompt either, and rules and the tagging expert go on."""
+    try:
+        return {kind: [str(v)] for kind, v in profile(customer).items() if isinstance(v, str | int)}
+    except CrmError:
+        return {}
 
 
 def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:

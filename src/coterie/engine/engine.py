@@ -1,9 +1,9 @@
 """The engine: one thread that generates for everyone at once, whichever expert each request wants.
 
 Notable: a step decodes one token for every running request, rows of different experts and of the base model in
-the same matrix products (see experts/lora.py). Requests join and leave between steps (continuous batching, Yu et
-al. 2022, Orca). Running request i owns cache slot i: when one leaves, the last moves into its place, so that a
-step reads the cache without gathering.
+the same pass over the weights (experts/mixture.py; on a CPU step.c). Requests join and leave between steps
+(continuous batching, Yu et al. 2022, Orca). Running request i owns cache slot i: when one leaves, the last moves
+into its place, so that a step reads the cache without gathering.
 """
 
 import logging
@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,21 +21,25 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from coterie.engine.constrain import Grammars, failure
+from coterie.engine.guess import continuation
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
 from coterie.engine.sampling import sample
+from coterie.engine.shelf import Loaded, Shelf
+from coterie.engine.step import Prepared, Step
 from coterie.engine.text import TextStream
-from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped, UnknownExpert
+from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped
 from coterie.experts import arrow
-from coterie.experts.expert import Applied, Expert
-from coterie.experts.kinds import apply, load
 from coterie.experts.library import Library
-from coterie.experts.mixture import Gates, Mixture
+from coterie.experts.mixture import Gates, mixed
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
+from coterie.model.threads import give_back_pool
 
-PREFILL_TOKENS = 2048  # prompt tokens taken in one step: bounds the pause of those already streaming
+PREFILL_TOKENS = 2048  # prompt tokens that PyTorch takes in one step: bounds the pause of those already streaming
+CHUNK = 256  # prompt tokens that the step in C takes along with everyone's next token
+SPECULATED = 8  # rows up to which a step costs hardly more than with one: those free are used for guesses
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
-STACK = 8  # experts kept in memory though idle; beyond, only those in use
+EXPERT_MEMORY = 1 << 30  # bytes: 26 LoRA experts of rank 16 on SmolLM2-135M
 ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
 
@@ -55,20 +58,6 @@ class Stats:
 
 
 @dataclass(eq=False)
-class _Loaded:
-    """An expert in memory. `applied` is empty but for soft prompts and prefixes, which come before the prompt."""
-
-    expert: Expert
-    applied: Applied
-
-    @property
-    def ahead(self) -> int:
-        """Virtual tokens before the prompt."""
-        soft, prefix = self.applied.soft, self.applied.prefix
-        return len(soft) if soft is not None else prefix.shape[2] if prefix is not None else 0
-
-
-@dataclass(eq=False)
 class _Running:
     """A request that holds a cache slot, or one voice of several whose scores are averaged (a Blend of `logits`).
 
@@ -76,11 +65,11 @@ class _Running:
     """
 
     request: Generation
-    loaded: _Loaded | None
+    loaded: Loaded | None
     stream: TextStream
     rng: np.random.Generator
     matcher: LLMatcher | None
-    shared: tuple[tuple[_Loaded, float], ...] = ()  # instead of one expert: several, in shares
+    shared: tuple[tuple[Loaded, float], ...] = ()  # instead of one expert: several, in shares
     woken: int = 0  # of those, how many each token wakes by Arrow, instead of in shares
     weight: float = 1.0  # of this voice
     leads: bool = True
@@ -88,35 +77,53 @@ class _Running:
     length: int = 0  # tokens in the cache
 
     @property
+    def ahead(self) -> int:
+        """Virtual tokens before the prompt."""
+        return self.loaded.ahead if self.loaded else 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens that are not in the cache yet: of the prompt, or the last one chosen."""
+        return self.ahead + len(self.request.prompt) + len(self.request.generated) - self.length
+
+    @property
     def voices(self) -> "list[_Running]":
         """This row and those that follow it; each holds a slot."""
         return [self, *self.followers]
 
     @property
-    def experts(self) -> "list[_Loaded]":
+    def experts(self) -> "list[Loaded]":
         """Those it computes with."""
         return [self.loaded] if self.loaded else [loaded for loaded, _ in self.shared]
+
+
+# Rows that may choose their next token, each with a guess of the ones after it; and for each token of those, in order,
+# the scores that follow the one before it.
+Scored = tuple[list[tuple[_Running, list[int]]], Tensor]
 
 
 class Engine:
     """Generates for the base model and the experts of a library."""
 
     def __init__(
-        self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64
-    ) -> None:
+        self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64,
+        expert_memory: int = EXPERT_MEMORY, pinned: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        """`expert_memory`: bytes that experts in memory may take, those `pinned` by name never leave it."""
         config = base.decoder.config
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
-        self._read = lru_cache(STACK)(self._load)
+        self.step = Step.open(base.decoder)  # None where PyTorch has to do it
+        self._shelf = Shelf(library, base.decoder, self.step, expert_memory, pinned)
         self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
-        self._arrow: tuple[set[_Loaded], arrow.Arrow] | None = None  # of the mixture, and whom its rows may wake
-        self._mixture: tuple[list[_Loaded], Mixture] = ([], Mixture([], base.decoder))
+        self._arrow: tuple[list[Loaded], set[Loaded], arrow.Arrow] | None = None  # of a batch, and whom it may wake
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._wake = threading.Condition()
         self._closing = False
+        give_back_pool()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -130,7 +137,7 @@ class Engine:
         """
         prompt = prompt or self.base.encode(self.base.bos_token or self.base.eos_token) or [0]
         blend = adapter if isinstance(adapter, Blend) else Blend(((adapter, 1.0),)) if adapter else None
-        experts = [(self._open(a), weight) for a, weight in blend.parts] if blend else []
+        experts = [(self._shelf.open(a), weight) for a, weight in blend.parts] if blend else []
         length = len(prompt) + max((loaded.ahead for loaded, _ in experts), default=0)
         if length >= self.context:
             raise ContextTooLong(
@@ -152,7 +159,7 @@ class Engine:
             self._wake.notify()
         return request
 
-    def _row(self, row: _Running, blend: Blend | None, experts: list[tuple[_Loaded, float]]) -> _Running:
+    def _row(self, row: _Running, blend: Blend | None, experts: list[tuple[Loaded, float]]) -> _Running:
         """`row` with its experts. Raises CoterieError where these cannot answer together."""
         if blend is None:
             return row
@@ -196,27 +203,18 @@ class Engine:
         """Compiled when the first constrained request comes."""
         return Grammars(self.base)
 
-    def _open(self, adapter: Adapter) -> _Loaded:
-        """The weights of a version; read anew where an expert was removed and its numbers given again."""
-        if self.library is None:
-            raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
-        folder = self.library.folder(*adapter)
-        return self._read(folder, folder.stat().st_mtime_ns)
-
-    def _load(self, folder: Path, _written: int) -> _Loaded:
-        decoder = self.base.decoder
-        expert = load(folder, decoder.config)
-        before = expert.config.kind in ("prompt", "prefix")
-        return _Loaded(expert, apply(expert, decoder) if before else Applied())
-
     @torch.inference_mode()
     def _loop(self) -> None:
         try:
             while self._work_comes():
                 started = time.monotonic()
                 self._drop_cancelled()
-                self._step(self._admit(), self._prefill)
-                self._step(list(self._running), self._decode)
+                whole = [row for row in self._admit() if not self.step or row.woken or row.request.sampling.echo]
+                self._step(whole, self._prefill)
+                running = list(self._running)
+                by_torch = [row for row in running if not self.step or row.woken]
+                self._step(by_torch, self._decode)
+                self._step([row for row in running if row not in by_torch and row in self._running], self._go_on)
                 self.stats.busy_seconds += time.monotonic() - started
         finally:
             with self._wake:
@@ -228,15 +226,17 @@ class Engine:
     def _work_comes(self) -> bool:
         """Wait for work; False once the engine closes."""
         with self._wake:
+            if not (self._waiting or self._running or self._closing):
+                give_back_pool()  # others compute while the engine rests
             self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
             return not self._closing
 
-    def _step(self, rows: list[_Running], forward: Callable[[list[_Running]], Tensor]) -> None:
+    def _step(self, rows: list[_Running], forward: Callable[[list[_Running]], Scored]) -> None:
         """One more token for `rows`. Where that fails, they end with the error, and the others go on."""
         if not rows:
             return
         try:
-            self._choose(rows, forward(rows))
+            self._choose(*forward(rows))
         except Exception as error:
             log.exception("a step of the engine failed; the requests in it end with an error")
             for row in rows:
@@ -265,20 +265,103 @@ class Engine:
                     break
                 new += self._waiting.popleft().voices
             self._running += new
+        for row in new:
+            if self.step and row.loaded and row.loaded.applied.prefix is not None:
+                keys_values = row.loaded.applied.prefix.transpose(2, 3)  # (layers, 2, Hkv, P, D)
+                row.length, slot = row.loaded.ahead, self._running.index(row)
+                self.cache.keys[:, slot, :, : row.length] = keys_values[:, 0]
+                self.cache.values[:, slot, :, : row.length] = keys_values[:, 1]
         return new
 
-    def _prefill(self, new: list[_Running]) -> Tensor:
+    def _go_on(self, rows: list[_Running]) -> Scored:
+        """By the step in C: everyone's next token, and some more of the prompts that are still being read."""
+        assert self.step, "chosen where it runs"
+        turns = sorted(self._turns(rows), key=lambda turn: id(turn[0].loaded))  # an expert's rows side by side
+        ids: list[int] = []
+        spans, wanted, soft = [], list[int](), list[tuple[int, Tensor]]()
+        for row, count, guess in turns:
+            first, start, end = len(ids), row.length, row.length + count
+            text = row.request.prompt if start < row.ahead + len(row.request.prompt) else row.request.generated
+            skipped = row.ahead if text is row.request.prompt else row.ahead + len(row.request.prompt)
+            if start < row.ahead and row.loaded and row.loaded.applied.soft is not None:
+                soft.append((first, row.loaded.applied.soft[start:end]))
+            ids += [0] * min(count, max(0, row.ahead - start))
+            ids += text[max(0, start - skipped) : max(0, end - skipped)] + guess
+            spans.append((start, len(ids) - first))
+            if count == row.unread:
+                wanted += range(first + count - 1, len(ids))
+        embedded = self.base.decoder.embed(torch.tensor(ids))
+        for first, vectors in soft:
+            embedded[first : first + len(vectors)] = vectors
+        repeats = torch.tensor([count for _, count in spans])
+        positions = torch.cat([torch.arange(start, start + count) for start, count in spans])
+        slots = torch.tensor([self._running.index(row) for row, _, _ in turns]).repeat_interleave(repeats)
+        scores = self.step.run(
+            embedded, positions, slots, self.cache, self._groups(turns, spans), torch.tensor(wanted, dtype=torch.long)
+        )
+        chosen: list[tuple[_Running, list[int]]] = []
+        for row, count, guess in turns:
+            if count == row.unread:
+                chosen.append((row, guess))
+                if row.leads and not row.request.generated:
+                    self.stats.prompt_tokens += len(row.request.prompt)
+            row.length += count
+        self.stats.steps += 1
+        return chosen, scores
+
+    def _turns(self, rows: list[_Running]) -> list[tuple[_Running, int, list[int]]]:
+        """How many of its unread tokens each row reads in one step, and its guess of those that follow."""
+        out: list[tuple[_Running, int, list[int]]] = []
+        chunk, free = CHUNK, SPECULATED - len(rows)
+        for row in rows:
+            count = row.unread
+            if len(row.voices) == 1 and row.leads:  # voices answer together, so they read to the end together
+                count = min(count, max(chunk, 1))
+            want = row.request.sampling
+            guess: list[int] = []
+            if row.unread == 1 and not row.matcher and not row.followers and row.leads and want.temperature == 0:
+                most = min(free, want.max_tokens - len(row.request.generated) - 1, self.context - row.length - 2)
+                if want.logprobs is None and most > 0:
+                    guess = continuation(row.request.prompt + row.request.generated, most)
+            free -= len(guess)
+            if row.unread > 1:
+                if chunk <= 0:
+                    continue
+                chunk -= count
+            out.append((row, count, guess))
+        return out
+
+    def _groups(
+        self, turns: list[tuple[_Running, int, list[int]]], spans: list[tuple[int, int]]
+    ) -> list[tuple[Prepared, int, int, float]]:  # fmt: skip
+        """The rows of each expert, as the step in C wants them."""
+        groups: list[tuple[Prepared, int, int, float]] = []
+        first = 0
+        for (row, _, _), (_, count) in zip(turns, spans, strict=True):
+            for loaded, share in [(row.loaded, 1.0)] if row.loaded else row.shared:
+                assert loaded, "shares are of experts"
+                assert loaded.prepared, "prepared when it was loaded"
+                if row.loaded and groups and groups[-1][0] is loaded.prepared:
+                    groups[-1] = (loaded.prepared, groups[-1][1], groups[-1][2] + count, share)
+                else:
+                    groups.append((loaded.prepared, first, count, share))
+            first += count
+        return groups
+
+    def _prefill(self, new: list[_Running]) -> Scored:
         """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward for each prefix."""
-        groups: dict[_Loaded | None, list[int]] = {}
+        groups: dict[Loaded | None, list[int]] = {}
         for i, row in enumerate(new):
             with_prefix = row.loaded if row.loaded and row.loaded.applied.prefix is not None else None
             groups.setdefault(with_prefix, []).append(i)
+        for places in groups.values():
+            places.sort(key=lambda i: id(new[i].loaded))  # the rows of each expert side by side
         scores = torch.cat([
             self._prefill_after([new[i] for i in places], loaded.applied.prefix if loaded else None)
             for loaded, places in groups.items()
         ])  # fmt: skip
         order = torch.tensor([i for places in groups.values() for i in places])
-        return scores[order.argsort().to(scores.device)]
+        return [(row, []) for row in new], scores[order.argsort().to(scores.device)]
 
     def _prefill_after(self, rows: list[_Running], prefix: Tensor | None) -> Tensor:
         """Scores (rows, vocab) after the prompts of `rows`, which all stand after `prefix`."""
@@ -288,7 +371,7 @@ class Engine:
             if row.loaded and row.loaded.applied.soft is not None:
                 parts.append(row.loaded.applied.soft)
             parts.append(decoder.embed(torch.tensor(row.request.prompt, device=device)))
-            row.length = len(row.request.prompt) + (row.loaded.ahead if row.loaded else 0)
+            row.length = len(row.request.prompt) + row.ahead
         behind = 0 if prefix is None else prefix.shape[2]
         lengths = [row.length - behind for row in rows]
         positions, repeats = packed_positions(lengths, device) + behind, torch.tensor(lengths)
@@ -301,66 +384,70 @@ class Engine:
                 self._echo(row.request, decoder.finish(part[-len(row.request.prompt) :]))
         return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
-    def _decode(self, rows: list[_Running]) -> Tensor:
-        """Scores (rows, vocab) after the last token of every running request."""
+    def _decode(self, rows: list[_Running]) -> Scored:
+        """By PyTorch: scores after the last token of `rows`."""
         device = self.base.decoder.device
         ids = torch.tensor([row.request.generated[-1] for row in rows], device=device)
         positions = torch.tensor([row.length for row in rows], device=device)
+        slots = torch.tensor([self._running.index(row) for row in rows], device=device)
         for row in rows:
             row.length += 1
-        attend = self.cache.attend_decode(torch.arange(len(rows), device=device), positions)
+        attend = self.cache.attend_decode(slots, positions)
         hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
         self.stats.steps += 1
-        return self.base.decoder.logits(hidden)
+        return [(row, []) for row in rows], self.base.decoder.logits(hidden)
 
     def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
-        """What the experts of `rows` make of `repeats` (rows) tokens of each; rebuilds the mixture where it must."""
-        needed = dict.fromkeys(loaded for row in self._running for loaded in row.experts)
-        held, mixture = self._mixture
-        if not needed.keys() <= set(held):
-            wanted = list(dict.fromkeys([*needed, *held]))
-            held = wanted if len(wanted) <= STACK else list(needed)
-            mixture = Mixture([loaded.expert for loaded in held], self.base.decoder)
-            self._mixture, self._arrow = (held, mixture), None
+        """What the experts of `rows` make of `repeats` (rows) tokens of each."""
+        held = list(dict.fromkeys(loaded for row in rows for loaded in row.experts))
         place = {loaded: i for i, loaded in enumerate(held)}
-        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows])
+        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows]).repeat_interleave(repeats)
+        laid = [loaded.laid for loaded in held]
+        if not any(row.shared for row in rows):
+            return mixed(laid, self.base.decoder, owners)
         shares = torch.zeros(len(rows), len(held))
         for i, row in enumerate(rows):
             for loaded, share in row.shared:
                 shares[i, place[loaded]] += share
-        if not bool(shares.any()):
-            return mixture.change(owners.repeat_interleave(repeats))
         shares = shares.repeat_interleave(repeats, 0)
         woken = torch.tensor([row.woken for row in rows]).repeat_interleave(repeats)
-        gates = self._gates(rows, shares > 0, woken) if bool(woken.any()) else None
-        return mixture.change(owners.repeat_interleave(repeats), shares, gates)
+        gates = self._gates(rows, held, shares > 0, woken) if bool(woken.any()) else None
+        return mixed(laid, self.base.decoder, owners, shares, gates)
 
-    def _gates(self, rows: list[_Running], allowed: Tensor, woken: Tensor) -> Gates:
-        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, experts)."""
+    def _gates(self, rows: list[_Running], held: list[Loaded], allowed: Tensor, woken: Tensor) -> Gates:
+        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, held)."""
         known = {loaded for row in rows if row.woken for loaded in row.experts}
-        if self._arrow is None or not known <= self._arrow[0]:
-            known |= self._arrow[0] if self._arrow else set()
-            directions = [self._directions(loaded) if loaded in known else None for loaded in self._mixture[0]]
-            self._arrow = known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
+        if self._arrow is None or self._arrow[0] != held or not known <= self._arrow[1]:
+            directions = [self._directions(loaded) if loaded in known else None for loaded in held]
+            self._arrow = held, known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
         device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
-        return self._arrow[1].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
+        return self._arrow[2].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
-    def _choose(self, rows: list[_Running], logits: Tensor) -> None:
-        """Choose each row's next token from its scores (rows, vocab), and send out what became certain."""
-        place = {row: i for i, row in enumerate(rows)}
-        for i, row in enumerate(rows):
+    def _choose(self, turns: list[tuple[_Running, list[int]]], logits: Tensor) -> None:
+        """Choose each row's next token from its scores, and send out what became certain. Where a guess was right,
+        the scores after it hold too, and the row goes on to the next."""
+        place, count = dict[_Running, int](), 0
+        for row, guess in turns:
+            place[row] = count
+            count += 1 + len(guess)
+        for row, _ in turns:
             if row.followers:
-                logits[i] = sum(voice.weight * logits[place[voice]] for voice in row.voices)
+                logits[place[row]] = sum(voice.weight * logits[place[voice]] for voice in row.voices)
             if row.leads and row.matcher:
-                self.grammars.mask(row.matcher, logits[i])
+                self.grammars.mask(row.matcher, logits[place[row]])
         greedy = logits.argmax(dim=-1).tolist()
-        for i, row in enumerate(rows):
+        for row, guess in turns:
             if not row.leads:
                 continue
             want = row.request.sampling
-            token = greedy[i] if want.temperature == 0 else sample(logits[i], want, row.rng)
-            detail = () if want.logprobs is None else (self._detail(logits[i], token, want.logprobs),)
-            self._advance(row, token, detail)
+            for i in range(place[row], place[row] + 1 + len(guess)):
+                token = greedy[i] if want.temperature == 0 else sample(logits[i], want, row.rng)
+                detail = () if want.logprobs is None else (self._detail(logits[i], token, want.logprobs),)
+                self._advance(row, token, detail)
+                right = i < place[row] + len(guess) and token == guess[i - place[row]]
+                if not right or row not in self._running:
+                    break
+                row.length += 1
 
     def _advance(self, row: _Running, token: int, detail: tuple[TokenChoice, ...]) -> None:
         request = row.request
@@ -394,9 +481,9 @@ class Engine:
         for voice in row.voices:
             place, last = self._running.index(voice), self._running[-1]
             if last is not voice:
-                end = len(self._running) - 1
+                end, most = len(self._running) - 1, last.length + SPECULATED  # its guesses may yet prove right
                 for store in (self.cache.keys, self.cache.values):
-                    store[:, place, :, : last.length] = store[:, end, :, : last.length]
+                    store[:, place, :, :most] = store[:, end, :, :most]
                 self._running[place] = last
             self._running.pop()
         row.request.emit(Piece(text, detail, why, error))

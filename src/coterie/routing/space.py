@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
+from coterie.engine.step import Step
 from coterie.experts.library import write_atomic_bytes
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
@@ -45,8 +46,8 @@ def identity(base: BaseModel) -> str:
 
 
 @torch.no_grad()
-def embed(base: BaseModel, texts: list[str]) -> Floats:
-    """The vector of each text, (texts, width)."""
+def embed(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
+    """The vector of each text, (texts, width); a single one by the engine's step in C where there is one."""
     decoder = base.decoder
     start = base.encode(base.bos_token or base.eos_token)  # soaks up the attention that a first token draws
     rows = [(start + base.encode(text)[:LONGEST])[-decoder.config.context :] for text in texts]
@@ -55,11 +56,14 @@ def embed(base: BaseModel, texts: list[str]) -> Floats:
     for place in range(0, len(order), BATCH):
         chosen = order[place : place + BATCH]
         lengths = [len(rows[i]) for i in chosen]
-        ids = torch.tensor([t for i in chosen for t in rows[i]], device=decoder.device)
-        hidden = decoder.run(
-            decoder.embed(ids), packed_positions(lengths, decoder.device), attend_packed(lengths),
-            layers=range(depth(base)),
-        ).float()  # fmt: skip
+        if step and len(chosen) == 1:
+            hidden = step.trunk(rows[chosen[0]], depth(base))
+        else:
+            ids = torch.tensor([t for i in chosen for t in rows[i]], device=decoder.device)
+            hidden = decoder.run(
+                decoder.embed(ids), packed_positions(lengths, decoder.device), attend_packed(lengths),
+                layers=range(depth(base)),
+            ).float()  # fmt: skip
         hidden = hidden / hidden.pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
         for i, tokens in zip(chosen, hidden.split(lengths), strict=True):
             out[i] = (tokens[len(start) :] if len(tokens) > len(start) else tokens).mean(dim=0).cpu().numpy()

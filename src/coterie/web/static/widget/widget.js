@@ -175,6 +175,12 @@ class Panel {
       this.draft = "";
       this.showDraft();
     }
+    if (m.author === "customer") {
+      // It may be here before the server's word that it has it: it is shown once.
+      const sent = this.visit.outbox.find((o) => o.text === m.text && !o.arrived);
+      if (sent) sent.arrived = true;
+      this.pending(this.visit.outbox);
+    }
     const made = m.kind === "event" ? element("p", {}, text) : this.message(m);
     const item = element("li", { class: m.kind === "event" ? "event" : `entry ${m.author}` }, made);
     this.views.set(m.seq, item);
@@ -255,10 +261,10 @@ class Panel {
   }
 
   pending(messages) {
-    const shown = messages.map((m) =>
+    const shown = messages.filter((m) => !m.arrived).map((m) =>
       element("li", { class: "entry customer pending" }, element("article", {},
         element("div", { class: "words", dir: "auto" }, element("p", {}, m.text)), element("p", { class: "note" }, this.say("sending")))));
-    this.follow(() => this.find(".outbox").replaceChildren(...shown), true);
+    this.follow(() => this.find(".outbox").replaceChildren(...shown), shown.length > 0);
   }
 
   fit() {

@@ -1,0 +1,508 @@
+// One step of a Llama-like decoder for a batch whose rows use different experts, in one call. A row is a token: the
+// next one of a sequence, or one of a stretch of its prompt, whose rows follow one another.
+//
+// Notable: a step of a small model is a few hundred small operations; run one by one, calls and synchronisation cost
+// more than the arithmetic. Here the threads stay together for the whole step and share each product by columns.
+// Every weight is read once for all rows. A row's sum runs in the same order whatever else is in the batch, so a
+// request's tokens do not depend on its neighbours.
+// Weights, cache and inputs of products are bfloat16; sums, residual stream, norms and softmax are float32.
+//
+// Layout of a matrix (out, in): blocks of 16 outputs; within one, pairs of inputs: [out/16][in/2][16][2]
+// (step.py packs it), so that one instruction multiplies a pair of inputs by 16 outputs.
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+enum { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
+enum { ATTN, FFN, BLOCKS };
+enum { RELU, SILU, GELU };
+enum { AHEAD = 4096 };  // numbers of a matrix asked of memory before their turn: with 16 rows, 1.7 times as fast
+
+// Of one layer. Biases, q_norm and k_norm may be NULL. Norm weights and biases are float32.
+typedef struct {
+    const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *qkv_bias, *o_bias;
+    const bf16 *qkv, *o, *gate_up, *down;
+} Layer;
+
+typedef struct {
+    int64_t layers, width, heads, kv_heads, head_dim, ffn, vocab;
+    float eps;
+    const Layer *layer;
+    const float *final_norm, *cos, *sin;  // tables (context, head_dim / 2)
+    const bf16 *head;                     // (vocab, width)
+} Model;
+
+// A low-rank update of one projection: a (rank, in), b (out, rank), rank a multiple of 16. Where a is NULL, none.
+// gain (out) is DoRA's, or NULL.
+typedef struct {
+    const bf16 *a, *b;
+    const float *gain;
+    int64_t rank;
+} LowRank;
+
+// A bottleneck adapter after one block: down (size, width), up (width, size), size a multiple of 16.
+typedef struct {
+    const bf16 *down, *up;
+    const float *down_bias, *up_bias;
+    int64_t size, activation, reads_sum;
+} Bottleneck;
+
+typedef struct {
+    const LowRank *low_rank;       // (layers, PROJECTIONS)
+    const Bottleneck *bottleneck;  // (layers, BLOCKS)
+    int64_t widest;                // most columns that an intermediate of this expert has, over layers and sites
+} Expert;
+
+// Rows [first, first + count) of the batch use `expert`, its update multiplied by `share`. Groups may overlap.
+typedef struct {
+    const Expert *expert;
+    int64_t first, count;
+    float share;
+} Group;
+
+// keys, values: layer after layer, `layer_stride` elements apart; within, slot and key-value head.
+typedef struct {
+    bf16 *keys, *values;
+    int64_t layer_stride, slot_stride, head_stride;
+} Cache;
+
+static inline __m512 widen(const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+static inline void narrow(bf16 *out, __m512 x) {
+    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// e^x, within a few units in the last place of float32.
+static inline __m512 exp16(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512 silu16(__m512 x) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(x, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+static void activate(float *x, int64_t n, int64_t kind) {  // n is a multiple of 16
+    for (int64_t i = 0; i < n; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        if (kind == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
+        if (kind == SILU) v = silu16(v);
+        _mm512_storeu_ps(x + i, v);
+    }
+    if (kind == GELU)
+        for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+}
+
+// out (m, 16), rows `step` apart, += x (m, in), rows `stride` apart, by one block of a packed matrix.
+static inline __attribute__((always_inline)) void
+tile(const int m, float *out, int64_t step, const bf16 *x, int64_t stride, const bf16 *w, int64_t in) {
+    __m512 sum[16];
+    for (int i = 0; i < m; i++) sum[i] = _mm512_loadu_ps(out + i * step);
+    for (int64_t k = 0; k < in; k += 2) {
+        __m512bh pair = (__m512bh)_mm512_loadu_si512(w + k * 16);
+        _mm_prefetch((const char *)(w + k * 16 + AHEAD), _MM_HINT_T0);
+        for (int i = 0; i < m; i++) {
+            int32_t two;
+            memcpy(&two, x + i * stride + k, 4);
+            sum[i] = _mm512_dpbf16_ps(sum[i], pair, (__m512bh)_mm512_set1_epi32(two));
+        }
+    }
+    for (int i = 0; i < m; i++) _mm512_storeu_ps(out + i * step, sum[i]);
+}
+
+// The same for any number of rows.
+static void block(int64_t m, float *out, int64_t step, const bf16 *x, int64_t stride, const bf16 *w, int64_t in) {
+    for (; m > 0; m -= 16, out += 16 * step, x += 16 * stride) {
+#define ROWS(n) case n: tile(n, out, step, x, stride, w, in); break;
+        switch (m < 16 ? m : 16) {
+            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+            ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
+        }
+#undef ROWS
+    }
+}
+
+static void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / n + eps));
+    for (int64_t i = 0; i < n; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
+}
+
+// A meeting of the threads, hundreds of times in a step. OpenMP's own spins for milliseconds where another process
+// holds a processor; this one soon lets go of its own.
+typedef struct {
+    atomic_int arrived, round;
+} Meeting;
+
+static void meet(Meeting *m, int threads) {
+    int round = atomic_load_explicit(&m->round, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&m->arrived, 1, memory_order_acq_rel) == threads - 1) {
+        atomic_store_explicit(&m->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&m->round, round + 1, memory_order_release);
+        return;
+    }
+    for (int tries = 0; atomic_load_explicit(&m->round, memory_order_acquire) == round; tries++)
+        if (tries < 2000) _mm_pause();
+        else sched_yield();
+}
+
+// What the threads of one step share. Buffers are (rows, ...).
+typedef struct {
+    Meeting *meeting;
+    const Model *model;
+    const Group *groups;
+    const Cache *cache;
+    const int64_t *positions, *slots;
+    int64_t rows, n_groups, widest, longest;
+    float *hidden, *qkv, *added;           // added: a block's output
+    bf16 *x, *mixed, *fed, *low;           // low: (groups, PROJECTIONS, rows, widest) x A^T
+    float *scores;                         // (threads, longest)
+} Step;
+
+static void share_of(int64_t n, int thread, int threads, int64_t *first, int64_t *end) {
+    *first = n * thread / threads;
+    *end = n * (thread + 1) / threads;
+}
+
+// The rows of the residual stream, or `count` of them that `chosen` names, normed into x.
+static void norm_rows(const Step *s, const float *weight, int64_t count, const int64_t *chosen, int thread, int threads) {
+    int64_t first, end, width = s->model->width;
+    share_of(count, thread, threads, &first, &end);
+    for (int64_t n = first; n < end; n++) {
+        float out[width];
+        rms_norm(out, s->hidden + (chosen ? chosen[n] : n) * width, weight, width, s->model->eps);
+        for (int64_t i = 0; i < width; i += 16) narrow(s->x + n * width + i, _mm512_loadu_ps(out + i));
+    }
+}
+
+static bf16 *low_of(const Step *s, int64_t g, int projection) {
+    return s->low + (g * PROJECTIONS + projection) * s->rows * s->widest;
+}
+
+// x A^T of every group, for some projections of a layer; ends in a barrier, so that all threads see all of it.
+static void lower(const Step *s, int64_t layer, int from, int to, const bf16 *x, int64_t in, int thread, int threads) {
+    if (!s->n_groups) return;
+    int64_t turn = 0;
+    for (int64_t g = 0; g < s->n_groups; g++) {
+        const Group *group = s->groups + g;
+        for (int p = from; p <= to; p++) {
+            const LowRank *update = group->expert->low_rank + layer * PROJECTIONS + p;
+            if (!update->a) continue;
+            for (int64_t b = 0; b < update->rank / 16; b++) {
+                if (turn++ % threads != thread) continue;
+                for (int64_t n = 0; n < group->count; n += 16) {
+                    int64_t m = group->count - n < 16 ? group->count - n : 16;
+                    float out[16 * 16] = {0};
+                    block(m, out, 16, x + (group->first + n) * in, in, update->a + b * 16 * in, in);
+                    for (int64_t i = 0; i < m; i++) {
+                        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(out + i * 16), _mm512_set1_ps(group->share));
+                        narrow(low_of(s, g, p) + (n + i) * s->widest + b * 16, v);
+                    }
+                }
+            }
+        }
+    }
+    meet(s->meeting, threads);
+}
+
+// Add the updates of one projection to 16 of its columns, from `column`, for the batch's rows: out (rows, 16).
+static void raise_(const Step *s, int64_t layer, int projection, int64_t column, float *out) {
+    for (int64_t g = 0; g < s->n_groups; g++) {
+        const Group *group = s->groups + g;
+        const LowRank *update = group->expert->low_rank + layer * PROJECTIONS + projection;
+        if (!update->a) continue;
+        float *here = out + group->first * 16;
+        block(group->count, here, 16, low_of(s, g, projection), s->widest, update->b + column * update->rank, update->rank);
+        if (update->gain)
+            for (int64_t i = 0; i < group->count; i++)
+                _mm512_storeu_ps(here + i * 16, _mm512_mul_ps(_mm512_loadu_ps(here + i * 16), _mm512_loadu_ps(update->gain + column)));
+    }
+}
+
+// 16 columns of a projection with its updates and its bias: out (rows, 16). `column` counts within the projection.
+static void project(const Step *s, int64_t layer, int projection, int64_t column, const bf16 *w, const bf16 *x,
+                    int64_t in, const float *bias, float *out) {
+    memset(out, 0, s->rows * 16 * sizeof(float));
+    block(s->rows, out, 16, x, in, w, in);
+    raise_(s, layer, projection, column, out);
+    if (bias)
+        for (int64_t n = 0; n < s->rows; n++)
+            _mm512_storeu_ps(out + n * 16, _mm512_add_ps(_mm512_loadu_ps(out + n * 16), _mm512_loadu_ps(bias)));
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
+    for (int64_t i = 0; i < half; i += 16) {
+        __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + half + i);
+        __m512 c = _mm512_loadu_ps(cos + i), d = _mm512_loadu_ps(sin + i);
+        _mm512_storeu_ps(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, d)));
+        _mm512_storeu_ps(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, d)));
+    }
+}
+
+// Where in the cache the row's sequence begins, at a layer and key-value head.
+static int64_t head_of(const Step *s, int64_t layer, int64_t row, int64_t kv) {
+    const Cache *c = s->cache;
+    return layer * c->layer_stride + s->slots[row] * c->slot_stride + kv * c->head_stride;
+}
+
+// The products of two vectors, `dim` a multiple of 32, in 16 sums.
+static inline __m512 dot(const bf16 *a, const bf16 *b, int64_t dim) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < dim; i += 32)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+    return sum;
+}
+
+// The scalar products of `b` and four vectors that lie one behind the other.
+static inline __m128 four_dots(const bf16 *a, const bf16 *b, int64_t dim) {
+    __m512 s0 = dot(a, b, dim), s1 = dot(a + dim, b, dim), s2 = dot(a + 2 * dim, b, dim), s3 = dot(a + 3 * dim, b, dim);
+    __m512 s01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    __m512 s23 = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(s01, s23, 0x44), _mm512_shuffle_ps(s01, s23, 0xEE));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// out (16 n) = share * the sum of `seen` vectors, `dim` apart, each by its score.
+static inline __attribute__((always_inline)) void
+weigh(const int n, bf16 *out, const bf16 *values, int64_t dim, const float *score, int64_t seen, float share) {
+    __m512 sum[4];
+    for (int i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < seen; t++)
+        for (int i = 0; i < n; i++)
+            sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(score[t]), widen(values + t * dim + i * 16), sum[i]);
+    for (int i = 0; i < n; i++) narrow(out + i * 16, _mm512_mul_ps(sum[i], _mm512_set1_ps(share)));
+}
+
+// One row and key-value head: rotate its queries and its key, and store key and value in the cache.
+static void store(const Step *s, int64_t layer, int64_t row, int64_t kv) {
+    const Model *m = s->model;
+    const Layer *l = m->layer + layer;
+    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, at = s->positions[row];
+    float *all = s->qkv + row * (m->heads + 2 * m->kv_heads) * dim;
+    float *k = all + (m->heads + kv) * dim, *v = all + (m->heads + m->kv_heads + kv) * dim;
+    const float *cos = m->cos + at * dim / 2, *sin = m->sin + at * dim / 2;
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        if (l->q_norm) rms_norm(all + h * dim, all + h * dim, l->q_norm, dim, m->eps);
+        rotate(all + h * dim, cos, sin, dim / 2);
+    }
+    if (l->k_norm) rms_norm(k, k, l->k_norm, dim, m->eps);
+    rotate(k, cos, sin, dim / 2);
+    int64_t place = head_of(s, layer, row, kv) + at * dim;
+    for (int64_t i = 0; i < dim; i += 16) {
+        narrow(s->cache->keys + place + i, _mm512_loadu_ps(k + i));
+        narrow(s->cache->values + place + i, _mm512_loadu_ps(v + i));
+    }
+}
+
+// One row and key-value head: attend to its own place in the sequence, and to all before.
+static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float *score) {
+    const Model *m = s->model;
+    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, seen = s->positions[row] + 1;
+    const bf16 *keys = s->cache->keys + head_of(s, layer, row, kv), *values = s->cache->values + head_of(s, layer, row, kv);
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        const float *query = s->qkv + (row * (m->heads + 2 * m->kv_heads) + h) * dim;
+        float scale = 1.0f / sqrtf(dim), most = -INFINITY;
+        bf16 narrowed[dim];
+        for (int64_t i = 0; i < dim; i += 16) narrow(narrowed + i, _mm512_loadu_ps(query + i));
+        int64_t t = 0;
+        for (; t + 4 <= seen; t += 4)
+            _mm_storeu_ps(score + t, _mm_mul_ps(four_dots(keys + t * dim, narrowed, dim), _mm_set1_ps(scale)));
+        for (; t < seen; t++) score[t] = _mm512_reduce_add_ps(dot(keys + t * dim, narrowed, dim)) * scale;
+        for (t = 0; t < seen; t++) most = score[t] > most ? score[t] : most;
+        __m512 total = _mm512_setzero_ps();
+        for (t = 0; t < seen; t += 16) {
+            __mmask16 in = seen - t < 16 ? (__mmask16)((1u << (seen - t)) - 1) : 0xFFFF;
+            __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, score + t), _mm512_set1_ps(most)));
+            _mm512_mask_storeu_ps(score + t, in, e);
+            total = _mm512_mask_add_ps(total, in, total, e);
+        }
+        float share = 1.0f / _mm512_reduce_add_ps(total);
+        bf16 *out = s->mixed + (row * m->heads + h) * dim;
+        for (int64_t i = 0; i < dim; i += 64)
+            if (dim - i >= 64) weigh(4, out + i, values + i, dim, score, seen, share);
+            else weigh(2, out + i, values + i, dim, score, seen, share);
+    }
+}
+
+static int adapted(const Step *s, int64_t layer, int which) {
+    for (int64_t g = 0; g < s->n_groups; g++)
+        if (s->groups[g].expert->bottleneck[layer * BLOCKS + which].down) return 1;
+    return 0;
+}
+
+// The adapters after a block: added += up f(down read), for the rows that have one. Begins and ends in barriers.
+static void adapt(const Step *s, int64_t layer, int which, int thread, int threads) {
+    int64_t width = s->model->width, turn = 0;
+    meet(s->meeting, threads);
+    for (int64_t g = 0; g < s->n_groups; g++) {
+        const Group *group = s->groups + g;
+        const Bottleneck *b = group->expert->bottleneck + layer * BLOCKS + which;
+        if (!b->down) continue;
+        for (int64_t n = 0; n < group->count; n++) {
+            if (turn++ % threads != thread) continue;
+            int64_t row = group->first + n;
+            bf16 read[width];
+            for (int64_t i = 0; i < width; i += 16) {
+                __m512 v = _mm512_loadu_ps(s->added + row * width + i);
+                if (b->reads_sum) v = _mm512_add_ps(v, _mm512_loadu_ps(s->hidden + row * width + i));
+                narrow(read + i, v);
+            }
+            float inner[b->size];
+            memcpy(inner, b->down_bias, sizeof inner);
+            for (int64_t c = 0; c < b->size; c += 16) block(1, inner + c, 16, read, width, b->down + c * width, width);
+            activate(inner, b->size, b->activation);
+            bf16 *low = low_of(s, g, 0) + n * s->widest;
+            for (int64_t c = 0; c < b->size; c += 16) narrow(low + c, _mm512_loadu_ps(inner + c));
+        }
+    }
+    meet(s->meeting, threads);
+    int64_t first, end;
+    share_of(width / 16, thread, threads, &first, &end);
+    for (int64_t column = first * 16; column < end * 16; column += 16)
+        for (int64_t g = 0; g < s->n_groups; g++) {
+            const Group *group = s->groups + g;
+            const Bottleneck *b = group->expert->bottleneck + layer * BLOCKS + which;
+            if (!b->down) continue;
+            float *out = s->added + group->first * width + column;
+            block(group->count, out, width, low_of(s, g, 0), s->widest, b->up + column * b->size, b->size);
+            for (int64_t i = 0; i < group->count; i++)
+                _mm512_storeu_ps(out + i * width, _mm512_add_ps(_mm512_loadu_ps(out + i * width), _mm512_loadu_ps(b->up_bias + column)));
+        }
+    meet(s->meeting, threads);
+    share_of(s->rows * width / 16, thread, threads, &first, &end);
+    for (int64_t i = first * 16; i < end * 16; i += 16)
+        _mm512_storeu_ps(s->hidden + i, _mm512_add_ps(_mm512_loadu_ps(s->hidden + i), _mm512_loadu_ps(s->added + i)));
+}
+
+// A block's last projection, into the residual stream, or into `added` where adapters come after it.
+static void close_block(const Step *s, int64_t layer, int projection, const bf16 *w, const bf16 *x, int64_t in,
+                        const float *bias, int which, int thread, int threads) {
+    int64_t width = s->model->width, first, end;
+    int more = adapted(s, layer, which);
+    float out[s->rows * 16];
+    share_of(width / 16, thread, threads, &first, &end);
+    for (int64_t c = first * 16; c < end * 16; c += 16) {
+        project(s, layer, projection, c, w + c * in, x, in, bias ? bias + c : NULL, out);
+        for (int64_t n = 0; n < s->rows; n++) {
+            __m512 v = _mm512_loadu_ps(out + n * 16);
+            if (!more) v = _mm512_add_ps(v, _mm512_loadu_ps(s->hidden + n * width + c));
+            _mm512_storeu_ps((more ? s->added : s->hidden) + n * width + c, v);
+        }
+    }
+    if (more) adapt(s, layer, which, thread, threads);
+    meet(s->meeting, threads);
+}
+
+static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
+    const Model *m = s->model;
+    const Layer *l = m->layer + layer;
+    int64_t q = m->heads * m->head_dim, kv = m->kv_heads * m->head_dim, all = q + 2 * kv, width = m->width, first, end;
+    float out[s->rows * 16];
+
+    norm_rows(s, l->attn_norm, s->rows, NULL, thread, threads);
+    meet(s->meeting, threads);
+    lower(s, layer, Q, V, s->x, width, thread, threads);
+    share_of(all / 16, thread, threads, &first, &end);
+    for (int64_t c = first * 16; c < end * 16; c += 16) {
+        int p = c < q ? Q : c < q + kv ? K : V;
+        int64_t column = c - (p == Q ? 0 : p == K ? q : q + kv);
+        project(s, layer, p, column, l->qkv + c * width, s->x, width, l->qkv_bias ? l->qkv_bias + c : NULL, out);
+        for (int64_t n = 0; n < s->rows; n++) _mm512_storeu_ps(s->qkv + n * all + c, _mm512_loadu_ps(out + n * 16));
+    }
+    meet(s->meeting, threads);
+    for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads) store(s, layer, i / m->kv_heads, i % m->kv_heads);
+    meet(s->meeting, threads);
+    for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads)
+        attend(s, layer, i / m->kv_heads, i % m->kv_heads, s->scores + thread * s->longest);
+    meet(s->meeting, threads);
+    lower(s, layer, O, O, s->mixed, q, thread, threads);
+    close_block(s, layer, O, l->o, s->mixed, q, l->o_bias, ATTN, thread, threads);
+
+    norm_rows(s, l->ffn_norm, s->rows, NULL, thread, threads);
+    meet(s->meeting, threads);
+    lower(s, layer, GATE, UP, s->x, width, thread, threads);
+    float up[s->rows * 16];
+    share_of(m->ffn / 16, thread, threads, &first, &end);
+    for (int64_t c = first * 16; c < end * 16; c += 16) {
+        project(s, layer, GATE, c, l->gate_up + c * width, s->x, width, NULL, out);
+        project(s, layer, UP, c, l->gate_up + (m->ffn + c) * width, s->x, width, NULL, up);
+        for (int64_t n = 0; n < s->rows; n++)
+            narrow(s->fed + n * m->ffn + c, _mm512_mul_ps(silu16(_mm512_loadu_ps(out + n * 16)), _mm512_loadu_ps(up + n * 16)));
+    }
+    meet(s->meeting, threads);
+    lower(s, layer, DOWN, DOWN, s->fed, m->ffn, thread, threads);
+    close_block(s, layer, DOWN, l->down, s->fed, m->ffn, NULL, FFN, thread, threads);
+}
+
+static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+// Go on with every row: `embedded` (rows, width) are the tokens' embeddings, `positions` where they stand, `slots` where
+// their sequences lie in the cache. Writes the scores (scored, vocab) after the rows `wanted` (scored), and where `stream`
+// is not NULL the residual stream after the first `layers` (rows, width). Returns 0, or 1 where memory ran out.
+int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *embedded, const int64_t *positions,
+                 const int64_t *slots, int64_t n_groups, const Group *groups, int64_t scored, const int64_t *wanted,
+                 float *logits, int64_t layers, float *stream, int threads) {
+    int64_t width = m->width, q = m->heads * m->head_dim, all = q + 2 * m->kv_heads * m->head_dim;
+    Meeting meeting = {0};
+    Step s = {.meeting = &meeting, .model = m, .groups = groups, .cache = cache, .positions = positions, .slots = slots,
+              .rows = rows, .n_groups = n_groups, .widest = 16};
+    for (int64_t g = 0; g < n_groups; g++)
+        if (groups[g].expert->widest > s.widest) s.widest = groups[g].expert->widest;
+    for (int64_t n = 0; n < rows; n++)
+        if (positions[n] + 1 > s.longest) s.longest = positions[n] + 1;
+    s.longest = (s.longest + 15) / 16 * 16;
+    void *rooms[] = {
+        s.hidden = room(rows * width * 4), s.qkv = room(rows * all * 4), s.added = room(rows * width * 4),
+        s.x = room(rows * width * 2), s.mixed = room(rows * q * 2), s.fed = room(rows * m->ffn * 2),
+        s.low = room((n_groups + 1) * PROJECTIONS * rows * s.widest * 2), s.scores = room(threads * s.longest * 4),
+    };
+    int failed = 0, count = sizeof rooms / sizeof *rooms;
+    for (int i = 0; i < count; i++) failed |= !rooms[i];
+    if (!failed) {
+        for (int64_t i = 0; i < rows * width; i += 16) _mm512_storeu_ps(s.hidden + i, widen(embedded + i));
+#pragma omp parallel num_threads(threads)
+        {
+            int thread = omp_get_thread_num(), team = omp_get_num_threads();
+            for (int64_t layer = 0; layer < layers; layer++) run_layer(&s, layer, thread, team);
+            norm_rows(&s, m->final_norm, scored, wanted, thread, team);
+            meet(s.meeting, team);
+            int64_t first, end;
+            share_of((m->vocab + 15) / 16, thread, team, &first, &end);
+            float out[(scored + 1) * 16];
+            for (int64_t c = first * 16; c < end * 16 && scored; c += 16) {
+                memset(out, 0, scored * 16 * sizeof(float));
+                block(scored, out, 16, s.x, width, m->head + c * width, width);
+                int64_t columns = m->vocab - c < 16 ? m->vocab - c : 16;
+                for (int64_t n = 0; n < scored; n++) memcpy(logits + n * m->vocab + c, out + n * 16, columns * 4);
+            }
+        }
+    }
+    if (!failed && stream) memcpy(stream, s.hidden, rows * width * 4);
+    for (int i = 0; i < count; i++) free(rooms[i]);
+    return failed;
+}

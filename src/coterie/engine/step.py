@@ -1,0 +1,230 @@
+"""The engine's step in C (step.c): built on this machine, fed with packed weights, called once for each step.
+
+Only where the processor multiplies bfloat16 (AVX512-BF16), a C compiler is there, and the base is a dense decoder
+whose sizes are multiples of 32. Everywhere else, and for rows that Arrow routes, PyTorch computes the same.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.experts import adapter, lora
+from coterie.experts.adapter import BottleneckConfig
+from coterie.experts.expert import Expert
+from coterie.model.decoder import BLOCKS, SITES, Decoder, KVCache
+from coterie.model.pull import models_dir
+
+SOURCE = Path(__file__).with_name("step.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+LANES = 16  # numbers that one instruction sums, and outputs in a block of a packed matrix
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = {"relu": 0, "swish": 1, "silu": 1, "gelu": 2}
+log = logging.getLogger(__name__)
+
+
+def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+_Layer = _struct("Layer", attn_norm=_P, ffn_norm=_P, q_norm=_P, k_norm=_P, qkv_bias=_P, o_bias=_P, qkv=_P, o=_P,
+                 gate_up=_P, down=_P)  # fmt: skip
+_Model = _struct("Model", layers=_N, width=_N, heads=_N, kv_heads=_N, head_dim=_N, ffn=_N, vocab=_N,
+                 eps=ctypes.c_float, layer=_P, final_norm=_P, cos=_P, sin=_P, head=_P)  # fmt: skip
+_LowRank = _struct("LowRank", a=_P, b=_P, gain=_P, rank=_N)
+_Bottleneck = _struct("Bottleneck", down=_P, up=_P, down_bias=_P, up_bias=_P, size=_N, activation=_N, reads_sum=_N)
+_Expert = _struct("Expert", low_rank=_P, bottleneck=_P, widest=_N)
+_Group = _struct("Group", expert=_P, first=_N, count=_N, share=ctypes.c_float)
+_Cache = _struct("Cache", keys=_P, values=_P, layer_stride=_N, slot_stride=_N, head_stride=_N)
+
+
+@cache
+def _library() -> Any | None:
+    """step.c as a shared library, kept beside the base models; None where it cannot be built or would not run."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    flags = Path("/proc/cpuinfo")
+    if not compiler or not flags.exists() or "avx512_bf16" not in flags.read_text():
+        return None
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        facts = next(line for line in flags.read_text().splitlines() if line.startswith("flags"))
+        digest = hashlib.sha256(SOURCE.read_bytes() + version + facts.encode() + repr(FLAGS).encode()).hexdigest()
+        built = models_dir().parent / "built" / f"step-{digest[:16]}.so"
+        if not built.exists():
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
+                made = Path(scratch) / "step.so"
+                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True)
+                made.replace(built)
+        library = ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the engine's step in C cannot be built (%s): PyTorch computes it, more slowly", error)
+        return None
+    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
+    return library
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A matrix (out, in) in bfloat16 as step.c reads it; zeros fill the last block of 16 outputs, and an odd input."""
+    out, wide = weight.shape
+    padded = torch.zeros(-(-out // LANES) * LANES, wide + wide % 2, dtype=torch.bfloat16)
+    padded[:out, :wide] = weight
+    return padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+@dataclass(eq=False)
+class Prepared:
+    """An expert laid out for step.c, and what must live as long as it does."""
+
+    struct: ctypes.Structure
+    keep: list[Any] = field(default_factory=list)
+
+
+class Step:
+    """The step of one base model."""
+
+    def __init__(self, decoder: Decoder, library: Any) -> None:
+        self.decoder, self._library = decoder, library
+        self._keep: list[Any] = []
+        c, w = decoder.config, decoder.weights
+        layers = (_Layer * c.layers)()
+        for n, layer in enumerate(layers):
+            for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm"):
+                setattr(layer, name, self._wide(w.get(f"{n}.{name}")))
+            layer.qkv_bias, layer.o_bias = self._wide(w.get(f"{n}.qkv.bias")), self._wide(w.get(f"{n}.o.bias"))
+            for site in SITES:
+                setattr(layer, site, self._kept(pack(w[f"{n}.{site}"])))
+        self._layers = layers
+        self._model = _Model(
+            c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.eps, ctypes.addressof(layers),
+            self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin),
+            self._kept(pack(w["embed" if c.tied else "head"])),
+        )  # fmt: skip
+
+    @classmethod
+    def open(cls, decoder: Decoder) -> "Step | None":
+        """None where this machine or this base cannot do it."""
+        c = decoder.config
+        fits = all(n % 32 == 0 for n in (c.width, c.head_dim, c.ffn)) and not c.sparse
+        if not fits or decoder.device.type != "cpu" or decoder.dtype != torch.bfloat16:
+            return None
+        library = _library()
+        return cls(decoder, library) if library else None
+
+    def _kept(self, weight: Tensor) -> int:
+        self._keep.append(weight)
+        return weight.data_ptr()
+
+    def _wide(self, weight: Tensor | None) -> int | None:
+        return None if weight is None else self._kept(weight.float().contiguous())
+
+    def prepare(self, expert: Expert) -> Prepared:
+        """`expert` as `run` wants it. Soft prompts and prefixes change no product: theirs is empty."""
+        config, model = expert.config, self.decoder.config
+        updates = (_LowRank * (model.layers * len(PROJECTIONS)))()
+        bottlenecks = (_Bottleneck * (model.layers * len(BLOCKS)))()
+        ready = Prepared(
+            _Expert(ctypes.addressof(updates), ctypes.addressof(bottlenecks), LANES), [updates, bottlenecks]
+        )
+        for layer in range(getattr(config, "first_layer", 0), model.layers):
+            if config.kind == "lora":
+                for site in SITES:
+                    self._prepare_site(expert, layer, site, updates, ready)
+            if config.kind == "adapter":
+                for block in adapter.PLACES[config.placement]:
+                    place = layer * len(BLOCKS) + BLOCKS.index(block)
+                    bottlenecks[place] = _bottleneck(expert, layer, block, ready)
+        return ready
+
+    def _prepare_site(self, expert: Expert, layer: int, site: str, updates: Any, ready: Prepared) -> None:
+        found = lora.site_of(expert, self.decoder, layer, site)
+        if found is None:
+            return
+        owned = torch.tensor(lora.columns(expert.config, self.decoder.config, site))
+        start = 0
+        for part, (projection, size) in enumerate(self.decoder.config.site_outputs(site)):
+            span = slice(start, start + size)
+            start += size
+            mine = owned == part
+            if not bool(mine.any()):
+                continue
+            rank = -(-int(mine.sum()) // LANES) * LANES
+            up = torch.zeros(size, rank, dtype=torch.bfloat16)
+            up[:, : int(mine.sum())] = found.up[span][:, mine]
+            gain = None if found.gain is None else found.gain[span].float().contiguous()
+            a, b = pack(found.down[mine]), pack(up)
+            ready.keep += [a, b, gain]
+            ready.struct.widest = max(ready.struct.widest, rank)
+            updates[layer * len(PROJECTIONS) + PROJECTIONS.index(projection)] = _LowRank(
+                a.data_ptr(), b.data_ptr(), None if gain is None else gain.data_ptr(), rank
+            )
+
+    def run(
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: KVCache,
+        groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Scores (wanted, vocab) in float32 after the rows `wanted`, where every row is one more token of a sequence.
+
+        embedded (rows, width), positions (rows); slots (rows) of the cache, which takes their keys and values. Rows
+        of one sequence follow one another. groups: expert, first row, rows, and the share that its update has.
+        """
+        logits = torch.empty(len(wanted), self.decoder.config.vocab)
+        self._call(embedded, positions, slots, cache, groups, wanted, logits, self.decoder.config.layers, None)
+        return logits
+
+    def trunk(self, ids: list[int], layers: int) -> Tensor:
+        """The residual stream (tokens, width) in float32 of one text after the lowest `layers`."""
+        c = self.decoder.config
+        cache = KVCache(replace(c, layers=layers), 1, len(ids), self.decoder.dtype, self.decoder.device)
+        stream, nothing = torch.empty(len(ids), c.width), torch.zeros(0, dtype=torch.long)
+        at, embedded = torch.arange(len(ids)), self.decoder.embed(torch.tensor(ids))
+        self._call(embedded, at, torch.zeros_like(at), cache, (), nothing, torch.empty(0), layers, stream)
+        return stream
+
+    def _call(
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: KVCache,
+        groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor, logits: Tensor, layers: int,
+        stream: Tensor | None,
+    ) -> None:  # fmt: skip
+        embedded = embedded.contiguous()
+        table = (_Group * max(1, len(groups)))(*[
+            _Group(ctypes.addressof(expert.struct), first, count, share) for expert, first, count, share in groups
+        ])  # fmt: skip
+        where = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.stride()[:3])
+        failed = self._library.coterie_step(
+            ctypes.byref(self._model), ctypes.byref(where), len(embedded), embedded.data_ptr(), positions.data_ptr(),
+            slots.data_ptr(), len(groups), table, len(wanted), wanted.data_ptr(), logits.data_ptr(),
+            layers, None if stream is None else stream.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("a step found no memory for its buffers")
+
+
+def _bottleneck(expert: Expert, layer: int, block: str, ready: Prepared) -> ctypes.Structure:
+    config: BottleneckConfig = expert.config
+    size = -(-config.size // LANES) * LANES
+
+    def part(name: str) -> Tensor:
+        return expert.weights[adapter.weight_name(layer, block, name)].bfloat16()
+
+    bias = torch.zeros(size)
+    bias[: config.size] = part("adapter_down.0.bias")
+    up = torch.zeros(len(part("adapter_up.weight")), size, dtype=torch.bfloat16)
+    up[:, : config.size] = part("adapter_up.weight") * config.scaling
+    parts = [pack(part("adapter_down.0.weight")), pack(up), bias, (part("adapter_up.bias") * config.scaling).float()]
+    ready.keep += parts
+    ready.struct.widest = max(ready.struct.widest, size)
+    pointers = [p.data_ptr() for p in parts]
+    return _Bottleneck(*pointers, size, ACTIVATIONS[config.activation], int(config.reads_sum))
