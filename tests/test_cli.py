@@ -215,7 +215,7 @@ def test_serve_says_where_it_is(coterie: Run, fitted_shop: Path, monkeypatch: py
         sockets[0].close()
 
     monkeypatch.setattr("uvicorn.Server.run", run)
-    monkeypatch.setattr("coterie.web.app.create_app", lambda answerer: None)
+    monkeypatch.setattr("coterie.web.app.create_app", lambda *_: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -286,7 +286,7 @@ def test_two_writers_of_the_same_version_cannot_both_win(url: str) -> None:
 def test_a_database_of_a_newer_coterie_is_left_alone(tmp_path: Path) -> None:
     database = open_database(f"sqlite:///{tmp_path}/desk.db")
     with database.begin() as connection:
-        connection.execute(sql("UPDATE alembic_version SET version_num = 'desk_9999'"))
+        connection.execute(sql("UPDATE alembic_version SET version_num = 'desk_9999' WHERE version_num LIKE 'desk%'"))
     database.dispose()
     with pytest.raises(StorageError, match="made by a newer version of coterie"):
         open_database(f"sqlite:///{tmp_path}/desk.db")

@@ -12,7 +12,7 @@ from coterie.cli.main import app, main
 from coterie.errors import CoterieError
 from coterie.knowledge.evidence import Reader
 from coterie.sources import Knowledge, learn, overview
-from test_documents import WordEmbedder
+from knowledge_support import WordEmbedder
 
 TOML = """
 [knowledge.rules]

@@ -53,9 +53,10 @@ def list_(
 
     from coterie.business import Business
     from coterie.desk.conversation import Conversations
-    from coterie.desk.desk import database_of
+    from coterie.desk.rights import house_of
 
-    talks = Conversations(database_of(Business.open(folder)))
+    house = house_of(Business.open(folder))
+    talks = Conversations(house.database, house.seal, house.unseal)
     found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else ())
     found = [c for c in found if state in (None, c.state)]
     rows = [[c.id, c.customer, c.state, c.owner, c.reason] for c in found]
@@ -73,9 +74,11 @@ def show(
 
     from coterie.business import Business
     from coterie.desk.conversation import Conversations
-    from coterie.desk.desk import database_of
+    from coterie.desk.rights import house_of
 
-    talks = Conversations(database_of(Business.open(folder)))
+    house = house_of(Business.open(folder))
+    talks = Conversations(house.database, house.seal, house.unseal)
+    house.audit.record("cli", "conversation.read", talks.get(conversation).customer, id=conversation)
     messages = talks.messages(conversation, kinds=("message", "note", "suggestion", "event"))
     rows = [[str(m.seq), m.author, m.kind, m.text or str(m.data.get("action", ""))] for m in messages]
     result([asdict(m) for m in messages], as_json, table(["", "who", "what", ""], rows))

@@ -14,6 +14,7 @@ from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli import knowledge as knowledge_commands
 from coterie.cli import models as model_commands
+from coterie.cli import privacy as privacy_commands
 from coterie.cli import suite as suite_commands
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
@@ -36,6 +37,11 @@ app.add_typer(model_commands.moe, name="moe")
 app.command()(model_commands.anatomy)
 app.add_typer(data_commands.app, name="data")
 app.add_typer(desk_commands.app, name="desk")
+app.add_typer(privacy_commands.accounts, name="accounts")
+app.add_typer(privacy_commands.keys, name="keys")
+app.add_typer(privacy_commands.audit, name="audit")
+app.add_typer(privacy_commands.customers, name="customers")
+app.add_typer(privacy_commands.privacy, name="privacy")
 app.add_typer(suite_commands.app, name="suite")
 app.command()(suite_commands.compare)
 app.command()(knowledge_commands.learn)
@@ -274,10 +280,11 @@ def serve(
 
     from coterie.answer import Answerer
     from coterie.business import Business
-    from coterie.desk.desk import Desk
+    from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.web.app import create_app
 
     business = Business.open(folder)
+    house = house_of(business)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -287,13 +294,14 @@ def serve(
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
     try:
-        desk = Desk.open(answerer)
+        desk = open_desk(answerer, house, tell)
     except BaseException:
         answerer.close()  # its threads would keep the process alive
         raise
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer, desk), log_level="warning", lifespan="on"))
+    application = create_app(answerer, desk, house, lambda: rooms_of(house, business))
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
     try:
@@ -301,6 +309,7 @@ def serve(
     finally:
         desk.close()
         answerer.close()
+        house.close()
 
 
 @app.command()

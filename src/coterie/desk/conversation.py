@@ -6,6 +6,8 @@ conversation happen one after another, whoever does them and wherever they run. 
 phrase in a text; and what the bot finishes after a person took over becomes a suggestion in that same transaction.
 """
 
+import base64
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +54,7 @@ NEXT: dict[tuple[State, Action], State] = {
 }  # fmt: skip
 LEASE_S = 15.0  # a worker says this often, or more so, that it is still at an answer
 PUBLIC = ("message", "event")
+SEALED = "sealed"  # the only field of data that is
 Seal = Callable[[str, str], bytes]  # customer, text -> what is kept
 Unseal = Callable[[str, bytes], str]
 Outcome = Literal["sent", "suggested", "discarded"]
@@ -459,7 +462,8 @@ class Conversations:
         message = Message(row.last_seq, author, kind, text, row.changed_at, data or {})
         session.add(
             MessageRow(
-                conversation_id=row.id, seq=message.seq, author=author, kind=kind, at=message.at, data=message.data,
+                conversation_id=row.id, seq=message.seq, author=author, kind=kind, at=message.at,
+                data=self._data_kept(row.customer, kind, message.data),
                 body=self._seal(row.customer, text), client_key=key,
             )
         )  # fmt: skip
@@ -483,7 +487,16 @@ class Conversations:
 
     def opened(self, row: ConversationRow, m: MessageRow) -> Message:
         """An entry with its text unsealed."""
-        return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, m.data)
+        data = m.data
+        if SEALED in data:
+            data = json.loads(self._unseal(row.customer, base64.b64decode(data[SEALED])))
+        return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, data)
+
+    def _data_kept(self, customer: str, kind: Kind, data: dict[str, Any]) -> dict[str, Any]:
+        """What goes with a text is sealed as the text is: evidence may quote a customer's record. Events hold none."""
+        if not data or kind == "event" or self._seal is in_the_clear:
+            return data
+        return {SEALED: base64.b64encode(self._seal(customer, json.dumps(data))).decode()}
 
     def _now(self, session: Session, row: ConversationRow) -> Conversation:
         session.flush()

@@ -23,6 +23,7 @@ from coterie.desk.conversation import Handoff
 from coterie.desk.message import Message, Turn
 from coterie.engine.request import Generation, Sampling
 from coterie.errors import Busy, ContextTooLong, Stopped
+from coterie.grounding import quoted
 from coterie.knowledge.evidence import Evidence, Reader
 
 MOST_TOKENS = 400  # of one answer
@@ -232,7 +233,7 @@ def _prompt(
     spoken: list[Spoken], evidence: Sequence[Evidence], profile: Mapping[str, Any], parts: Parts, customer: str
 ) -> list[Spoken]:
     """The conversation, with what is known set before the customer's last message. Evidence is data, never orders."""
-    known = [f"[{n}] {e.text}" for n, e in enumerate(evidence, 1)]
+    known = [f"[{n}] {quoted(e.text)}" for n, e in enumerate(evidence, 1)]
     lines = [f"{name}: {value}" for name, value in profile.items()]
     if lines:
         lines = parts.mask(customer, lines).texts

@@ -17,7 +17,7 @@ class _Strict(BaseModel):
 
 
 class MappingSpec(_Strict):
-    """How the rows of one table become triples. {Column} in `id` and `links` stands for a cell of the row."""
+    """[[knowledge.NAME.tables]] of a graph: how rows become triples; {Column} in `id` and `links` is a cell of the row."""
 
     table: str = Field("", description="a table of `database`")
     file: str = Field("", description="or a CSV file")
@@ -37,7 +37,7 @@ class MappingSpec(_Strict):
 
 
 class PartSpec(_Strict):
-    """Files of a graph that the same groups may read."""
+    """[[knowledge.NAME.parts]]: files of a graph that the same groups may read."""
 
     files: Names = Field(min_length=1, description="Turtle (.ttl), N-Triples (.nt) or JSON-LD (.jsonld); * is any name")
     readers: Names = Field([EVERYONE], description=READERS)
@@ -71,7 +71,7 @@ class GraphSpec(_Strict):
 
 
 class RowsSpec(_Strict):
-    """One table: who may read it, which of its columns, and which rows each group sees."""
+    """[knowledge.NAME.tables.TABLE]: who may read a table, which of its columns, and which rows each group sees."""
 
     readers: Names = Field([EVERYONE], description=READERS)
     columns: Names = Field([], description="columns that may be read; none named: all")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -30,6 +30,9 @@ from coterie.errors import CoterieError
 from coterie.evaluation import charts
 from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
+from coterie.privacy.house import House
+from coterie.privacy.rights import Room
+from coterie.web.access import Gate, add_access
 from coterie.web.desk import add_desk
 from coterie.web.knowledge import Ground, Shelf
 from coterie.web.knowledge import router as knowledge_router
@@ -40,9 +43,16 @@ HERE = Path(__file__).parent
 Start = Callable[[Callable[[Piece], None]], Answer]
 
 
-def create_app(answerer: Answerer, desk: Desk | None = None) -> FastAPI:
-    """The application over one business, with its desk where it is open."""
-    app = FastAPI(title="Coterie", docs_url=None, redoc_url=None)
+def create_app(
+    answerer: Answerer, desk: Desk | None = None, house: House | None = None,
+    rooms: Callable[[], list[Room]] = list,
+) -> FastAPI:  # fmt: skip
+    """The application over one business, with its desk where it is open.
+
+    house: who may do what. rooms: who holds customers' data.
+    """
+    gate = Gate(house)
+    app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
     registry = CollectorRegistry()
@@ -50,8 +60,9 @@ def create_app(answerer: Answerer, desk: Desk | None = None) -> FastAPI:
     business, started = answerer.business, int(time.time())
     app.add_middleware(Guard)
     handle_errors(app)
+    add_access(app, gate, pages, rooms)
     if desk:
-        add_desk(app, desk, pages)
+        add_desk(app, desk, pages, saw=_on_record(house) if house else None)
     shelf = Shelf(answerer)
     app.include_router(knowledge_router(shelf, pages))
 
@@ -124,6 +135,11 @@ def create_app(answerer: Answerer, desk: Desk | None = None) -> FastAPI:
         return await _reply_all(request, starts, _TextShape())
 
     return app
+
+
+def _on_record(house: House) -> Callable[[str, str, str], None]:
+    """Says in the audit log which agent read whose conversation."""
+    return lambda agent, id, customer: house.audit.record(f"agent:{agent}", "conversation.read", customer, id=id)
 
 
 class _ChatShape:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,7 @@ VIEWS: dict[str, tuple[State, ...]] = {
     "waiting": ("waiting",), "mine": ("person", "snoozed"), "people": ("person",), "bot": ("bot",),
     "snoozed": ("snoozed",), "resolved": ("resolved",), "all": (),
 }  # fmt: skip
+SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
 PRESENT_S = 20.0  # an agent's page says this often, or more so, where they look
 
 
@@ -46,6 +47,17 @@ class Snoozing(Record):
 
 class Looking(Record):
     typing: bool = False
+
+
+def _again_after(times: dict[tuple[str, str], float], key: tuple[str, str]) -> bool:
+    """Whether this was not so within SEEN_S: a page that reads a conversation at each change is one look."""
+    now = time.monotonic()
+    if len(times) > 10_000:
+        for old in [k for k, at in times.items() if at < now - SEEN_S]:
+            del times[old]
+    fresh = times.get(key, -SEEN_S) <= now - SEEN_S
+    times[key] = now
+    return fresh
 
 
 class _Presence:
@@ -71,20 +83,26 @@ class _Presence:
         return [{"name": a, "typing": typing} for a, (_, typing) in here.items() if a != agent]
 
 
-def add_desk(app: FastAPI, desk: Desk, pages: Environment, door: Door | None = None) -> None:
-    """Routes of desk and widget."""
+def add_desk(
+    app: FastAPI, desk: Desk, pages: Environment, door: Door | None = None,
+    saw: Callable[[str, str, str], None] | None = None,
+) -> None:  # fmt: skip
+    """Routes of desk and widget. `saw` is told which agent opened which conversation, of which customer."""
     door = door or open_door(desk.business.folder, desk.spec.origins)
     app.mount("/widget", widget_app(desk, door))
-    app.include_router(_router(desk, door, pages))
+    app.include_router(_router(desk, door, pages, saw))
 
     @app.get("/widget.js")
     def script() -> Response:
         return FileResponse(STATIC / "widget" / "embed.js", headers={"Access-Control-Allow-Origin": "*"})
 
 
-def _router(desk: Desk, door: Door, pages: Environment) -> APIRouter:
+def _router(
+    desk: Desk, door: Door, pages: Environment, saw: Callable[[str, str, str], None] | None = None
+) -> APIRouter:
     router, talks, presence = APIRouter(), desk.conversations, _Presence()
     ByAgent = Annotated[Agent, Depends(door.agent)]
+    opened: dict[tuple[str, str], float] = {}
 
     @router.get("/desk", response_class=HTMLResponse)
     def page(request: Request, invite: str = "") -> Response:
@@ -121,6 +139,8 @@ def _router(desk: Desk, door: Door, pages: Environment) -> APIRouter:
     @router.get("/desk/api/conversations/{id}")
     def one(id: str, agent: ByAgent) -> dict[str, Any]:
         c = talks.get(id)
+        if saw and _again_after(opened, (agent.name, id)):
+            saw(agent.name, id, c.customer)
         try:
             profile, trouble = dict(desk.parts.profile(c.customer)), ""
         except Exception:  # the conversation goes on without it

@@ -1,0 +1,122 @@
+"""The desk in the house of privacy: conversations sealed and masked; given to their customer, deleted, kept no longer
+than wished."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from coterie.answer import Answerer
+from coterie.business import Business, Tell
+from coterie.desk import trained
+from coterie.desk.crm import CrmError, open_crm, profile_of
+from coterie.desk.desk import Desk, database_of
+from coterie.desk.flow import Masked, Parts
+from coterie.desk.knowing import Knowing
+from coterie.privacy.deidentify import Detector
+from coterie.privacy.expert import WhenNeeded
+from coterie.privacy.house import House, open_house
+from coterie.privacy.rights import Room
+from coterie.privacy.tables import PseudonymRow
+from coterie.privacy.vault import PURPOSE, Vault
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.database import reading, writing
+
+
+def house_of(business: Business) -> House:
+    """Keys, accounts and audit log of a business, over the desk's database. Raises KeyLost, CoterieError."""
+    return open_house(business.folder, database_of(business))
+
+
+def open_desk(answerer: Answerer, house: House, tell: Tell = lambda _: None) -> Desk:
+    """The desk at work: what is said is kept sealed, and every model sees it masked."""
+    tagger = WhenNeeded(answerer.engine.base, tell)
+    if answerer.business.config.desk.origins:
+        tagger.open()  # customers are about to come: none of them waits for its training
+    detector = Detector(tagger)
+    crm = answerer.business.config.desk.crm
+    profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
+    vault = Vault(detector, house.database, house.keys, lambda customer: _known(profile, customer))
+    parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts), profile=profile)
+    if answerer.business.config.knowledge.sources:
+        knowing = Knowing(answerer)
+        parts = replace(parts, ground=knowing.ground, check=knowing.check)
+    desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
+    desk.start()
+    return desk
+
+
+def _known(profile: Callable[[str], Mapping[str, Any]], customer: str) -> dict[str, list[str]]:
+    """What the CRM says of a customer, to be masked however it is written. While it is down, nothing of it is in the
+    prompt either, and rules and the tagging expert go on."""
+    try:
+        return {kind: [str(v)] for kind, v in profile(customer).items() if isinstance(v, str | int)}
+    except CrmError:
+        return {}
+
+
+def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
+    found = vault.mask(customer, texts)
+    return Masked(found.texts, found.restore)
+
+
+def rooms_of(house: House, business: Business) -> list[Room]:
+    """Everything of this business that holds customers' data."""
+    return [
+        Room(
+            "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
+            lambda before: _delete(
+                house, (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
+            ),
+        ),
+        Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
+        Room("consents", house.consents.of, house.consents.erase),
+        trained.room_of(business),
+    ]  # fmt: skip
+
+
+def _export(house: House, customer: str) -> list[dict[str, Any]]:
+    out = []
+    with reading(house.database) as session:
+        query = select(ConversationRow).where(ConversationRow.customer == customer).order_by(ConversationRow.opened_at)
+        for row in session.scalars(query):
+            messages = session.scalars(select(MessageRow).filter_by(conversation_id=row.id).order_by(MessageRow.seq))
+            ratings = session.scalars(select(RatingRow).filter_by(conversation_id=row.id).order_by(RatingRow.seq))
+            out.append({
+                "id": row.id, "channel": row.channel, "opened_at": row.opened_at, "state": row.state,
+                "messages": [{"seq": m.seq, "author": m.author, "kind": m.kind, "at": m.at,
+                              "text": house.unseal(customer, m.body)} for m in messages],
+                "ratings": [{"seq": r.seq, "good": r.good, "reason": house.unseal(customer, r.reason)}
+                            for r in ratings],
+            })  # fmt: skip
+    return out
+
+
+def _delete(house: House, which: Any) -> int:
+    """Delete these conversations with all that hangs on them. How many."""
+    with writing(house.database) as session:
+        ids = list(session.scalars(select(ConversationRow.id).where(which)))
+        for at in range(0, len(ids), 500):
+            _delete_all(session, ids[at : at + 500])
+    return len(ids)
+
+
+def _delete_all(session: Session, ids: list[str]) -> None:
+    for table in (RatingRow, MessageRow):
+        session.execute(delete(table).where(table.conversation_id.in_(ids)))
+    session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
+
+
+def _pseudonyms(house: House, customer: str) -> dict[str, str]:
+    with reading(house.database) as session:
+        rows = [(r.pseudonym, r.value) for r in session.scalars(select(PseudonymRow).filter_by(customer=customer))]
+    return {pseudonym: house.keys.unseal(customer, value, PURPOSE) for pseudonym, value in rows}
+
+
+def _forget(house: House, customer: str) -> int:
+    with writing(house.database) as session:
+        count = len(session.scalars(select(PseudonymRow.pseudonym).filter_by(customer=customer)).all())
+        session.execute(delete(PseudonymRow).where(PseudonymRow.customer == customer))
+    return count

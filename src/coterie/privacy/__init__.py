@@ -1,0 +1,1 @@
+"""Identity, roles, private data, encryption, retention, erasure."""

@@ -1,0 +1,95 @@
+"""Who may do what: six roles, a small table of permissions, and who asks.
+
+Notable: as long as there is no account, whoever works at this machine is the owner, so that `coterie serve` needs no
+set-up. The first account (`coterie accounts add`) closes the door.
+"""
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from coterie.errors import Busy, CoterieError
+
+Role = Literal["owner", "admin", "agent", "reviewer", "viewer", "visitor"]
+Permission = Literal[
+    "ask", "see", "metrics", "converse", "review", "manage", "customers", "export", "erase", "audit", "accounts",
+    "keys",
+]  # fmt: skip
+ROLES: tuple[Role, ...] = get_args(Role)
+PERMISSIONS: frozenset[Permission] = frozenset(get_args(Permission))
+MAY: dict[Role, frozenset[Permission]] = {
+    "owner": PERMISSIONS,
+    "admin": PERMISSIONS - {"keys"},
+    "agent": frozenset({"ask", "see", "converse", "customers"}),
+    "reviewer": frozenset({"ask", "see", "review"}),
+    "viewer": frozenset({"see", "metrics"}),
+    "visitor": frozenset(),  # the widget's own door lets visitors into their own conversation, and nowhere else
+}
+
+
+class NotSignedIn(CoterieError):
+    """Nobody is signed in, or not as who they say. Never tells which part was wrong."""
+
+    status = 401
+    code = "not_signed_in"
+
+
+class Forbidden(CoterieError):
+    """Somebody whose role, or whose token's scopes, do not allow it."""
+
+    status = 403
+    code = "forbidden"
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who makes a request. `may` is what the role allows, and of a token no more than its scopes."""
+
+    name: str
+    role: Role
+    may: frozenset[Permission]
+
+    @classmethod
+    def of(cls, name: str, role: Role, scopes: frozenset[str] | None = None) -> "Person":
+        return cls(name, role, MAY[role] if scopes is None else frozenset(p for p in MAY[role] if p in scopes))
+
+    def must(self, permission: Permission) -> None:
+        """Raises NotSignedIn (a visitor), Forbidden."""
+        if permission not in self.may:
+            if self.role == "visitor":
+                raise NotSignedIn("sign in first")
+            raise Forbidden(
+                f"this needs the permission {permission!r}, which {self.name!r} ({self.role}) does not have"
+            )
+
+
+VISITOR = Person.of("visitor", "visitor")
+LOCAL = Person.of("local", "owner")  # at this machine, while there are no accounts
+PASSER = Person("anyone", "visitor", frozenset({"ask", "see", "metrics"}))  # from elsewhere, while there are none
+
+
+@dataclass
+class Limit:
+    """At most `most` in any `seconds`, for each name."""
+
+    most: int
+    seconds: float
+    _times: dict[str, deque[float]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, name: str) -> None:
+        """Raises Busy, with the time to wait, where it is too often."""
+        now = time.monotonic()
+        with self._lock:
+            if len(self._times) > 10_000:  # names that have been quiet
+                self._times = {n: t for n, t in self._times.items() if t and t[-1] > now - self.seconds}
+            times = self._times.setdefault(name, deque())
+            while times and times[0] <= now - self.seconds:
+                times.popleft()
+            if len(times) >= self.most:
+                error = Busy(f"too many at once: at most {self.most} in {self.seconds:.0f} seconds")
+                error.retry_after_s = max(1, round(times[0] + self.seconds - now))
+                raise error
+            times.append(now)

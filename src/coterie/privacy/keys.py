@@ -1,0 +1,256 @@
+"""Encryption at rest: each customer's data under a key of its own, wrapped by the master key.
+
+Notable: destroying a customer's key makes all that was sealed under it unreadable, in the database, its log and every
+copy of them; so keys live in a database of their own (`keys.db`), which need not be in each backup. That also lets a
+first key be made in the middle of another transaction. Sealed bytes: version of the form (1), version of the key (4),
+nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so nothing opens in another's name.
+"""
+
+import hashlib
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sqlalchemy import Engine, func, select, text
+from sqlalchemy.exc import IntegrityError
+
+from coterie.errors import CoterieError
+from coterie.privacy.master import NONCE, KeyLost, MasterKey
+from coterie.privacy.tables import KeyRow, MasterRow
+from coterie.store.database import reading, writing
+
+K = TypeVar("K")
+V = TypeVar("V")
+FORM = b"\x01"
+HEADER = 1 + 4 + NONCE  # bytes before the encrypted text
+PROOF = b"this is the right master key"
+KEPT = 4096  # open keys in memory
+KEPT_S = 60.0  # seconds until another process's destruction is noticed
+
+
+class Erased(CoterieError):
+    """The customer was erased: the key is destroyed, and what was sealed under it is gone for good."""
+
+    status = 410
+    code = "erased"
+
+
+class Unreadable(CoterieError):
+    """Sealed bytes that were changed, cut short, or are somebody else's."""
+
+    status = 500
+    code = "unreadable"
+
+
+@dataclass(frozen=True)
+class _Open:
+    version: int
+    key: bytes = field(repr=False)
+    cipher: AESGCM
+    until: float
+
+
+class Keys:
+    """The keys of all customers. Safe to use from several threads and processes."""
+
+    def __init__(self, database: Engine, master: MasterKey, clock: Callable[[], float] = time.time) -> None:
+        """Raises KeyLost, and writes nothing, where the database belongs to another master key."""
+        self.database, self.master, self.clock = database, master, clock
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
+        self._current: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        with reading(database) as session:
+            found = session.scalars(select(MasterRow).order_by(MasterRow.since.desc())).first()
+        if found is None:
+            self._first_use()
+        else:
+            _prove(found, master)
+
+    def _first_use(self) -> None:
+        row = MasterRow(id=self.master.id, proof=self.master.wrap(PROOF, b"proof"), since=self.clock())
+        try:
+            with writing(self.database) as session:
+                if session.scalar(select(func.count()).select_from(KeyRow)):
+                    raise KeyLost("there are customers' keys, but no record of their master key; nothing was changed")
+                if other := session.scalars(select(MasterRow)).first():
+                    _prove(other, self.master)
+                else:
+                    session.add(row)
+        except IntegrityError:  # another process was quicker, with the same key
+            pass
+
+    def seal(self, customer: str, plain: str, purpose: str = "") -> bytes:
+        """`plain` under the customer's newest key; where there is none yet, it is made."""
+        key = self._newest(customer)
+        nonce = secrets.token_bytes(NONCE)
+        head = FORM + key.version.to_bytes(4, "big")
+        return head + nonce + key.cipher.encrypt(nonce, plain.encode(), _about(customer, purpose, head))
+
+    def unseal(self, customer: str, sealed: bytes, purpose: str = "") -> str:
+        """What was sealed. Raises Erased, Unreadable."""
+        if len(sealed) < HEADER + 16 or sealed[:1] != FORM:
+            raise Unreadable(f"data of customer {customer!r} was cut short, or was never encrypted")
+        head, nonce = sealed[:5], sealed[5:HEADER]
+        cipher = self._key(customer, int.from_bytes(head[1:], "big")).cipher
+        try:
+            return cipher.decrypt(nonce, sealed[HEADER:], _about(customer, purpose, head)).decode()
+        except InvalidTag:
+            raise Unreadable(f"data of customer {customer!r} was changed, or belongs to somebody else") from None
+
+    def secret(self, name: str) -> bytes:
+        """32 bytes of its own for something that is no customer, such as the audit log; the same for good."""
+        first = self._newest(name) if not self._has(name) else self._key(name, 1)
+        return hashlib.blake2b(b"secret", key=first.key, digest_size=32).digest()
+
+    def _has(self, name: str) -> bool:
+        with reading(self.database) as session:
+            return session.get(KeyRow, (name, 1)) is not None
+
+    def rotate(self, customer: str) -> int:
+        """A new key from now on; what is sealed under older ones stays readable. The new version."""
+        made = self._make(customer)
+        with self._lock:
+            self._current.pop(customer, None)
+        return made
+
+    def current(self, customer: str) -> int:
+        """The version of the customer's newest key; after an erasure it is another one."""
+        return self._newest(customer).version
+
+    def version_of(self, sealed: bytes) -> int:
+        """Which of the customer's keys it is sealed under."""
+        return int.from_bytes(sealed[1:5], "big")
+
+    def destroy(self, customer: str) -> int:
+        """Destroy all keys of a customer: what was sealed under them cannot be read again, by nobody. How many.
+
+        On SQLite the place is overwritten and the log emptied, so that no old page has the wrapped key.
+        """
+        with self._lock:
+            for key in [k for k in self._open if k[0] == customer]:
+                del self._open[key]
+            self._current.pop(customer, None)
+        sqlite = self.database.dialect.name == "sqlite"
+        with writing(self.database) as session:
+            if sqlite:
+                session.execute(text("PRAGMA secure_delete = ON"))
+            rows = session.scalars(select(KeyRow).where(KeyRow.customer == customer, KeyRow.destroyed_at.is_(None)))
+            found = rows.all()
+            for row in found:
+                row.wrapped, row.destroyed_at = b"", self.clock()
+        if sqlite:
+            with self.database.connect() as connection:
+                connection.exec_driver_sql("COMMIT")  # a checkpoint cannot run inside a transaction
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.exec_driver_sql("BEGIN")
+        return len(found)
+
+    def rewrap(self, new: MasterKey) -> int:
+        """Wrap every key by `new` instead, all or none; from then on only `new` opens the database. How many."""
+        with writing(self.database) as session:
+            rows = session.scalars(select(KeyRow).where(KeyRow.destroyed_at.is_(None))).all()
+            for row in rows:
+                about = _of_key(row.customer, row.version)
+                row.wrapped = new.wrap(self.master.unwrap(row.wrapped, about), about)
+                row.master = new.id
+            for old in session.scalars(select(MasterRow)):
+                session.delete(old)
+            session.flush()
+            session.add(MasterRow(id=new.id, proof=new.wrap(PROOF, b"proof"), since=self.clock()))
+        self.master = new
+        return len(rows)
+
+    def customers(self) -> list[str]:
+        """Everybody who has a key that is not destroyed."""
+        with reading(self.database) as session:
+            query = select(KeyRow.customer).where(KeyRow.destroyed_at.is_(None)).distinct()
+            return sorted(session.scalars(query))
+
+    def _newest(self, customer: str) -> _Open:
+        now = self.clock()
+        with self._lock:
+            version, until = self._current.get(customer, (0, 0.0))
+        if until < now:
+            query = select(KeyRow.version).where(KeyRow.customer == customer, KeyRow.destroyed_at.is_(None))
+            with reading(self.database) as session:
+                found = session.scalars(query.order_by(KeyRow.version.desc())).first()
+            version = found if found is not None else self._make(customer)
+            with self._lock:
+                _keep(self._current, customer, (version, now + KEPT_S))
+        return self._key(customer, version)
+
+    def _key(self, customer: str, version: int) -> _Open:
+        now = self.clock()
+        with self._lock:
+            kept = self._open.get((customer, version))
+        if kept and kept.until >= now:
+            return kept
+        with reading(self.database) as session:
+            row = session.get(KeyRow, (customer, version))
+        if row is None:
+            raise Unreadable(f"data of customer {customer!r} is sealed under a key that is not in the database")
+        if row.destroyed_at is not None:
+            raise Erased(f"customer {customer!r} was erased; what was sealed then cannot be read")
+        key = self.master.unwrap(row.wrapped, _of_key(customer, version))
+        opened = _Open(version, key, AESGCM(key), now + KEPT_S)
+        with self._lock:
+            _keep(self._open, (customer, version), opened)
+        return opened
+
+    def _make(self, customer: str) -> int:
+        """A new key, after all that there were. Its version."""
+        for _ in range(10):
+            with reading(self.database) as session:
+                last = session.scalar(select(func.max(KeyRow.version)).where(KeyRow.customer == customer)) or 0
+            version, key = last + 1, AESGCM.generate_key(256)
+            wrapped = self.master.wrap(key, _of_key(customer, version))
+            try:
+                with writing(self.database) as session:
+                    session.add(KeyRow(customer=customer, version=version, master=self.master.id, wrapped=wrapped,
+                                       made_at=self.clock(), destroyed_at=None))  # fmt: skip
+                return version
+            except IntegrityError:  # somebody made one meanwhile
+                continue
+        raise CoterieError(f"no key could be made for customer {customer!r}: too many at once; try again")
+
+
+def _prove(row: MasterRow, master: MasterKey) -> None:
+    if row.id != master.id:
+        raise KeyLost(
+            f"the master key is not the one that this database was encrypted with (its fingerprint begins with "
+            f"{row.id[:8]}, the given one's with {master.id[:8]}); nothing was changed: give the right key"
+        )
+    if master.unwrap(row.proof, b"proof") != PROOF:
+        raise KeyLost("the record of the master key in the database was changed; nothing was written")
+
+
+def refuse_without(database: Engine) -> None:
+    """Raise KeyLost where the database is encrypted and no master key was given."""
+    with reading(database) as session:
+        found = session.scalars(select(MasterRow)).first()
+    if found:
+        raise KeyLost(
+            f"this database is encrypted (master key {found.id[:8]}...), and no master key is given; set "
+            "COTERIE_MASTER_KEY_FILE, COTERIE_MASTER_KEY or COTERIE_MASTER_KEY_COMMAND; nothing was changed"
+        )
+
+
+def _keep(where: OrderedDict[K, V], key: K, value: V) -> None:
+    where[key] = value
+    where.move_to_end(key)
+    while len(where) > KEPT:
+        where.popitem(last=False)
+
+
+def _about(customer: str, purpose: str, head: bytes) -> bytes:
+    return head + len(customer.encode()).to_bytes(4, "big") + customer.encode() + purpose.encode()
+
+
+def _of_key(customer: str, version: int) -> bytes:
+    return b"customer key\0" + version.to_bytes(4, "big") + customer.encode()

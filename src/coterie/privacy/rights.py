@@ -1,0 +1,124 @@
+"""A customer's rights: to everything about them, to be forgotten; how long things are kept; what they were told.
+
+Notable: each room that holds customers' data gives a `Room`, three plain functions; whoever opens the house lists them.
+Erasing destroys the customer's key first, so that even where a later step fails nothing can be read; then each room
+deletes what it has. It may be run again until it succeeds.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import Engine, delete, select
+
+from coterie.errors import CoterieError
+from coterie.privacy.audit import Audit
+from coterie.privacy.keys import Keys
+from coterie.privacy.tables import ConsentRow
+from coterie.store.database import reading, writing
+
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """A place with customers' data. export: all of one customer, as JSON can hold it. erase: delete it, and say how
+    much that was. expire: delete what is older than a time (seconds since 1970), and say how much."""
+
+    name: str
+    export: Callable[[str], Any]
+    erase: Callable[[str], Any]
+    expire: Callable[[float], int] | None = None
+
+
+class NotErased(CoterieError):
+    """Some room failed; what could be erased is erased, and the key is destroyed. Run it again."""
+
+    exit_code = 1
+    status = 500
+    code = "not_erased"
+
+
+def export_customer(rooms: Iterable[Room], audit: Audit, customer: str, by: str) -> dict[str, Any]:
+    """Everything about a customer, by room. The audit log says who exported it."""
+    audit.record(by, "customer.export", customer)
+    found = {room.name: room.export(customer) for room in rooms}
+    return {"customer": customer, "exported_at": time.time(), **found, "audit": audit.export(customer)}
+
+
+def erase_customer(rooms: Iterable[Room], keys: Keys, audit: Audit, customer: str, by: str) -> dict[str, Any]:
+    """Forget a customer: what each room deleted. Raises NotErased, which names the rooms that failed."""
+    audit.record(by, "customer.erase", customer)  # before the deed: an attempt that fails is on record too
+    done: dict[str, Any] = {"keys": keys.destroy(customer)}
+    failed: list[str] = []
+    for room in rooms:
+        try:
+            done[room.name] = room.erase(customer)
+        except Exception as error:  # whatever it is, the other rooms go on
+            failed.append(f"{room.name} ({type(error).__name__}: {error})")
+    audit.record(by, "customer.erased", customer, failed=[f.split(" ")[0] for f in failed])
+    if failed:
+        raise NotErased(f"customer {customer!r}: not erased from {'; '.join(failed)}; run it again")
+    return done
+
+
+def keep_only(
+    rooms: Iterable[Room], days: Mapping[str, float], audit: Audit, now: float | None = None, by: str = "retention"
+) -> dict[str, int]:
+    """Delete what is older than its room's days: how much, by room. Raises CoterieError: a rule that fits no room."""
+    by_name = {room.name: room for room in rooms}
+    for name, limit in days.items():
+        if name not in by_name or by_name[name].expire is None:
+            can = ", ".join(sorted(n for n, r in by_name.items() if r.expire)) or "none"
+            raise CoterieError(f"retention: {name!r} keeps nothing that expires; there are: {can}")
+        if not limit > 0:
+            raise CoterieError(f"retention: {name} = {limit}: days must be more than 0")
+    now = time.time() if now is None else now
+    done: dict[str, int] = {}
+    for name, limit in days.items():
+        expire = by_name[name].expire
+        assert expire, "checked above"
+        done[name] = expire(now - limit * DAY_S)
+        if done[name]:
+            audit.record(by, "retention", "", room=name, days=limit, deleted=done[name])
+    return done
+
+
+What = Literal["told", "agreed", "withdrawn"]
+
+
+@dataclass(frozen=True)
+class Consents:
+    """What customers were told and agreed to. `wording` names the text they saw, so that it can be shown later."""
+
+    database: Engine
+    clock: Callable[[], float] = field(default=time.time)
+
+    def record(self, customer: str, purpose: str, what: What, wording: str) -> None:
+        """Add to the record; nothing of it is ever changed."""
+        with writing(self.database) as session:
+            session.add(ConsentRow(customer=customer, purpose=purpose[:80], what=what, wording=wording[:80],
+                                   at=self.clock()))  # fmt: skip
+
+    def agreed(self, customer: str, purpose: str) -> bool:
+        """Whether the customer agrees now: the last word counts, and silence is no."""
+        query = select(ConsentRow.what).where(
+            ConsentRow.customer == customer, ConsentRow.purpose == purpose, ConsentRow.what != "told"
+        )
+        with reading(self.database) as session:
+            return session.scalars(query.order_by(ConsentRow.id.desc()).limit(1)).first() == "agreed"
+
+    def of(self, customer: str) -> list[dict[str, Any]]:
+        """The whole record of a customer, the oldest first."""
+        query = select(ConsentRow).where(ConsentRow.customer == customer).order_by(ConsentRow.id)
+        with reading(self.database) as session:
+            return [{"purpose": r.purpose, "what": r.what, "wording": r.wording, "at": r.at}
+                    for r in session.scalars(query)]  # fmt: skip
+
+    def erase(self, customer: str) -> int:
+        """Delete the record of a customer."""
+        with writing(self.database) as session:
+            found = len(session.scalars(select(ConsentRow.id).where(ConsentRow.customer == customer)).all())
+            session.execute(delete(ConsentRow).where(ConsentRow.customer == customer))
+        return found

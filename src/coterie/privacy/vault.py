@@ -1,0 +1,109 @@
+"""Masking for many customers: each one's pseudonyms are kept, sealed, so that they are the same next week."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import IntegrityError
+
+from coterie.data.private import Span
+from coterie.privacy.deidentify import Mask, MaskingFailed
+from coterie.privacy.keys import Keys
+from coterie.privacy.known import KnownValues
+from coterie.privacy.pseudonyms import Pair, Pseudonyms, Restorer
+from coterie.privacy.tables import PseudonymRow
+from coterie.store.database import reading, writing
+
+KEPT = 1024  # customers whose pseudonyms are in memory
+PURPOSE = "pseudonym"
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Texts without private data, in their order, and what puts it back: into a text, or into one that streams."""
+
+    texts: list[str]
+    restore: Callable[[str], str]
+    restoring: Callable[[], Restorer]
+
+
+def nothing_known(_customer: str) -> Mapping[str, Iterable[str]]:
+    """Of whom nothing is known."""
+    return {}
+
+
+class Vault:
+    """Masks and restores, customer by customer. `known`: a customer's own values by kind, from profile or CRM; where
+    it fails, nothing goes out."""
+
+    def __init__(
+        self, detector: Callable[[str], list[Span]], database: Engine, keys: Keys,
+        known: Callable[[str], Mapping[str, Iterable[str]]] = nothing_known, region: str = "GB",
+    ) -> None:  # fmt: skip
+        self.detector, self.database, self.keys, self.known, self.region = detector, database, keys, known, region
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, tuple[int, Pseudonyms]] = OrderedDict()  # with the key they were kept under
+
+    def mask(self, customer: str, texts: list[str]) -> Masked:
+        """The texts with pseudonyms, which are in the database before this returns. Raises MaskingFailed."""
+        try:
+            known = KnownValues(self.known(customer), self.region)
+        except Exception as error:  # what a CRM may raise is not known here
+            why = f"what is known of the customer could not be read ({type(error).__name__}), so the text was not used"
+            raise MaskingFailed(why) from None
+        for _ in range(5):
+            pseudonyms = self._of(customer)
+            mask = Mask(self.detector, pseudonyms, known)
+            hidden = [mask.hide(text) for text in texts]
+            if self._keep(customer, pseudonyms):
+                return Masked(hidden, mask.restore, mask.restoring)
+            self.forget(customer)  # another process gave out the same pseudonyms: take theirs, and mask again
+        raise MaskingFailed("the text could not be masked: the customer's pseudonyms changed all the time")
+
+    def forget(self, customer: str) -> None:
+        """Drop what is in memory of a customer."""
+        with self._lock:
+            self._open.pop(customer, None)
+
+    def _of(self, customer: str) -> Pseudonyms:
+        key = self.keys.current(customer)  # another one after an erasure: what is in memory is forgotten too
+        with self._lock:
+            version, found = self._open.get(customer, (0, None))
+            if found and version == key:
+                self._open.move_to_end(customer)
+                return found
+        read = Pseudonyms(self._read(customer))
+        with self._lock:
+            version, found = self._open.get(customer, (0, None))
+            if found is None or version != key:
+                self._open[customer] = key, read
+                found = read
+            while len(self._open) > KEPT:
+                self._open.popitem(last=False)
+            return found
+
+    def _read(self, customer: str) -> list[Pair]:
+        query = select(PseudonymRow).where(PseudonymRow.customer == customer)
+        with reading(self.database) as session:
+            rows = [(row.pseudonym, row.value) for row in session.scalars(query)]
+        return [Pair(pseudonym, self.keys.unseal(customer, value, PURPOSE)) for pseudonym, value in rows]
+
+    def _keep(self, customer: str, pseudonyms: Pseudonyms) -> bool:
+        """Write what is new. False where another process has written the same pseudonyms for other values."""
+        new = pseudonyms.unsaved()
+        if not new:
+            return True
+        rows = [
+            PseudonymRow(
+                customer=customer, pseudonym=p.pseudonym, value=self.keys.seal(customer, p.value, PURPOSE)
+            ) for p in new
+        ]  # fmt: skip
+        try:
+            with writing(self.database) as session:
+                session.add_all(rows)
+        except IntegrityError:
+            return False
+        pseudonyms.saved(new)
+        return True

@@ -1,0 +1,324 @@
+"""Who may call which route, declared in one table; signing in and out; accounts, tokens, the audit log, rights.
+
+Notable: the table is asked before any route's own code, and a route that does not stand in it is refused, so a new
+route cannot be forgotten. A session's cookie counts for changes only where the browser says that a page of ours asks
+(Fetch metadata, else Origin, else the session's token in X-CSRF-Token).
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from itsdangerous import BadSignature, URLSafeTimedSerializer
+from jinja2 import Environment
+from pydantic import BaseModel as Record
+from pydantic import Field
+
+from coterie.knowledge.evidence import Reader
+from coterie.privacy.access import LOCAL, PASSER, VISITOR, Forbidden, Limit, NotSignedIn, Permission, Person
+from coterie.privacy.accounts import Login
+from coterie.privacy.house import House
+from coterie.privacy.oidc import Attempt, Provider, provider
+from coterie.privacy.rights import Room, erase_customer, export_customer
+
+COOKIE, ATTEMPT = "coterie_session", "coterie_attempt"
+ATTEMPT_S = 600  # that signing in at an identity provider may take
+OPEN = "open"  # anyone, signed in or not
+OWN = "own"  # the route looks at its own door: the widget's visitors, the desk's agents
+SELF = "self"  # anyone who is signed in, about themselves
+SAFE = ("GET", "HEAD", "OPTIONS")
+ROUTES: dict[str, Permission | str] = {
+    "GET /": "ask", "GET /healthz": OPEN, "GET /metrics": "metrics",
+    "GET /v1/models": "see", "GET /v1/models/{name}": "see", "GET /experts/{name}/loss.svg": "see",
+    "POST /v1/chat/completions": "ask", "POST /v1/completions": "ask",
+    "GET /login": OPEN, "POST /login": OPEN, "POST /logout": OPEN, "GET /v1/me": SELF,
+    "POST /v1/me/password": SELF, "POST /v1/me/second-factor": SELF, "PUT /v1/me/second-factor": SELF,
+    "GET /v1/me/tokens": SELF, "POST /v1/me/tokens": SELF, "DELETE /v1/me/tokens/{id}": SELF,
+    "GET /v1/accounts": "accounts", "POST /v1/accounts": "accounts", "PATCH /v1/accounts/{name}": "accounts",
+    "DELETE /v1/accounts/{name}": "accounts", "GET /v1/audit": "audit",
+    "GET /v1/customers/{customer}/export": "export", "DELETE /v1/customers/{customer}": "erase",
+    "GET /login/oidc": OPEN, "GET /login/oidc/return": OPEN,
+    "GET /widget.js": OPEN, "GET /desk": OWN,
+    "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
+    "GET /knowledge/search": "ask",
+}  # fmt: skip
+UNGATED = {"/static", "/widget", "/openapi.json"}  # what the gate does not see: files, and the widget's own door
+OWN_DOOR = ("/desk/",)  # of the desk, which has agents of its own
+
+
+class Gate:
+    """Asked before every route: who is it, and may they. `request.state.person` is who, `reader` what they may read."""
+
+    def __init__(self, house: House | None) -> None:
+        self.house = house
+        self._calls = Limit(600, 60)  # of one person or address
+        self._logins = Limit(20, 60)  # of one address
+        self._any = False
+
+    def closed(self) -> bool:
+        """Whether there are accounts; once there are, it is not asked again."""
+        self._any = self._any or (self.house is not None and self.house.accounts.any())
+        return self._any
+
+    def __call__(self, request: Request) -> None:
+        """Raises NotSignedIn, Forbidden, Busy."""
+        template = getattr(request.scope.get("route"), "path", request.url.path)
+        method = "GET" if request.method == "HEAD" else request.method
+        rule = ROUTES.get(f"{method} {template}")
+        if rule is None and template.startswith(OWN_DOOR):
+            rule = OWN
+        request.state.person = person = self.person(request)
+        if person not in (LOCAL, PASSER, VISITOR):
+            request.state.reader = Reader(person.name, frozenset({person.role}))
+        if rule is None:
+            raise Forbidden(f"{method} {template}: nobody may call this, as nothing declares who may")
+        if rule in (OPEN, OWN):
+            return
+        if self.closed():
+            self._calls.count(person.name if person is not VISITOR else _address(request))
+        if rule == SELF:
+            if person.name == VISITOR.name or person is PASSER:
+                raise NotSignedIn("sign in first")
+            return
+        if template == "/" and person is VISITOR:
+            raise HTTPException(303, "sign in first", {"Location": "/login"})
+        person.must(rule)  # type: ignore[arg-type] # the table has permissions beside OPEN, OWN and SELF
+
+    def person(self, request: Request) -> Person:
+        """Who asks. Raises NotSignedIn for a token that is over, Forbidden for a cookie that another site sent."""
+        if not self.closed():
+            return LOCAL if _at_this_machine(request) else PASSER
+        assert self.house, "closed says so"
+        header = request.headers.get("authorization", "")
+        if header.lower().startswith("bearer ct_"):
+            found = self.house.accounts.who(header[7:].strip())
+            if found is None:
+                raise NotSignedIn("this token is unknown, revoked or over")
+            return found
+        secret = request.cookies.get(COOKIE, "")
+        found = self.house.accounts.who(secret) if secret.startswith("cs_") else None
+        if found and request.method not in SAFE and not self._from_our_page(request, secret):
+            raise Forbidden("this request was not made by a page of ours")
+        return found or VISITOR
+
+    def _from_our_page(self, request: Request, secret: str) -> bool:
+        fetched = request.headers.get("sec-fetch-site")
+        if fetched:
+            return fetched in ("same-origin", "none")
+        origin = request.headers.get("origin")
+        if origin:
+            return origin.partition("://")[2] == request.headers.get("host")
+        assert self.house, "somebody is signed in"
+        given = request.headers.get("x-csrf-token", "")
+        return bool(given) and given == self.house.accounts.csrf(secret)
+
+    def login(self, request: Request, name: str, password: str, code: str) -> Login:
+        """A session. Raises NotSignedIn, Busy."""
+        self._logins.count(_address(request))
+        if self.house is None or not self.closed():
+            raise NotSignedIn("there are no accounts; make one with `coterie accounts add`")
+        return self.house.accounts.login(name, password, code)
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "?"
+
+
+def _at_this_machine(request: Request) -> bool:
+    """By its address and by the name it asked for: a page elsewhere may make a browser here ask for another name."""
+    host = (request.headers.get("host") or "").rpartition(":")[0] or request.headers.get("host", "")
+    behind = any(h in request.headers for h in ("x-forwarded-for", "forwarded"))
+    return _address(request) in ("127.0.0.1", "::1") and host in ("localhost", "127.0.0.1", "[::1]") and not behind
+
+
+class NewPassword(Record):
+    old: str = Field(max_length=256)
+    new: str = Field(max_length=256)
+
+
+class SecondFactor(Record):
+    secret: str = Field(max_length=64)
+    code: str = Field(max_length=16)
+
+
+class NewToken(Record):
+    label: str = Field("", max_length=80)
+    scopes: list[str]
+    days: int = 90
+
+
+class NewAccount(Record):
+    name: str
+    role: str
+    password: str = ""
+
+
+class Changed(Record):
+    role: str | None = None
+    password: str | None = None
+
+
+def session_reply(request: Request, login: Login) -> Response:
+    """To the page, with the session's cookie."""
+    reply = RedirectResponse("/", 303)
+    secure = request.url.scheme == "https" or request.headers.get("x-forwarded-proto") == "https"
+    reply.set_cookie(COOKIE, login.secret, httponly=True, samesite="lax", secure=secure, path="/")
+    return reply
+
+
+def _me(request: Request) -> Person:
+    person = request.state.person
+    assert isinstance(person, Person), "the gate has set it"
+    return person
+
+
+Me = Annotated[Person, Depends(_me)]
+
+
+def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[], list[Room]] = list) -> None:
+    """The routes of this file. `rooms`: who holds customers' data."""
+    router = APIRouter()
+    house = gate.house
+
+    @router.get("/login", response_class=HTMLResponse)
+    def login_page() -> str:
+        return pages.get_template("login.html").render(wrong="", oidc=provider() is not None)
+
+    @router.post("/login")
+    def login(
+        request: Request, name: Annotated[str, Form()] = "", password: Annotated[str, Form()] = "",
+        code: Annotated[str, Form()] = "",
+    ) -> Response:  # fmt: skip
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise Forbidden("this request was not made by a page of ours")
+        try:
+            return session_reply(request, gate.login(request, name, password, code))
+        except NotSignedIn as error:
+            return HTMLResponse(
+                pages.get_template("login.html").render(wrong=str(error), oidc=provider() is not None), 401
+            )
+
+    @router.post("/logout")
+    def logout(request: Request) -> Response:
+        if house and (secret := request.cookies.get(COOKIE)):
+            house.accounts.logout(secret)
+        reply = RedirectResponse("/login", 303)
+        reply.delete_cookie(COOKIE, path="/", httponly=True, samesite="lax")
+        return reply
+
+    @router.get("/v1/me")
+    def me(request: Request, person: Me) -> dict[str, Any]:
+        csrf = house.accounts.csrf(request.cookies.get(COOKIE, "")) if house else ""
+        return {"name": person.name, "role": person.role, "may": sorted(person.may), "csrf": csrf}
+
+    if house:
+        _of_provider(router, house)
+        _of_accounts(router, house)
+        _of_customers(router, house, rooms)
+    app.include_router(router)
+
+
+def _of_provider(router: APIRouter, house: House) -> None:
+    """Signing in by OpenID Connect. What is under way stands in a signed cookie for ten minutes."""
+    signed = URLSafeTimedSerializer(house.keys.secret("coterie:oidc"), "coterie-oidc")
+
+    def known() -> Provider:
+        found = provider()
+        if found is None:
+            raise HTTPException(404, "no identity provider is set up")
+        return found
+
+    @router.get("/login/oidc")
+    def begin(request: Request) -> Response:
+        url, attempt = known().begin(str(request.url_for("return_from_provider")))
+        reply = RedirectResponse(url, 303)
+        reply.set_cookie(ATTEMPT, signed.dumps(vars(attempt)), ATTEMPT_S, httponly=True, samesite="lax",
+                         secure=request.url.scheme == "https", path="/login")  # fmt: skip
+        return reply
+
+    @router.get("/login/oidc/return")
+    def return_from_provider(request: Request) -> Response:
+        try:
+            attempt = Attempt(**signed.loads(request.cookies.get(ATTEMPT, ""), max_age=ATTEMPT_S))
+        except (BadSignature, TypeError) as error:
+            raise NotSignedIn("this sign-in took too long, or began elsewhere; try again") from error
+        who = known().finish(request.query_params, attempt, str(request.url_for("return_from_provider")))
+        reply = session_reply(request, house.accounts.login_oidc(who.subject, who.email))
+        reply.delete_cookie(ATTEMPT, path="/login")
+        return reply
+
+
+def _of_accounts(router: APIRouter, house: House) -> None:
+    accounts = house.accounts
+
+    @router.post("/v1/me/password", status_code=204)
+    def password(body: NewPassword, person: Me) -> None:
+        accounts.check(person.name, body.old)
+        accounts.change(person.name, password=body.new, by=person.name)
+
+    @router.post("/v1/me/second-factor")
+    def offer(person: Me) -> dict[str, str]:
+        secret, address = accounts.offer_second_factor(person.name)
+        return {"secret": secret, "address": address}
+
+    @router.put("/v1/me/second-factor", status_code=204)
+    def take(body: SecondFactor, person: Me) -> None:
+        accounts.take_second_factor(person.name, body.secret, body.code)
+
+    @router.get("/v1/me/tokens")
+    def tokens(person: Me) -> list[dict[str, Any]]:
+        return [dict(t) for t in accounts.tokens(person.name)]
+
+    @router.post("/v1/me/tokens", status_code=201)
+    def token(body: NewToken, person: Me) -> dict[str, Any]:
+        # A token may not make one that may more than itself.
+        if beyond := [s for s in body.scopes if s not in person.may]:
+            raise Forbidden(f"scope {beyond[0]!r}: {person.name!r} does not have it here")
+        made = accounts.token(person.name, body.label, body.scopes, body.days)
+        return {"token": made.secret, "until": made.until}
+
+    @router.delete("/v1/me/tokens/{id}", status_code=204)
+    def revoke(id: str, person: Me) -> None:
+        accounts.revoke(person.name, id)
+
+    @router.get("/v1/accounts")
+    def everybody() -> list[dict[str, Any]]:
+        return [vars(a) for a in accounts.all()]
+
+    @router.post("/v1/accounts", status_code=201)
+    def add(body: NewAccount, person: Me) -> dict[str, str]:
+        _no_owner_but_by_owners(house, person, body.role)
+        accounts.add(body.name, body.role, body.password, by=person.name)
+        return {"name": body.name, "role": body.role}
+
+    @router.patch("/v1/accounts/{name}", status_code=204)
+    def change(name: str, body: Changed, person: Me) -> None:
+        _no_owner_but_by_owners(house, person, body.role, name)
+        accounts.change(name, body.role, body.password, by=person.name)
+
+    @router.delete("/v1/accounts/{name}", status_code=204)
+    def remove(name: str, person: Me) -> None:
+        _no_owner_but_by_owners(house, person, None, name)
+        accounts.remove(name, by=person.name)
+
+    @router.get("/v1/audit")
+    def audit(person: Me, subject: str = "", actor: str = "", limit: int = 100) -> list[dict[str, Any]]:
+        return [vars(line) for line in house.audit.lines(subject, actor, max(1, min(limit, 1000)))]
+
+
+def _no_owner_but_by_owners(house: House, person: Person, role: str | None, name: str = "") -> None:
+    owners = {a.name for a in house.accounts.all() if a.role == "owner"}
+    if person.role != "owner" and (role == "owner" or name in owners):
+        raise Forbidden("only an owner makes or changes an owner's account")
+
+
+def _of_customers(router: APIRouter, house: House, rooms: Callable[[], list[Room]]) -> None:
+    @router.get("/v1/customers/{customer}/export")
+    def export(customer: str, person: Me) -> JSONResponse:
+        found = export_customer(rooms(), house.audit, customer, person.name)
+        return JSONResponse(found, headers={"Content-Disposition": 'attachment; filename="customer.json"'})
+
+    @router.delete("/v1/customers/{customer}")
+    def erase(customer: str, person: Me) -> dict[str, Any]:
+        return erase_customer(rooms(), house.keys, house.audit, customer, person.name)
