@@ -17,7 +17,7 @@ class _Strict(BaseModel):
 
 
 class MappingSpec(_Strict):
-    """[[knowledge.NAME.tables]] of a graph: how rows become triples; {Column} in `id` and `links` is a cell of the row."""
+    """[[knowledge.NAME.tables]] of a graph: how rows become triples; {Column} is a cell of the row."""
 
     table: str = Field("", description="a table of `database`")
     file: str = Field("", description="or a CSV file")
