@@ -106,12 +106,25 @@ def test_every_route_with_every_role(role: Role, app: FastAPI, staff: dict[Role,
             rule = access.ROUTES.get(f"{method} {route.path}", access.OWN)
             if route.path in ("/logout", "/metrics"):  # ends the session; asks the engine
                 continue
+            if rule == access.OWN and "converse" in MAY[role]:  # these may enter the desk: the test below
+                continue
             path = route.path.replace("{name}", "nobody").replace("{id}", "none").replace("{customer}", "c1")
             reply = browser.request(method, path, headers={"Sec-Fetch-Site": "same-origin"})
             refused = reply.status_code in (401, 403) or reply.headers.get("location") == "/login"
             admitted = rule == access.OPEN or rule in MAY[role] or (rule == access.SELF and role != "visitor")
             wrong_password = (method, route.path) in (("POST", "/login"), ("GET", "/login/oidc/return"))
             assert refused != admitted or wrong_password, (role, method, route.path, reply.status_code, reply.text)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_who_may_converse_enters_the_desk_by_account(role: Role, app: FastAPI, staff: dict[Role, str]) -> None:
+    browser, may = client(app, staff.get(role, "")), "converse" in MAY[role]
+    assert (browser.get("/desk/api/conversations").status_code == 200) == may
+    taken = browser.post("/desk/api/conversations/none/take", headers={"Sec-Fetch-Site": "same-origin"})
+    assert taken.status_code == (403 if may else 401)  # without the header that only the desk's page sets
+    headers = {"Sec-Fetch-Site": "same-origin", "X-Coterie-Desk": "1"}
+    asked = browser.post("/desk/api/conversations/none/take", headers=headers)
+    assert (asked.status_code in (401, 403)) != may
 
 
 def test_a_route_that_nothing_declares_is_refused(app: FastAPI, staff: dict[Role, str]) -> None:

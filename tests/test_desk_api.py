@@ -21,10 +21,11 @@ from joserfc.jwk import OctKey
 from coterie.desk.conversation import Conversations
 from coterie.desk.desk import Desk
 from coterie.errors import StorageError
+from coterie.privacy.access import Limit
 from coterie.store.database import open_database
 from coterie.web import widget
 from coterie.web.app import create_app
-from coterie.web.door import COOKIE, TOKEN_S, Agent, Door, Limit, open_door
+from coterie.web.door import COOKIE, TOKEN_S, Agent, Door, open_door
 from desk_support import Script, open_desk, scripted, settled
 
 SHOP, KEY, IDENTITY = "https://shop.example", "k" * 32, "i" * 32

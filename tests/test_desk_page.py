@@ -19,9 +19,10 @@ from coterie.desk.confidence import Confidence
 from coterie.desk.desk import Desk
 from coterie.desk.flow import Parts
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.privacy.access import Limit
 from coterie.web import widget
 from coterie.web.app import create_app
-from coterie.web.door import Agent, Limit, open_door
+from coterie.web.door import Agent, open_door
 from desk_support import Script, open_desk, scripted
 
 AXE = "4.14.1"

@@ -17,7 +17,6 @@ from coterie.engine.request import Sampling
 from coterie.sources import learn
 from knowledge_support import WordEmbedder
 from test_grounding import DELIVERY, KNOWS, POLICY
-from test_page import browser as browser  # a fixture
 from test_page import finished, send, served, visitor, words
 
 EVIL = "<img src=x onerror=\"document.title='broken in'\"> Delivery is <b>free</b>."

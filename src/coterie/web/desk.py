@@ -17,7 +17,8 @@ from coterie.desk.desk import Desk
 from coterie.desk.live import EVERY
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
 from coterie.errors import CoterieError
-from coterie.web.door import COOKIE, INVITED_S, Agent, Door, Forbidden, NotSignedIn, open_door
+from coterie.privacy.access import Forbidden, NotSignedIn
+from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
 from coterie.web.events import event, next_news, stream
 from coterie.web.schema import Text
 from coterie.web.widget import STATIC, widget_app

@@ -1,4 +1,4 @@
-"""Who is at the door of the desk: visitors with short-lived tokens, agents with signed invitations.
+"""Who is at the door of the desk: visitors with short-lived tokens, agents with an account or a signed invitation.
 
 A visitor's token names the visitor and the site it was given to. It opens the desk for an hour, and can be changed
 for a new one for thirty days, so that a reload goes on with the same conversation; no key stands in the page. A
@@ -10,10 +10,8 @@ where it is not given.
 
 import os
 import secrets
-import time
 import uuid
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +21,8 @@ from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import OctKey
 
-from coterie.errors import Busy, CoterieError, StorageError
+from coterie.errors import StorageError
+from coterie.privacy.access import LOCAL, PASSER, VISITOR, Forbidden, NotSignedIn, Person
 
 TOKEN_S, RENEWED_S = 3600, 30 * 24 * 3600
 INVITED_S = 7 * 24 * 3600
@@ -32,49 +31,12 @@ KEY_FILE = "desk.key"
 Role = Literal["agent", "supervisor"]
 
 
-class NotSignedIn(CoterieError):
-    """No token, or one that is forged, expired or for another site."""
-
-    status = 401
-    code = "not_signed_in"
-
-
-class Forbidden(CoterieError):
-    """A site that is not on the list, or a request that a page of ours did not make."""
-
-    status = 403
-    code = "forbidden"
-
-
 @dataclass(frozen=True)
 class Agent:
     """A person who works at the desk."""
 
     name: str
     role: Role = "agent"
-
-
-@dataclass
-class Limit:
-    """At most `most` in any `seconds`, for each name."""
-
-    most: int
-    seconds: float
-    _times: dict[str, deque[float]] = field(default_factory=dict)
-
-    def count(self, name: str) -> None:
-        """Raises Busy, with the time to wait, where it is too often."""
-        now = time.monotonic()
-        if len(self._times) > 10_000:  # names that have been quiet
-            self._times = {n: t for n, t in self._times.items() if t and t[-1] > now - self.seconds}
-        times = self._times.setdefault(name, deque())
-        while times and times[0] <= now - self.seconds:
-            times.popleft()
-        if len(times) >= self.most:
-            error = Busy(f"too many at once: at most {self.most} in {self.seconds:.0f} seconds")
-            error.retry_after_s = max(1, round(times[0] + self.seconds - now))
-            raise error
-        times.append(now)
 
 
 class Door:
@@ -150,14 +112,22 @@ class Door:
         return Agent(name, role)
 
     def agent(self, request: Request) -> Agent:
-        """The agent who makes this request. What changes something must come from a page of ours: a form on another
-        site cannot set the header. Raises NotSignedIn, Forbidden."""
-        agent = self.invited(request.cookies.get(COOKIE, ""))
+        """The agent who makes this request, by account or by invitation. What changes something must come from a page
+        of ours: a form on another site cannot set the header. Raises NotSignedIn, Forbidden."""
+        agent = _by_account(request) or self.invited(request.cookies.get(COOKIE, ""))
         if agent is None:
-            raise NotSignedIn("sign in with the link that `coterie desk invite NAME` prints")
+            raise NotSignedIn("sign in with an account, or with the link that `coterie desk invite NAME` prints")
         if request.method not in ("GET", "HEAD") and request.headers.get("x-coterie-desk") != "1":
             raise Forbidden("this request was not made by the desk's own page")
         return agent
+
+
+def _by_account(request: Request) -> Agent | None:
+    """Who is signed in and may converse; owners and admins see the desk as supervisors."""
+    person: Person | None = getattr(request.state, "person", None)
+    if person is None or person in (LOCAL, PASSER, VISITOR) or "converse" not in person.may:
+        return None
+    return Agent(person.name, "supervisor" if person.role in ("owner", "admin") else "agent")
 
 
 def open_door(folder: Path, origins: list[str]) -> Door:

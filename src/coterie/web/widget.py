@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 
 from coterie.desk.desk import Desk
 from coterie.desk.message import LONGEST_KEY, Conversation, Message
-from coterie.web.door import Door, Limit
+from coterie.privacy.access import Limit
+from coterie.web.door import Door
 from coterie.web.events import event, next_news, stream
 from coterie.web.problem import handle_errors
 from coterie.web.schema import Text
