@@ -263,6 +263,7 @@ def read_config(folder: Path) -> Config:
 
 def _first(error: ValidationError) -> str:
     """The first thing that is wrong: the field, what it must be, and what it is."""
+    given: Any
     first = error.errors()[0]
     loc = [part for part in first["loc"] if part != "[key]"]
     if loc[:2] == ["knowledge", "sources"]:  # the file has them right under [knowledge]
@@ -272,8 +273,11 @@ def _first(error: ValidationError) -> str:
         return f"{field}: there is no such field"
     if first["type"] == "missing":
         return f"{field}: this field is needed"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = first["input"].get("kind", "nothing") if isinstance(first["input"], dict) else first["input"]
+        return f"{field}.kind: must be 'documents', 'graph', 'database' or 'tables', not {given!r}"
     if first["type"] in ("model_type", "dict_type"):
         return f"{field}: must be a table"
-    given: Any = first["input"]
+    given = first["input"]
     said = first["msg"].replace("Input should be", "must be")
     return f"{field}: {said}, not {given!r}" if isinstance(given, str | int | float) else f"{field}: {said}"
