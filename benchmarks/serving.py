@@ -183,12 +183,14 @@ def fastest(commands: dict[str, list[str]], job: Job, threads: int) -> tuple[str
 
 
 def main() -> None:
-    args = common.options(__doc__ or "").parse_args()
+    parser = common.options(__doc__ or "")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all sides take turns")
+    args = parser.parse_args()
     common.need_packages("transformers", "peft", "xllamacpp")
     common.need_data("banking77/train.csv")
     from peers import llama_cpp, peft_generate
 
-    tokens, rounds = (24, 1) if args.quick else (48, 3)
+    tokens, rounds = (24, 1) if args.quick else (48, args.rounds)
     report = common.Report("Generation: benchmarks/serving.py")
     work = jobs(tokens)
     with tempfile.TemporaryDirectory() as scratch:
