@@ -21,10 +21,10 @@ check: .venv/ready-test
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+# Hours on 2 cores; each also runs alone and takes --quick (docs/benchmarks.md).
+BENCHES = tuning serving methods routing switch anatomy retrieval support groundedness graph sql privacy desk
 bench: .venv/ready-test
-	$(PY) benchmarks/tuning.py --record
-	$(PY) benchmarks/serving.py --record
-	$(PY) benchmarks/retrieval.py --record
+	for name in $(BENCHES); do $(PY) benchmarks/$$name.py --record || exit; done
 
 # Torch goes first and alone: plain PyPI torch on Linux brings gigabytes of CUDA, so set
 # TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.

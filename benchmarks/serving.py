@@ -36,10 +36,11 @@ from coterie.business import Business
 from coterie.data.read import read
 from coterie.engine import engine as engines
 from coterie.engine.request import Sampling
+from coterie.experts import adapter, prefix, prompt
 from coterie.experts import lora as loras
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
-from coterie.experts.kinds import fresh, save
+from coterie.experts.kinds import save
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.prefix import PrefixConfig
 from coterie.experts.prompt import PromptConfig
@@ -82,7 +83,9 @@ def make_business(folder: Path) -> None:
         write_gguf_lora(base, lora.weights, lora.config.alpha, folder / "gguf" / f"{name}.gguf")
     for n in range(MANY):
         config = KINDS[n % len(KINDS)]
-        expert = fresh(config, base.decoder, n)
+        module = {"lora": loras, "adapter": adapter, "prompt": prompt, "prefix": prefix}[config.kind]
+        start = n if config.kind in ("lora", "adapter") else base.encode("Answer the customer of the bank.")
+        expert = module.fresh(config, base.decoder, start)
         for weight in expert.weights.values():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(n)) * 0.01)
         Library(folder / "experts").publish(
@@ -210,8 +213,9 @@ def main() -> None:
         sides = {OURS: common.Side([__file__, "--side", scratch, threads], args.threads)}
         settings: dict[str, str] = {}
         for peer, commands in variants.items():
-            settings[peer] = next(iter(commands))
-            if not args.quick:
+            settings[peer] = settings.get(LLAMA, "") if LLAMA in peer else ""  # found once for llama.cpp
+            settings[peer] = settings[peer] or next(iter(commands))
+            if not args.quick and peer in (LLAMA, "PEFT"):
                 settings[peer], pace = fastest(commands, next(work)[16], args.threads)
                 report.figures |= {f"{peer}, {name}, trial tokens/s": value for name, value in pace.items()}
             sides[peer] = common.Side(commands[settings[peer]], args.threads)

@@ -351,7 +351,7 @@ sys.path.insert(0, sys.argv[1])
 from coterie.store.database import open_database
 from coterie.web import widget
 from coterie.web.app import create_app
-from coterie.web.door import Limit
+from coterie.privacy.access import Limit
 from desk_support import Script, open_desk, scripted
 
 widget.SAYS = Limit(1_000_000, 60)

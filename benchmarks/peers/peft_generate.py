@@ -19,9 +19,7 @@ from common import peak_mib, take_jobs
 # Name: precision, and whether one call takes all requests (PEFT's adapter_names) or one adapter's requests.
 VARIANTS = {
     "mixed batch, bf16": (torch.bfloat16, True),
-    "mixed batch, fp32": (torch.float32, True),
     "switching, bf16": (torch.bfloat16, False),
-    "switching, fp32": (torch.float32, False),
 }
 
 

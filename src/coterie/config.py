@@ -266,8 +266,9 @@ def _first(error: ValidationError) -> str:
     given: Any
     first = error.errors()[0]
     loc = [part for part in first["loc"] if part != "[key]"]
-    if loc[:2] == ["knowledge", "sources"]:  # the file has them right under [knowledge]
+    if loc[:2] == ["knowledge", "sources"]:  # the file has them right under [knowledge], and no tag of their kind
         del loc[1]
+        del loc[2:3]
     field = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
         return f"{field}: there is no such field"
