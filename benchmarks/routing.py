@@ -14,7 +14,6 @@ compared on; `all` adds seven that overlap (two banks, two kinds of journey, ...
 of who asked.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -22,6 +21,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from routing_tasks import Task, outside, tasks
@@ -240,21 +240,20 @@ def answer_each(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    here = Path(__file__).resolve().parents[2]
-    parser.add_argument("--data", type=Path, default=here / "shared" / "data")
+    parser = common.options(__doc__ or "")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "coterie" / "benchmarks" / "routing")
     parser.add_argument("--part", type=int, choices=(1, 2), help="only this part")
     parser.add_argument("--rows", type=int, default=500, help="training rows of each expert of part 2")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="few tasks and rows: a try, no measurement")
     args = parser.parse_args()
-    quick, report = args.quick, {"machine": f"{torch.get_num_threads()} threads", "quick": args.quick}
+    torch.set_num_threads(args.threads)
+    data = common.need_data("banking77/train.csv").parents[1]
+    quick, report = args.quick, dict[str, Any]()
     if args.part != 2:
         base = load(pull(DEFAULT, tell), packed=True)
         names = ["banking77", "clinc-work", "sql", "tunes"] if quick else None
-        found = tasks(args.data, 60 if quick else 1000, 15 if quick else 150, names)
-        strangers = embed(base, outside(args.data)[: 40 if quick else None])
+        found = tasks(data, 60 if quick else 1000, 15 if quick else 150, names)
+        strangers = embed(base, outside(data)[: 40 if quick else None])
         back, routers = background(base), {}
         known = {t.name: learn(base, [p for p, _ in t.train], [str(i) for i in range(len(t.train))]) for t in found}
         for which in ("distinct", "all"):
@@ -270,13 +269,32 @@ def main() -> None:
         tell(f"{report['cost']} {report['growth']}")
     if args.part != 1:
         found = tasks(
-            args.data,
+            data,
             60 if quick else args.rows,
             8 if quick else 60,
             ["clinc-kitchen", "sql", "tunes"] if quick else TRAINED,
         )
         report["quality"] = quality(args.work / ("quick" if quick else "full"), found, 1 if quick else args.epochs)
-    print(json.dumps(report, indent=1))
+    shown = common.Report("Routing: benchmarks/routing.py")
+    figures(report, shown)
+    common.finish(shown, args)
+
+
+def figures(report: dict[str, Any], found: common.Report) -> None:
+    """The figures by name, and everything measured as it came."""
+    for which in ("distinct", "all"):
+        if which in report:
+            part = report[which]
+            found.figures |= {
+                f"choice_accuracy, {which}": part["choice_accuracy"]["value"], f"ood_auroc, {which}": part["ood_auroc"],
+            }  # fmt: skip
+    if "all" in report:
+        found.figures |= {"choice_accuracy": report["all"]["choice_accuracy"]["value"],
+                          "ood_auroc": report["all"]["ood_auroc"], "overhead": report["cost"]["overhead"]}  # fmt: skip
+    if report.get("quality", {}).get("quality_of_oracle"):
+        found.ratios["quality_of_oracle"] = report["quality"]["quality_of_oracle"]
+    rows = [[f"{part}: {name}", json.dumps(value)] for part, values in report.items() for name, value in values.items()]
+    found.table("Measured", ["what", "value"], rows)
 
 
 if __name__ == "__main__":
