@@ -3,12 +3,11 @@
 This is the first flow of the house on one page: data -> split -> encode -> tune -> evaluate -> publish.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,11 +22,11 @@ from coterie.data.prepare import prepare
 from coterie.data.read import Example, check_file, read
 from coterie.data.split import hold_out
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError, DataError, ModelError, StorageError
+from coterie.errors import CoterieError, DataError, ModelError
 from coterie.evaluation.run import evaluate
 from coterie.experts import kinds
 from coterie.experts.instruction import posed, weights_of
-from coterie.experts.library import ExpertFacts, Library
+from coterie.experts.library import ExpertFacts, Library, alone
 from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
@@ -105,23 +104,10 @@ class Business:
         for file in self.files(listed):
             yield from read(file, columns, system)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else trains in this folder meanwhile. The system frees the lock of a process that is killed."""
-        file = self.folder / ".coterie" / "lock"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = file.open("a")
-        except OSError as error:
-            raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CoterieError(
-                    f"{self.folder}: another `coterie fit` is at work here; let it end or stop it"
-                ) from error
-            yield
+    def alone(self) -> AbstractContextManager[None]:
+        """Nobody else trains in this folder meanwhile."""
+        busy = f"{self.folder}: another `coterie fit` is at work here; let it end or stop it"
+        return alone(self.folder / ".coterie" / "lock", busy)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ class CoterieError(Exception):
     code = "invalid_request"
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says first, in at most 200 characters: the rest is often a statement or a trace."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 class DataError(CoterieError):
     """A data file that cannot be used: names file and line."""
 

@@ -28,7 +28,7 @@ from coterie.desk.message import Turn
 from coterie.desk.webhook import TIMEOUT_S, Webhook, Webhooks
 from coterie.engine.request import Generation
 from coterie.errors import CoterieError
-from coterie.store.database import open_database
+from coterie.store.database import located, open_database
 
 LOOK_S = 2.0  # between two looks for answers that nobody is at
 CONFIDENCE = "desk-confidence.json"
@@ -37,10 +37,7 @@ log = logging.getLogger(__name__)
 
 def database_of(business: Business) -> Engine:
     """The database that the business declares; a relative SQLite file lies in its folder. Raises CoterieError."""
-    url, lead = business.config.desk.database, "sqlite:///"
-    if url.startswith(lead) and not url.startswith(lead + "/") and url != lead + ":memory:":
-        url = f"{lead}{business.folder.resolve() / url.removeprefix(lead)}"
-    return open_database(url)
+    return open_database(located(business.config.desk.database, business.folder))
 
 
 def _hooks(spec: DeskSpec) -> list[Webhook]:

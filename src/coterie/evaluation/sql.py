@@ -7,15 +7,15 @@ that returns too much. SQLite's own code runs in this process: a flaw in SQLite 
 
 import math
 import sqlite3
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from coterie.errors import DataError
+from coterie.store.sqlite import READING, cage
 
 SECONDS, ROWS, LENGTH = 2.0, 10_000, 10_000  # of one query: time, rows taken, characters of text or blob
-ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 33}  # 33: SQLITE_RECURSIVE
+ALLOWED = READING | {33}  # SQLITE_RECURSIVE
 Row = tuple[Any, ...]
 
 
@@ -33,14 +33,7 @@ def rows_of(database: Path, query: str, seconds: float = SECONDS) -> list[Row]:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.DatabaseError as error:
             raise DataError(f"{database}: not a SQLite database ({error})") from error
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10 * LENGTH)
-        connection.set_authorizer(
-            lambda action, a, b, *_: (
-                sqlite3.SQLITE_OK if action in ALLOWED and "load_extension" not in (a, b) else sqlite3.SQLITE_DENY
-            )
-        )
-        end = time.monotonic() + seconds
-        connection.set_progress_handler(lambda: int(time.monotonic() > end), 1000)
+        cage(connection, seconds, 10 * LENGTH, ALLOWED)
         try:
             cursor = connection.execute(query.strip().rstrip(";"))
             if cursor.description is None:  # nothing, or a comment: no rows is not what it answered

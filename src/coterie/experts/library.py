@@ -8,6 +8,7 @@ Notable: a version is written aside and put in place by one rename, and `current
 any point leaves either the old state or the new one. Weights are never changed, only added and removed.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,25 @@ class ExpertFacts:
     fingerprint: str = ""  # of base, data and settings: `fit` trains again only when it changes
     created: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def alone(file: Path, busy: str) -> Iterator[None]:
+    """Nobody else is in here with the same lock `file`; the system frees the lock of a process that is killed.
+
+    Raises StorageError, and CoterieError, saying `busy`, where somebody is.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a")
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CoterieError(busy) from error
+        yield
 
 
 def write_atomic(file: Path, text: str) -> None:

@@ -21,13 +21,13 @@ from coterie.data.read import Message
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError, QueryRefused, SourceError
-from coterie.knowledge.database import Answer, Database, open_database
+from coterie.knowledge.database import Answer, Database
 from coterie.knowledge.entities import plain
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.schema import describe
 from coterie.knowledge.specs import DatabaseSpec, TablesSpec
 from coterie.knowledge.sqlgrammar import sql_grammar
-from coterie.knowledge.tables import open_tables
+from coterie.knowledge.tables import open_tabular
 
 DRAWN = 4  # statements tried where the first finds nothing
 MOST = 128  # tokens of a statement
@@ -178,7 +178,7 @@ def open_sql(
 
     Raises CoterieError where an address or an example cannot be used; the database itself need not be alive yet.
     """
-    db = open_database(name, spec, root) if isinstance(spec, DatabaseSpec) else open_tables(name, spec, root)[0]
+    db = open_tabular(name, spec, root)
     files = [f for pattern in spec.examples for f in sorted(root.glob(pattern)) or [root / pattern]]
     examples = [pair for f in files for pair in read_examples(f)]
     return SqlSource(name, db, engine, adapter, Nearest(examples) if examples else None)

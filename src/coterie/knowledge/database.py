@@ -6,7 +6,6 @@ only; and SQLite's authorizer, or PostgreSQL's read-only transaction, refuses th
 
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,16 +17,16 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from coterie.errors import CoterieError, SourceError
+from coterie.errors import CoterieError, SourceError, first_line
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import SAMPLES, WIDTH, TableSchema, read_schema
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec
 from coterie.knowledge.sqlguard import View, guard, view_of
+from coterie.store.sqlite import cage
 
 DIALECTS = {"sqlite": "sqlite", "postgresql": "postgres", "duckdb": "duckdb"}  # SQLAlchemy's name: sqlglot's
 LONGEST = 1_000_000  # characters of a cell, SQLite
 LOOKED_AT = 20_000  # rows of a table, for its values
-READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
         except SourceError as error:
             raise SourceError(f"{name}: {error}") from error
         except SQLAlchemyError as error:
-            raise SourceError(f"{name}: the database cannot be reached ({_first_line(error)})") from error
+            raise SourceError(f"{name}: the database cannot be reached ({first_line(error)})") from error
         return columns, rows[:limit], len(rows) > limit
 
     def read() -> dict[str, TableSchema]:
@@ -179,15 +178,8 @@ def _sqlite(file: Path) -> Engine:
 
 def _run_sqlite(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[list[str], list[Any]]:
     connection: sqlite3.Connection = raw
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST)
     connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-    connection.set_authorizer(
-        lambda action, a, b, *_: (
-            sqlite3.SQLITE_OK if action in READING and "load_extension" not in (a, b) else sqlite3.SQLITE_DENY
-        )
-    )
-    end = time.monotonic() + timeout_s
-    connection.set_progress_handler(lambda: int(time.monotonic() > end), 1000)
+    cage(connection, timeout_s, LONGEST)
     try:
         cursor = connection.execute(sql)
         return [d[0] for d in cursor.description or ()], cursor.fetchmany(most)
@@ -226,8 +218,4 @@ def _run_postgresql(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[li
     except psycopg.errors.QueryCanceled as error:
         raise SourceError(f"stopped after {timeout_s:g} s; ask for less") from error
     except psycopg.Error as error:
-        raise SourceError(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise SourceError(first_line(error)) from error

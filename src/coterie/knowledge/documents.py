@@ -4,11 +4,9 @@
 and keeps its place in the list, and the rest is indexed.
 """
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from coterie.errors import CoterieError, DataError, StorageError
+from coterie.errors import CoterieError, DataError
+from coterie.experts.library import alone
 from coterie.knowledge.chunk import Chunk, chunks
 from coterie.knowledge.documents_spec import KINDS, DocumentsSpec
 from coterie.knowledge.embed import Embedder, Floats
@@ -72,22 +71,6 @@ def permissions_mark(spec: DocumentsSpec) -> str:
     return json.dumps([spec.readers, [(p.files, p.readers) for p in spec.permissions]])
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else indexes this source meanwhile. The system frees the lock of a process that is killed."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_suffix(".lock").open("a")
-    except OSError as error:
-        raise StorageError(f"{folder.parent}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CoterieError(f"{folder.name}: another `coterie learn` is at work on it; let it end") from error
-        yield
-
-
 def learn(
     name: str, spec: DocumentsSpec, root: Path, folder: Path, embedder: Embedder, tell: Tell = lambda _: None,
     count: Count = lambda _w, _d, _t: None,
@@ -95,7 +78,7 @@ def learn(
     """Bring the index in `folder` up to date with the files in `root`. Raises DataError (root), StorageError."""
     todo = list(listed(root, spec))
     indexed = dropped = 0
-    with _alone(folder):
+    with alone(folder.with_suffix(".lock"), f"{folder.name}: another `coterie learn` is at work on it; let it end"):
         store = Store(folder, embedder.width, embedder.name)
         try:
             known = {f.path: f for f in store.files()}

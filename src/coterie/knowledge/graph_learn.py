@@ -20,6 +20,7 @@ from coterie.knowledge.mapping import csv_rows, map_rows, relation, table_rows
 from coterie.knowledge.paths import COUNT, LIST, Asked, Finder, mask
 from coterie.knowledge.rdf import check_shapes, read_rdf
 from coterie.knowledge.specs import GraphSpec
+from coterie.store.database import located
 
 Triples = Callable[[], Iterator[ox.Triple | ox.Quad]]
 
@@ -96,7 +97,7 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
                     seen.add(name)
                     yield _Wanted(name, tuple(part.readers), lambda f=file: _digest(f),  # type: ignore[misc]
                                   lambda f=file: read_rdf(f, spec.base))  # type: ignore[misc]  # fmt: skip
-    engine = create_engine(_address(spec.database, root)) if spec.database else None
+    engine = create_engine(located(spec.database, root)) if spec.database else None
     for table in spec.tables:
         rows = _rows(engine, table.table, root / table.file)
         made: Triples = lambda t=table, r=rows: map_rows(t, r(), spec.base)  # type: ignore[misc]  # noqa: E731
@@ -111,13 +112,6 @@ def _rows(engine: Engine | None, table: str, file: Path) -> Callable[[], Iterato
         assert engine is not None, "GraphSpec asks for `database`"
         return lambda: table_rows(engine, table)
     return lambda: csv_rows(file)
-
-
-def _address(url: str, root: Path) -> str:
-    """A SQLite file is named from the business's folder."""
-    prefix = "sqlite:///"
-    plain = url.startswith(prefix) and not url.startswith(prefix + "/")
-    return f"{prefix}{root / url.removeprefix(prefix)}" if plain else url
 
 
 def _digest(file: Path) -> str:

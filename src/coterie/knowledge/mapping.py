@@ -13,7 +13,7 @@ import pyoxigraph as ox
 from sqlalchemy import Engine, MetaData, Table, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from coterie.errors import SourceError
+from coterie.errors import SourceError, first_line
 from coterie.knowledge.specs import MappingSpec
 
 XSD, RDFS = "http://www.w3.org/2001/XMLSchema#", "http://www.w3.org/2000/01/rdf-schema#"
@@ -101,4 +101,4 @@ def table_rows(engine: Engine, name: str) -> Iterator[Row]:
         with engine.connect().execution_options(stream_results=True, yield_per=1000) as connection:
             yield from map(dict, connection.execute(select(table)).mappings())
     except SQLAlchemyError as error:
-        raise SourceError(f"table {name}: cannot be read ({str(error).splitlines()[0][:200]})") from error
+        raise SourceError(f"table {name}: cannot be read ({first_line(error)})") from error

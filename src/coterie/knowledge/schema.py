@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import SQLAlchemyError
 
-from coterie.errors import CoterieError, SourceError
+from coterie.errors import CoterieError, SourceError, first_line
 
 SAMPLES = 3  # values shown of a column
 WIDTH = 24  # characters of one
@@ -65,7 +65,7 @@ def read_schema(engine: Engine, wanted: Mapping[str, str]) -> dict[str, TableSch
             out[name.lower()] = TableSchema(name, columns, description or comment)
         return out
     except SQLAlchemyError as error:
-        raise SourceError(f"the database cannot be read ({str(error).splitlines()[0][:200]})") from error
+        raise SourceError(f"the database cannot be read ({first_line(error)})") from error
 
 
 def _type(kind: object) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 import duckdb
 
-from coterie.errors import SourceError
-from coterie.knowledge.database import Database
+from coterie.errors import SourceError, first_line
+from coterie.knowledge.database import Database, open_database
 from coterie.knowledge.schema import Column, TableSchema
-from coterie.knowledge.specs import RowsSpec, TablesSpec
+from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 
 MEMORY = "1GB"
 COLUMNS = 2_000  # of one file; a table of a million columns is refused
@@ -75,7 +75,7 @@ class Files:
         except duckdb.InterruptException as error:
             raise SourceError(f"{self.name}: stopped after {self.spec.timeout_s:g} s; ask for less") from error
         except duckdb.Error as error:
-            raise SourceError(f"{self.name}: {str(error).splitlines()[0][:200]}") from error
+            raise SourceError(f"{self.name}: {first_line(error)}") from error
         finally:
             clock.cancel()
             cursor.close()
@@ -87,6 +87,11 @@ def open_tables(name: str, spec: TablesSpec, root: Path) -> tuple[Database, File
     files = Files(name, spec, root)
     specs = {table: spec.tables.get(table, RowsSpec.model_validate({})) for table in spec.files}
     return Database(name, "duckdb", files.tables, specs, files.fetch, spec.rows), files
+
+
+def open_tabular(name: str, spec: DatabaseSpec | TablesSpec, root: Path) -> Database:
+    """What is asked in SQL: a database, or files as tables. Raises CoterieError where an address cannot be used."""
+    return open_database(name, spec, root) if isinstance(spec, DatabaseSpec) else open_tables(name, spec, root)[0]
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -120,7 +125,7 @@ def _load(connection: duckdb.DuckDBPyConnection, table: str, file: Path) -> None
         connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
         connection.unregister("incoming")
     except duckdb.Error as error:
-        raise SourceError(f"{file}: cannot be read ({str(error).splitlines()[0][:200]})") from error
+        raise SourceError(f"{file}: cannot be read ({first_line(error)})") from error
 
 
 def _load_excel(connection: duckdb.DuckDBPyConnection, name: str, file: Path) -> None:

@@ -23,6 +23,13 @@ MIGRATING = 0x636F7465  # of PostgreSQL's advisory lock: one process migrates, t
 _WRITES = "coterie_writes"  # execution option of a connection that begins with the write lock
 
 
+def located(url: str, folder: Path) -> str:
+    """`url`, with a relative SQLite file looked for in `folder`."""
+    lead = "sqlite:///"
+    relative = url.startswith(lead) and not url.startswith(lead + "/") and url != lead + ":memory:"
+    return f"{lead}{folder.resolve() / url.removeprefix(lead)}" if relative else url
+
+
 def open_database(url: str) -> Engine:
     """A pool of connections, its tables brought up to date. `url`: as SQLAlchemy reads it; sqlite or postgresql.
 
