@@ -62,6 +62,11 @@ class Grounding:
         self.answerer, self.knowledge = answerer, knowledge
         self.spec = answerer.business.config.knowledge
 
+    @classmethod
+    def of(cls, answerer: Answerer) -> "Grounding":
+        """Over all that the business declares; its own engine writes the SQL."""
+        return cls(answerer, Knowledge(answerer.business, engine=lambda: answerer.engine))
+
     def gather(self, messages: list[Message], reader: Reader, tell: Tell = lambda _: None) -> Grounded:
         """The evidence for the last message, as much as fits beside the conversation. Raises ContextTooLong."""
         base, problems = self.answerer.engine.base, list[str]()

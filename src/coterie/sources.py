@@ -14,7 +14,6 @@ from coterie.errors import CoterieError
 from coterie.experts.instruction import weights_of
 from coterie.knowledge import documents
 from coterie.knowledge.asksql import open_sql
-from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.embed import Embedder, Endpoint, MiniLM
@@ -23,7 +22,7 @@ from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
-from coterie.knowledge.tables import open_tables
+from coterie.knowledge.tables import open_tabular
 from coterie.model.pull import EMBEDDER, pull
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
@@ -92,12 +91,7 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
         done = learn_graph(spec, business.folder, folder)
         triples = sum(source.triples for source in Graph(folder, spec.timeout_s).sources())
         return Learned(name, len(done.changed), len(done.removed), done.kept, triples, tuple(done.problems.items()))
-    if isinstance(spec, DatabaseSpec):
-        db = open_database(name, spec, business.folder)
-    else:
-        db = open_tables(name, spec, business.folder)[0]
-    db.refresh()
-    found = db.tables()
+    found = open_tabular(name, spec, business.folder).tables()
     missing = tuple((table, "there is no such table") for table in spec.tables if table.lower() not in found)
     return Learned(name, 0, 0, len(found), len(found), missing)
 
@@ -109,10 +103,20 @@ class Knowledge:
         self, business: Business, by: Embedder | None = None, tell: Tell = lambda _: None,
         engine: Callable[[], Engine] | None = None,
     ) -> None:  # fmt: skip
-        """`engine` writes SQL where a source asks for it; without one, an engine of its own is opened then."""
-        self.business, self.embedder = business, by or embedder(business, tell)
+        """Nothing is loaded before it is needed. `engine` writes SQL where a source asks for it; without one, an engine
+        of its own is opened then."""
+        self.business, self._tell = business, tell
+        self._by, self._given, self._own = by, engine, list[Engine]()
         self._open: dict[str, Source] = {}
-        self._given, self._own, self._opening = engine, list[Engine](), threading.Lock()
+        self._opening = threading.RLock()
+
+    @property
+    def embedder(self) -> Embedder:
+        """What compares texts. Raises CoterieError, ModelError."""
+        with self._opening:
+            if self._by is None:
+                self._by = embedder(self.business, self._tell)
+            return self._by
 
     def close(self) -> None:
         for source in self._open.values():
@@ -136,9 +140,10 @@ class Knowledge:
         declared = self.business.config.knowledge.sources
         if name not in declared:
             raise CoterieError(f"there is no source {name!r}; there are: {', '.join(declared) or 'none'}")
-        if name not in self._open:
-            self._open[name] = self._opened(name, declared[name])
-        return self._open[name]
+        with self._opening:
+            if name not in self._open:
+                self._open[name] = self._opened(name, declared[name])
+            return self._open[name]
 
     def _opened(self, name: str, spec: DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec) -> Source:
         folder = index_folder(self.business, name)
@@ -205,14 +210,8 @@ def _parts(business: Business, name: str, reader: Reader) -> list[dict[str, Any]
         sources = Graph(folder, spec.timeout_s).sources()
         return [_part(s.name, "triples", s.triples, sorted(s.readers)) for s in sources if s.readers & reader.may]
     assert not isinstance(spec, DocumentsSpec), "documents have an overview of their own"
-    if isinstance(spec, DatabaseSpec):
-        db = open_database(name, spec, business.folder)
-    else:
-        db = open_tables(name, spec, business.folder)[0]
-    seen = db.schema(reader)
-    return [
-        _part(table, ", ".join(c.name for c in seen[table].columns), len(seen[table].columns), []) for table in seen
-    ]
+    seen = open_tabular(name, spec, business.folder).views(reader)
+    return [_part(table, ", ".join(view.columns), len(view.columns), []) for table, view in seen.items()]
 
 
 def _part(path: str, title: str, passages: int, readers: list[str]) -> dict[str, Any]:

@@ -281,6 +281,7 @@ def serve(
     from coterie.answer import Answerer
     from coterie.business import Business
     from coterie.desk.rights import house_of, open_desk, rooms_of
+    from coterie.grounding import Grounding
     from coterie.web.app import create_app
 
     business = Business.open(folder)
@@ -293,14 +294,15 @@ def serve(
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
+    grounding = Grounding.of(answerer)
     try:
-        desk = open_desk(answerer, house, tell)
+        desk = open_desk(answerer, house, grounding, tell)
     except BaseException:
         answerer.close()  # its threads would keep the process alive
         raise
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    application = create_app(answerer, desk, house, lambda: rooms_of(house, business))
+    application = create_app(answerer, desk, house, lambda: rooms_of(house, business), grounding)
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
@@ -308,6 +310,7 @@ def serve(
         server.run([listener])
     finally:
         desk.close()
+        grounding.knowledge.close()
         answerer.close()
         house.close()
 

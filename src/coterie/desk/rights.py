@@ -3,6 +3,7 @@ than wished."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -14,7 +15,8 @@ from coterie.desk import trained
 from coterie.desk.crm import CrmError, open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
 from coterie.desk.flow import Masked, Parts
-from coterie.desk.knowing import Knowing
+from coterie.desk.knowing import check, ground
+from coterie.grounding import Grounding
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.expert import WhenNeeded
 from coterie.privacy.house import House, open_house
@@ -30,7 +32,7 @@ def house_of(business: Business) -> House:
     return open_house(business.folder, database_of(business))
 
 
-def open_desk(answerer: Answerer, house: House, tell: Tell = lambda _: None) -> Desk:
+def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell = lambda _: None) -> Desk:
     """The desk at work: what is said is kept sealed, and every model sees it masked."""
     tagger = WhenNeeded(answerer.engine.base, tell)
     if answerer.business.config.desk.origins:
@@ -40,9 +42,8 @@ def open_desk(answerer: Answerer, house: House, tell: Tell = lambda _: None) -> 
     profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
     vault = Vault(detector, house.database, house.keys, lambda customer: _known(profile, customer))
     parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts), profile=profile)
-    if answerer.business.config.knowledge.sources:
-        knowing = Knowing(answerer)
-        parts = replace(parts, ground=knowing.ground, check=knowing.check)
+    if grounding.spec.sources:
+        parts = replace(parts, ground=partial(ground, grounding), check=partial(check, grounding))
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
     desk.start()
     return desk

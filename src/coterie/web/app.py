@@ -30,6 +30,7 @@ from coterie.errors import CoterieError
 from coterie.evaluation import charts
 from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
+from coterie.grounding import Grounding
 from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
@@ -45,11 +46,11 @@ Start = Callable[[Callable[[Piece], None]], Answer]
 
 def create_app(
     answerer: Answerer, desk: Desk | None = None, house: House | None = None,
-    rooms: Callable[[], list[Room]] = list,
+    rooms: Callable[[], list[Room]] = list, grounding: Grounding | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application over one business, with its desk where it is open.
 
-    house: who may do what. rooms: who holds customers' data.
+    house: who may do what. rooms: who holds customers' data. grounding: the open sources, where the desk has them too.
     """
     gate = Gate(house)
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
@@ -63,8 +64,8 @@ def create_app(
     add_access(app, gate, pages, rooms)
     if desk:
         add_desk(app, desk, pages, saw=_on_record(house) if house else None)
-    shelf = Shelf(answerer)
-    app.include_router(knowledge_router(shelf, pages))
+    shelf = Shelf(grounding or Grounding.of(answerer))
+    app.include_router(knowledge_router(shelf, business, pages))
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,12 +12,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from jinja2 import Environment
 
-from coterie.answer import Answerer
+from coterie.business import Business
 from coterie.data.read import Message
 from coterie.errors import CoterieError
 from coterie.grounding import Grounded, Grounding, Writer
 from coterie.knowledge.evidence import Reader
-from coterie.sources import Knowledge, overview
+from coterie.sources import overview
 
 
 class NoPassage(CoterieError):
@@ -36,27 +35,20 @@ def reader_of(request: Request) -> Reader:
 
 
 class Shelf:
-    """The knowledge of the business that is served, opened when it is first needed."""
+    """The knowledge of the business that is served."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self.answerer = answerer
-        self._lock = threading.Lock()
-        self._grounding: Grounding | None = None
+    def __init__(self, grounding: Grounding) -> None:
+        self._grounding = grounding
 
     @property
     def declared(self) -> bool:
-        return bool(self.answerer.business.config.knowledge.sources)
+        return bool(self._grounding.spec.sources)
 
     def grounding(self) -> Grounding:
         """Raises CoterieError where no source is declared."""
         if not self.declared:
             raise CoterieError("knowledge: this business declares no [knowledge.NAME] in coterie.toml")
-        with self._lock:
-            if self._grounding is None:
-                self._grounding = Grounding(
-                    self.answerer, Knowledge(self.answerer.business, engine=lambda: self.answerer.engine)
-                )
-            return self._grounding
+        return self._grounding
 
     def gather(self, messages: list[Message], request: Request) -> "Ground":
         """The evidence for a conversation."""
@@ -115,10 +107,9 @@ class Ground:
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def router(shelf: Shelf, pages: Environment) -> APIRouter:
+def router(shelf: Shelf, business: Business, pages: Environment) -> APIRouter:
     """The routes: /knowledge (the page), /knowledge/sources, /knowledge/passage, /knowledge/search."""
     routes = APIRouter()
-    business = shelf.answerer.business
 
     @routes.get("/knowledge", response_class=HTMLResponse)
     def page(request: Request) -> str:
