@@ -281,12 +281,14 @@ class Engine:
         spans, wanted, soft = [], list[int](), list[tuple[int, Tensor]]()
         for row, count, guess in turns:
             first, start, end = len(ids), row.length, row.length + count
-            text = row.request.prompt if start < row.ahead + len(row.request.prompt) else row.request.generated
-            skipped = row.ahead if text is row.request.prompt else row.ahead + len(row.request.prompt)
             if start < row.ahead and row.loaded and row.loaded.applied.soft is not None:
                 soft.append((first, row.loaded.applied.soft[start:end]))
-            ids += [0] * min(count, max(0, row.ahead - start))
-            ids += text[max(0, start - skipped) : max(0, end - skipped)] + guess
+            if row.request.generated:  # all of the prompt has been read: what is left is the last token
+                ids.append(row.request.generated[-1])
+            else:
+                ids += [0] * min(count, max(0, row.ahead - start))
+                ids += row.request.prompt[max(0, start - row.ahead) : max(0, end - row.ahead)]
+            ids += guess
             spans.append((start, len(ids) - first))
             if count == row.unread:
                 wanted += range(first + count - 1, len(ids))

@@ -2,6 +2,7 @@
 
 import ctypes
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,16 @@ def give_back_pool() -> None:
     operations of a decoding step wakes its helpers through the kernel: 27 ms instead of 18 (docs/performance.md).
     So whoever has computed, and now rests, gives its pool back. Where OpenMP is not GNU's, nothing happens.
     """
-    for library in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(str(library)).omp_pause_resource_all(PAUSE_HARD)
+    for library in _openmp():
+        with suppress(AttributeError):
+            library.omp_pause_resource_all(PAUSE_HARD)
+
+
+@cache
+def _openmp() -> list[ctypes.CDLL]:
+    """GNU's OpenMP, as torch brings it. Looked for once: the pool is given back after each routed request."""
+    found = []
+    for file in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        with suppress(OSError):
+            found.append(ctypes.CDLL(str(file)))
+    return found
