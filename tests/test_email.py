@@ -537,7 +537,8 @@ def test_an_erased_customer_leaves_nothing_and_their_mail_is_not_taken_again(tmp
     found = export_customer(rooms, desk.house.audit, c.customer, "cli")
     assert found["conversations"][0]["messages"][0]["email"]["from"] == "ada@mail.example"
     assert [f["name"] for f in found["files"]] == ["ö <b>.html"]
-    erase_customer(rooms, desk.house.keys, desk.house.audit, c.customer, "cli")
+    done = erase_customer(rooms, desk.house.keys, desk.house.audit, c.customer, "cli")
+    assert (done["files"], done["conversations"]) == (1, 1)
     assert desk.talks.listed() == []
     assert list(desk.files.of(c.customer)) == []
     assert desk.take(with_file()) == "again"

@@ -17,6 +17,7 @@ from coterie.cli import mail as _mail  # noqa: F401 (adds its command to `desk`)
 from coterie.cli import models as model_commands
 from coterie.cli import privacy as privacy_commands
 from coterie.cli import suite as suite_commands
+from coterie.cli import webhooks as _webhooks  # noqa: F401 (adds its commands to `desk`)
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from coterie.desk.message import NoConversation
 from coterie.desk.mime import File
@@ -76,6 +76,14 @@ class Attachments:
                 .where(ConversationRow.customer == customer).order_by(AttachmentRow.at, AttachmentRow.id)
             ).all()  # fmt: skip
         return (self.get(id) for id in ids)
+
+    def erase(self, customer: str) -> int:
+        """Delete every file of a customer; how many."""
+        whose = select(ConversationRow.id).where(ConversationRow.customer == customer)
+        with writing(self.house.database) as session:
+            ids = session.scalars(select(AttachmentRow.id).where(AttachmentRow.conversation_id.in_(whose))).all()
+            session.execute(delete(AttachmentRow).where(AttachmentRow.conversation_id.in_(whose)))
+        return len(ids)
 
     def _opened(self, row: AttachmentRow, customer: str) -> Attachment:
         about = json.loads(self.house.keys.unseal(customer, row.about, PURPOSE))

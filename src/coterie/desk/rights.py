@@ -71,13 +71,13 @@ def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
 def rooms_of(house: House, business: Business) -> list[Room]:
     """Everything of this business that holds customers' data."""
     return [
+        Room("files", lambda c: _files(house, c), Attachments(house).erase),  # before the conversations they hang on
         Room(
             "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
             lambda before: _delete(
                 house, (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
             ),
         ),
-        Room("files", lambda c: _files(house, c), lambda _c: "with the conversations"),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
         Room("consents", house.consents.of, house.consents.erase),
         trained.room_of(business),
