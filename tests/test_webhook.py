@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.business import Business
+from coterie.cli.main import main
 from coterie.desk.conversation import Conversations
-from coterie.desk.webhook import Webhook, Webhooks, sign, verify
+from coterie.desk.desk import database_of
+from coterie.desk.webhook import Webhook, Webhooks, replay, sign, verify
 from coterie.errors import CoterieError
 from coterie.store.database import open_database
 from desk_support import Script, open_desk, scripted
@@ -106,6 +110,68 @@ def test_a_replay_tells_it_again_under_the_same_ids(told: Any) -> None:
     assert [headers["X-Coterie-Event"] for _, headers in receiver.got] == ["1", "2", "2"]
     with pytest.raises(CoterieError, match="there is no webhook"):
         hooks().replay("https://other.example", 0)
+
+
+def test_a_replay_while_entries_are_told_is_not_lost(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    talks, receiver, hooks = told
+    id = talks.open("ada").id
+    for n in range(3):
+        talks.say(id, str(n))
+    now[0] += 5
+    at_work, post = hooks(kinds=("message",)), receiver.post
+
+    def replayed_meanwhile(url: str, body: bytes, headers: dict[str, str]) -> int:
+        status = post(url, body, headers)
+        if len(receiver.got) == 2:
+            replay(talks.database, URL, entry=1)
+        return int(status)
+
+    at_work.post = replayed_meanwhile
+    at_work.deliver()
+    at_work.deliver()
+    assert [body["id"] for body, _ in receiver.got] == [1, 2, 1, 2, 3]
+
+
+def test_the_command_lists_addresses_and_replays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now[0] = 1000.0
+    (tmp_path / "coterie.toml").write_text("")
+    talks, receiver = Conversations(database_of(Business.open(tmp_path)), clock=lambda: now[0]), Receiver()
+    hooks = Webhooks(talks, [Webhook(URL, SECRET)], lambda: now[0], receiver.post)
+    hooks.deliver()
+    id = talks.open("ada").id
+    for n in range(3):
+        now[0] += 100
+        talks.say(id, str(n))
+    now[0] += 5
+    hooks.deliver()
+
+    def run(*args: str) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main(["desk", "webhooks", *args, "-f", str(tmp_path)])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    (listed,) = json.loads(run("list", "--json")[1])
+    assert (listed["url"], listed["told"], listed["waiting"]) == (URL, 3, 0)
+    assert json.loads(run("replay", "3", "--json")[1]) == {URL: 1}
+    hooks.deliver()
+    since = datetime.fromtimestamp(1150).isoformat()
+    assert json.loads(run("replay", "--since", since, "--url", URL, "--json")[1]) == {URL: 2}
+    hooks.deliver()
+    assert [body["id"] for body, _ in receiver.got] == [1, 2, 3, 3, 2, 3]
+    for args, says in (
+        (["replay"], "say either"), (["replay", "1", "--since", "2026-01-01"], "say either"),
+        (["replay", "99"], "there is no entry 99"), (["replay", "--since", "monday"], "is no time"),
+        (["replay", "1", "--url", "https://other.example"], "there is no webhook"),
+    ):  # fmt: skip
+        code, _, err = run(*args)
+        assert code == 2
+        assert says in err
 
 
 @given(body=st.binary(max_size=50), at=st.integers(0, 10**9), off=st.integers(-1000, 1000))

@@ -173,6 +173,35 @@ class WebhookSpec(_Strict):
     texts: bool = Field(False, description="tell what was said, too")
 
 
+class EmailSpec(_Strict):
+    """[desk.email]: e-mail as a second channel."""
+
+    address: str = Field(
+        pattern=r"^[^\s@<>,;:\"]+@[^\s@<>,;:\"]+$", description="where customers write, and who answers them"
+    )
+    name: str = Field("", pattern=r"^[^\r\n]*$", description="shown with it; default: the name of the business")
+    imap: str = Field(pattern=r"^imaps?(\+starttls)?://", description="where mail is read, such as imaps://HOST")
+    smtp: str = Field(
+        pattern=r"^smtps?(\+starttls)?://",
+        description="where mail is sent, such as smtps://HOST or smtp+starttls://HOST",
+    )
+    user: str = Field("", description="who signs in at both; default: the address")
+    password_env: str = Field("COTERIE_EMAIL_PASSWORD", description="the environment variable of the password")
+    folder: str = Field("INBOX", min_length=1, description="the folder that is read")
+    poll_s: float = Field(60.0, ge=1, description="seconds between two looks, where the server cannot tell (IDLE)")
+    plus: bool = Field(True, description="the server takes mail to NAME+anything@HOST, too")
+    authserv: str = Field("", description="your own server's name in Authentication-Results; no other is believed")
+    identify: bool = Field(
+        False, description="a sender whom `authserv` has verified is the customer of that address, with their record"
+    )
+    per_hour: int = Field(20, ge=1, description="mails of one sender that the assistant answers in an hour")
+    most_mib: int = Field(25, ge=1, le=200, description="of a larger mail only the beginning is read")
+    handed_over: str = Field(
+        "Thank you for your message. A person will answer you here.",
+        description="what is sent when a person is called; empty: nothing",
+    )
+
+
 class DeskSpec(_Strict):
     """[desk]: customer service."""
 
@@ -195,6 +224,7 @@ class DeskSpec(_Strict):
     canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
     crm: CrmSpec | None = Field(None, description="where the customer's record is")
     webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
+    email: EmailSpec | None = Field(None, description="e-mail as a second channel")
     idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
     workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
 

@@ -13,9 +13,11 @@ from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
 from coterie.cli import knowledge as knowledge_commands
+from coterie.cli import mail as _mail  # noqa: F401 (adds its command to `desk`)
 from coterie.cli import models as model_commands
 from coterie.cli import privacy as privacy_commands
 from coterie.cli import suite as suite_commands
+from coterie.cli import webhooks as _webhooks  # noqa: F401 (adds its commands to `desk`)
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
@@ -280,6 +282,7 @@ def serve(
 
     from coterie.answer import Answerer
     from coterie.business import Business
+    from coterie.desk.mailbox import MailTask, open_mail
     from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.grounding import Grounding
     from coterie.web.app import create_app
@@ -300,6 +303,7 @@ def serve(
     except BaseException:
         answerer.close()  # its threads would keep the process alive
         raise
+    mail = MailTask(open_mail(business, house, desk.conversations, desk.wake)) if desk.spec.email else None
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
     application = create_app(answerer, desk, house, lambda: rooms_of(house, business), grounding)
@@ -307,8 +311,12 @@ def serve(
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
     try:
+        if mail:
+            mail.start()
         server.run([listener])
     finally:
+        if mail:
+            mail.close()
         desk.close()
         grounding.knowledge.close()
         answerer.close()

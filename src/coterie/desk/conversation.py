@@ -116,14 +116,14 @@ class Conversations:
         self.told(opened.id)
         return opened
 
-    def say(self, id: str, text: str, key: str | None = None) -> Message:
+    def say(self, id: str, text: str, key: str | None = None, data: dict[str, Any] | None = None) -> Message:
         """The customer writes. What this has returned is kept; sent again with its key it is not doubled."""
         text = clean(text)
         with self._act(id) as (session, row):
             if same := self._sent_before(session, row, "customer", key):
                 return same
             self._move(session, row, "say", by="customer")
-            said = self._append(session, row, "customer", "message", text, key)
+            said = self._append(session, row, "customer", "message", text, key, data)
             if row.state == "bot":
                 _owe(row)
             return said

@@ -1,21 +1,25 @@
 """The desk in the house of privacy: conversations sealed and masked; given to their customer, deleted, kept no longer
 than wished."""
 
+import base64
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from coterie.answer import Answerer
 from coterie.business import Business, Tell
 from coterie.desk import trained
+from coterie.desk.attachment import Attachments
+from coterie.desk.conversation import Conversations
 from coterie.desk.crm import CrmError, open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
 from coterie.desk.flow import Masked, Parts
 from coterie.desk.knowing import check, ground
+from coterie.desk.message import Message
 from coterie.grounding import Grounding
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.expert import WhenNeeded
@@ -25,6 +29,7 @@ from coterie.privacy.tables import PseudonymRow
 from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
+from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
 
 
 def house_of(business: Business) -> House:
@@ -66,6 +71,7 @@ def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
 def rooms_of(house: House, business: Business) -> list[Room]:
     """Everything of this business that holds customers' data."""
     return [
+        Room("files", lambda c: _files(house, c), Attachments(house).erase),  # before the conversations they hang on
         Room(
             "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
             lambda before: _delete(
@@ -79,7 +85,7 @@ def rooms_of(house: House, business: Business) -> list[Room]:
 
 
 def _export(house: House, customer: str) -> list[dict[str, Any]]:
-    out = []
+    out, talks = [], Conversations(house.database, house.seal, house.unseal)
     with reading(house.database) as session:
         query = select(ConversationRow).where(ConversationRow.customer == customer).order_by(ConversationRow.opened_at)
         for row in session.scalars(query):
@@ -88,11 +94,22 @@ def _export(house: House, customer: str) -> list[dict[str, Any]]:
             out.append({
                 "id": row.id, "channel": row.channel, "opened_at": row.opened_at, "state": row.state,
                 "messages": [{"seq": m.seq, "author": m.author, "kind": m.kind, "at": m.at,
-                              "text": house.unseal(customer, m.body)} for m in messages],
+                              "text": house.unseal(customer, m.body), **_by_mail(talks.opened(row, m))}
+                             for m in messages],
                 "ratings": [{"seq": r.seq, "good": r.good, "reason": house.unseal(customer, r.reason)}
                             for r in ratings],
             })  # fmt: skip
     return out
+
+
+def _by_mail(m: Message) -> dict[str, Any]:
+    """What the customer's mail held beside its words."""
+    return {k: m.data[k] for k in ("email", "quoted") if m.author == "customer" and m.data.get(k)}
+
+
+def _files(house: House, customer: str) -> list[dict[str, Any]]:
+    return [{"conversation": a.conversation, "name": a.file.name, "type": a.file.type,
+             "base64": base64.b64encode(a.file.body).decode()} for a in Attachments(house).of(customer)]  # fmt: skip
 
 
 def _delete(house: House, which: Any) -> int:
@@ -105,7 +122,9 @@ def _delete(house: House, which: Any) -> int:
 
 
 def _delete_all(session: Session, ids: list[str]) -> None:
-    for table in (RatingRow, MessageRow):
+    of = update(MailRow).where(MailRow.conversation_id.in_(ids))  # their marks stay: no mail is taken twice
+    session.execute(of.values(conversation_id=None, sender="", message_id=""))
+    for table in (RatingRow, AttachmentRow, OutboxRow, MessageRow):
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
 

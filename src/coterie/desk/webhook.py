@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from sqlalchemy import select
+from sqlalchemy import Engine, func, select
 
 from coterie.desk.conversation import Conversations
 from coterie.errors import CoterieError
@@ -64,6 +64,36 @@ def _post(url: str, body: bytes, headers: dict[str, str]) -> int:
     return httpx.post(url, content=body, headers=headers, timeout=TIMEOUT_S, follow_redirects=False).status_code
 
 
+def standing(database: Engine) -> list[dict[str, Any]]:
+    """How far each address was told: its last entry, how many entries of any kind are behind that, what went wrong."""
+    with reading(database) as session:
+        newer = select(func.count()).select_from(MessageRow).where(MessageRow.id > WebhookRow.told).scalar_subquery()
+        return [
+            {"url": w.url, "told": w.told, "waiting": n, "failed": w.failed, "next_at": w.next_at, "error": w.error}
+            for w, n in session.execute(select(WebhookRow, newer).order_by(WebhookRow.url))
+        ]
+
+
+def replay(database: Engine, url: str, since: float | None = None, entry: int | None = None) -> int:
+    """Tell an address again from a time, or from an entry, on; how many entries that is. Raises CoterieError for an
+    address or an entry that there is not."""
+    with writing(database) as session:
+        row = session.get(WebhookRow, url, with_for_update=True)
+        if row is None:
+            raise CoterieError(f"there is no webhook {url!r}")
+        first = entry
+        if entry is not None and session.get(MessageRow, entry) is None:
+            raise CoterieError(f"there is no entry {entry}; X-Coterie-Event has the ids of those that were told")
+        if since is not None:
+            first = session.scalars(select(func.min(MessageRow.id)).where(MessageRow.at >= since)).first()
+        last = row.told
+        if first is not None:
+            row.told = min(row.told, first - 1)
+        row.failed, row.next_at = 0, 0.0
+        again = select(func.count()).select_from(MessageRow).where(MessageRow.id > row.told, MessageRow.id <= last)
+        return session.scalar(again) or 0
+
+
 class Webhooks:
     """Tells each address what it has not been told. `deliver` is called now and then, by one process at a time."""
 
@@ -81,7 +111,8 @@ class Webhooks:
         row = self._mark(hook)
         if row.next_at > self.clock():
             return 0
-        for id, body in self._due(hook, row.told):
+        told = row.told
+        for id, body in self._due(hook, told):
             headers = {
                 "Content-Type": "application/json", "X-Coterie-Event": str(id),
                 "X-Coterie-Signature": sign(hook.secret, body, self.clock()),
@@ -91,24 +122,18 @@ class Webhooks:
                 problem = "" if 200 <= status < 300 else f"it answered {status}"
             except httpx.HTTPError as error:
                 problem = type(error).__name__
-            self._note(hook.url, id, problem)
+            if not self._note(hook.url, told, id, problem):
+                return taken
+            told = id
             if problem:
                 log.warning("webhook %s: entry %d was not taken: %s", hook.url, id, problem)
                 return taken
             taken += 1
         return taken
 
-    def replay(self, url: str, since: float) -> None:
-        """Tell an address again all that happened since a time. Raises CoterieError for an unknown address."""
-        with writing(self.talks.database) as session:
-            row = session.get(WebhookRow, url)
-            if row is None:
-                raise CoterieError(f"there is no webhook {url!r}")
-            first = select(MessageRow.id).where(MessageRow.at >= since).order_by(MessageRow.id).limit(1)
-            id = session.scalars(first).first()
-            if id is not None:
-                row.told = min(row.told, id - 1)
-            row.failed, row.next_at = 0, 0.0
+    def replay(self, url: str, since: float) -> int:
+        """Tell an address again all that happened since a time: see `replay`."""
+        return replay(self.talks.database, url, since=since)
 
     def _mark(self, hook: Webhook) -> WebhookRow:
         """Where the address stands; a new one is told what happens from now on."""
@@ -121,15 +146,18 @@ class Webhooks:
                 session.flush()
             return row
 
-    def _note(self, url: str, id: int, problem: str) -> None:
+    def _note(self, url: str, before: int, id: int, problem: str) -> bool:
+        """Move the mark on from `before`, or rest after a problem. False: somebody has moved the mark meanwhile, as a
+        replay does, and it is begun anew from there."""
         with writing(self.talks.database) as session:
-            row = session.get(WebhookRow, url)
-            if row is None:
-                return
+            row = session.get(WebhookRow, url, with_for_update=True)
+            if row is None or row.told != before:
+                return False
             row.failed = row.failed + 1 if problem else 0
             row.error = problem[:300]
             row.next_at = self.clock() + min(2.0**row.failed, LONGEST_PAUSE_S) if problem else 0.0
             row.told = row.told if problem else id
+            return True
 
     def _due(self, hook: Webhook, told: int) -> list[tuple[int, bytes]]:
         entries = (

@@ -87,19 +87,27 @@ class Keys:
 
     def seal(self, customer: str, plain: str, purpose: str = "") -> bytes:
         """`plain` under the customer's newest key; where there is none yet, it is made."""
+        return self.seal_bytes(customer, plain.encode(), purpose)
+
+    def seal_bytes(self, customer: str, plain: bytes, purpose: str = "") -> bytes:
+        """The same for a file."""
         key = self._newest(customer)
         nonce = secrets.token_bytes(NONCE)
         head = FORM + key.version.to_bytes(4, "big")
-        return head + nonce + key.cipher.encrypt(nonce, plain.encode(), _about(customer, purpose, head))
+        return head + nonce + key.cipher.encrypt(nonce, plain, _about(customer, purpose, head))
 
     def unseal(self, customer: str, sealed: bytes, purpose: str = "") -> str:
         """What was sealed. Raises Erased, Unreadable."""
+        return self.unseal_bytes(customer, sealed, purpose).decode()
+
+    def unseal_bytes(self, customer: str, sealed: bytes, purpose: str = "") -> bytes:
+        """The same for a file."""
         if len(sealed) < HEADER + 16 or sealed[:1] != FORM:
             raise Unreadable(f"data of customer {customer!r} was cut short, or was never encrypted")
         head, nonce = sealed[:5], sealed[5:HEADER]
         cipher = self._key(customer, int.from_bytes(head[1:], "big")).cipher
         try:
-            return cipher.decrypt(nonce, sealed[HEADER:], _about(customer, purpose, head)).decode()
+            return cipher.decrypt(nonce, sealed[HEADER:], _about(customer, purpose, head))
         except InvalidTag:
             raise Unreadable(f"data of customer {customer!r} was changed, or belongs to somebody else") from None
 

@@ -23,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from coterie.answer import Answer, Answerer
+from coterie.desk.attachment import Attachments
 from coterie.desk.desk import Desk
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
@@ -35,6 +36,8 @@ from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
 from coterie.web.desk import add_desk
+from coterie.web.door import open_door
+from coterie.web.files import router as files_router
 from coterie.web.knowledge import Ground, Shelf
 from coterie.web.knowledge import router as knowledge_router
 from coterie.web.problem import Guard, broken_off, handle_errors
@@ -63,7 +66,10 @@ def create_app(
     handle_errors(app)
     add_access(app, gate, pages, rooms)
     if desk:
-        add_desk(app, desk, pages, saw=_on_record(house) if house else None)
+        door = open_door(business.folder, desk.spec.origins)
+        add_desk(app, desk, pages, door, _on_record(house) if house else None)
+        if house:
+            app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
     shelf = Shelf(grounding or Grounding.of(answerer))
     app.include_router(knowledge_router(shelf, business, pages))
 
@@ -138,9 +144,9 @@ def create_app(
     return app
 
 
-def _on_record(house: House) -> Callable[[str, str, str], None]:
+def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, str, str], None]:
     """Says in the audit log which agent read whose conversation."""
-    return lambda agent, id, customer: house.audit.record(f"agent:{agent}", "conversation.read", customer, id=id)
+    return lambda agent, id, customer: house.audit.record(f"agent:{agent}", what, customer, id=id)
 
 
 class _ChatShape:

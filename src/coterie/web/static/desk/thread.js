@@ -58,10 +58,20 @@ function entry(m, disliked) {
   const label = m.kind === "note" ? `Private note of ${person(m.author)}` : person(m.author);
   const parts = [element("p", { class: "byline" }, `${label} · ${time(m.at)}${m.data.expert ? ` · ${m.data.expert}` : ""}`), body];
   if (m.data.sources?.length) parts.push(element("p", { class: "aside" }, m.data.sources.map((s) => s.where).join(" · ")));
+  if (m.data.email) parts.splice(1, 0, element("p", { class: "aside", dir: "auto" }, mailLine(m.data.email)));
+  if (m.data.quoted) parts.push(element("details", { class: "aside" }, element("summary", {}, "Quoted"), element("p", { dir: "auto" }, m.data.quoted)));
+  if (m.data.files?.length) parts.push(element("ul", { class: "aside files" }, ...m.data.files.map(fileLink)));
   if (m.data.stopped) parts.push(element("p", { class: "aside" }, "The customer stopped it here."));
   if (m.seq in disliked) parts.push(element("p", { class: "warn" }, `Not helpful${disliked[m.seq] ? `: ${disliked[m.seq]}` : ""}`));
   return element("li", { class: `entry ${m.kind} ${m.author.split(":")[0]}` }, ...parts);
 }
+
+const mailLine = ({ from, name, subject, verified, cut }) =>
+  `${name ? `${name} ` : ""}<${from}>${verified ? "" : " (sender not verified)"} · ${subject || "no subject"}${cut ? " · only the beginning was read" : ""}`;
+
+/** A file is saved, never shown here: it comes from a stranger. */
+const fileLink = ({ id, name, size }) => element("li", {},
+  element("a", { href: `desk/api/files/${encodeURIComponent(id)}`, download: name, dir: "auto" }, name), ` ${Math.max(1, Math.round(size / 1024))} KiB`);
 
 export function collision(present, c) {
   const others = present.map((p) => `${p.name} is ${p.typing ? "writing" : "looking at this"}`);

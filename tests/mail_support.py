@@ -1,0 +1,112 @@
+"""Mail servers for tests: a real IMAP server in a process of its own, a real SMTP server that keeps what it gets."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.message import EmailMessage, Message
+from email.parser import BytesParser
+from email.policy import default
+from pathlib import Path
+from typing import Any
+
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP as Server
+from imap_tools import MailBoxUnencrypted
+
+from coterie.config import EmailSpec
+from coterie.desk.conversation import Conversations
+from coterie.desk.mail import MailDesk, Send
+from coterie.privacy.house import House, open_house
+from coterie.store.database import open_database
+
+USER, PASSWORD, US = "support@shop.example", "a-password", "support@shop.example"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def imap_server() -> Iterator[int]:
+    """pymap, with its mailboxes in memory. Its port."""
+    port = free_port()
+    command = [sys.executable, "-c", "from pymap.main import main; main()",
+               "--host", "127.0.0.1", "--port", str(port), "--no-tls", "dict",
+               "--demo-data", "--demo-user", USER, "--demo-password", PASSWORD]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def deliver(port: int, raw: bytes) -> None:
+    """Put a mail into the folder, as a mail server does."""
+    with MailBoxUnencrypted("127.0.0.1", port).login(USER, PASSWORD) as box:
+        box.append(raw, "INBOX")
+
+
+@dataclass
+class Postbox:
+    """What the SMTP server took; `answers`: what it says to the next mails instead of taking them."""
+
+    got: list[tuple[list[str], Message]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+    async def handle_DATA(self, server: Server, session: Any, envelope: Any) -> str:
+        if self.answers and (said := self.answers.pop(0)) != "250":
+            return said
+        self.got.append((envelope.rcpt_tos, BytesParser(policy=default).parsebytes(envelope.content)))
+        return "250 OK"
+
+
+@contextmanager
+def smtp_server() -> Iterator[tuple[int, Postbox]]:
+    box, port = Postbox(), free_port()
+    controller = Controller(box, "127.0.0.1", port)
+    controller.start()
+    try:
+        yield port, box
+    finally:
+        controller.stop()
+
+
+def mail(text: str = "Where is my order?", sender: str = "Ada <ada@mail.example>", **headers: str) -> bytes:
+    """A mail as people write them; `in_reply_to="..."` and the like are headers."""
+    made = EmailMessage()
+    given = {
+        "from": sender,
+        "to": US,
+        "subject": "An order",
+        "message_id": f"<{abs(hash(text)):x}@mail.example>",
+    } | headers
+    for name, value in given.items():
+        if value:
+            made[name.replace("_", "-")] = value
+    made.set_content(text)
+    return made.as_bytes()
+
+
+def spec(**more: Any) -> EmailSpec:
+    return EmailSpec(**{"address": US, "imap": "imap://127.0.0.1", "smtp": "smtp://127.0.0.1", **more})
+
+
+def mail_desk(folder: Path, send: Send, now: list[float] | None = None, **more: Any) -> MailDesk:
+    """A channel over a house of its own; `now[0]`: what its clock says."""
+    house: House = open_house(folder, open_database(f"sqlite:///{folder}/desk.db"), {})
+    clock = (lambda: now[0]) if now else time.time
+    talks = Conversations(house.database, house.seal, house.unseal, clock)
+    return MailDesk(spec(**more), house, talks, send, "You are talking to an AI.", "The Shop", clock=clock)
