@@ -21,7 +21,6 @@ from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
 from coterie.desk.confidence import load_confidence
 from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clear, in_the_clear
-from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
@@ -87,19 +86,6 @@ class Desk:
         self._closing = threading.Event()
         self._teller: threading.Thread | None = None
         self._looker = threading.Thread(target=self._look, name="desk-look", daemon=True)
-
-    @classmethod
-    def open(cls, answerer: Answerer, parts: Parts | None = None) -> "Desk":
-        """The desk of the answerer's business, at work. Of `parts` that are not given, those that it declares.
-
-        Raises CoterieError for a declaration that cannot be used, StorageError for a database that cannot be opened.
-        """
-        crm = answerer.business.config.desk.crm
-        if crm and parts is None:
-            parts = Parts(profile=profile_of(open_crm(crm), crm.fields))
-        desk = cls(answerer, database_of(answerer.business), parts)
-        desk.start()
-        return desk
 
     def start(self) -> None:
         """Begin with what was left behind, then look for more."""

@@ -1,7 +1,7 @@
 """The desk in the house of privacy: conversations sealed and masked; given to their customer, deleted, kept no longer
 than wished."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 from coterie.answer import Answerer
 from coterie.business import Business, Tell
 from coterie.desk import trained
-from coterie.desk.crm import CrmError, open_crm, profile_of
+from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
-from coterie.desk.flow import Masked, Parts
+from coterie.desk.flow import Parts
 from coterie.desk.knowing import check, ground
 from coterie.grounding import Grounding
 from coterie.privacy.deidentify import Detector
@@ -40,8 +40,8 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
     detector = Detector(tagger)
     crm = answerer.business.config.desk.crm
     profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
-    vault = Vault(detector, house.database, house.keys, lambda customer: _known(profile, customer))
-    parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts), profile=profile)
+    vault = Vault(detector, house.database, house.keys)
+    parts = Parts(mask=lambda customer, texts, known: vault.mask(customer, texts, _own(known)), profile=profile)
     if grounding.spec.sources:
         parts = replace(parts, ground=partial(ground, grounding), check=partial(check, grounding))
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
@@ -49,18 +49,9 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
     return desk
 
 
-def _known(profile: Callable[[str], Mapping[str, Any]], customer: str) -> dict[str, list[str]]:
-    """What the CRM says of a customer, to be masked however it is written. While it is down, nothing of it is in the
-    prompt either, and rules and the tagging expert go on."""
-    try:
-        return {kind: [str(v)] for kind, v in profile(customer).items() if isinstance(v, str | int)}
-    except CrmError:
-        return {}
-
-
-def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
-    found = vault.mask(customer, texts)
-    return Masked(found.texts, found.restore)
+def _own(known: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What the CRM says of a customer, to be masked however it is written."""
+    return {kind: [str(value)] for kind, value in known.items() if isinstance(value, str | int)}
 
 
 def rooms_of(house: House, business: Business) -> list[Room]:
