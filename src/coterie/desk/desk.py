@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Engine
@@ -24,9 +24,10 @@ from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clea
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
+from coterie.desk.procedures.procedures import Procedures
 from coterie.desk.webhook import TIMEOUT_S, Webhook, Webhooks
 from coterie.engine.request import Generation
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, Stopped
 from coterie.store.database import located, open_database
 
 LOOK_S = 2.0  # between two looks for answers that nobody is at
@@ -71,13 +72,16 @@ class Desk:
 
     def __init__(
         self, answerer: Answerer, database: Engine, parts: Parts | None = None, seal: Seal = in_the_clear,
-        unseal: Unseal = from_the_clear, clock: Callable[[], float] = time.time,
+        unseal: Unseal = from_the_clear, clock: Callable[[], float] = time.time, procedures: Procedures | None = None,
     ) -> None:  # fmt: skip
         self.answerer, self.business = answerer, answerer.business
         self.spec = self.business.config.desk
         self.live = Live()
-        self.conversations = Conversations(database, seal, unseal, clock, self._changed)
+        self.procedures, runs = procedures, procedures.runs if procedures else None
+        self.conversations = Conversations(database, seal, unseal, clock, self._changed, runs)
         self.parts = parts or Parts()
+        if procedures:
+            self.parts = replace(self.parts, procedures=procedures)
         self.confidence = load_confidence(confidence_file(self.business))
         self.webhooks = Webhooks(self.conversations, _hooks(self.spec), clock)
         self._pool = ThreadPoolExecutor(self.spec.workers, thread_name_prefix="desk")
@@ -102,6 +106,8 @@ class Desk:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._teller:
             self._teller.join(TIMEOUT_S + 1)
+        if self.procedures:
+            self.procedures.close()
         self.conversations.database.dispose()
 
     @property
@@ -185,13 +191,15 @@ class Desk:
             try:
                 rules = Rules(self.spec, self.confidence, frozenset(self.conversations.disliked(id)))
                 result = flow.answer(self.answerer, turn, rules, self.parts, show, begun)
+            except Stopped:  # the procedure has ended, or another process is at it
+                work.dropped, result = True, Result()
             except Exception:
                 log.exception("conversation %s: a fault of ours; a person takes over", id)
                 result = Result(handoff=handoff.brief("assistant_failed", turn.messages))
             if work.dropped:
                 self.conversations.let_go(turn)
             else:
-                self.conversations.finish(turn, result.text, result.data, result.handoff)
+                self.conversations.finish(turn, result.text, result.data, result.handoff, result.keep)
         finally:
             with self._lock:
                 if self._at_work.get(id) is work:
