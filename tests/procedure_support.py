@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from coterie.desk.desk import Desk
+from coterie.desk.flow import Parts
 from coterie.desk.procedures.actions import FOUND
 from coterie.desk.procedures.procedures import Embed, Procedures
 from coterie.desk.procedures.runs import Runs
 from coterie.desk.procedures.spec import ActionSpec, read_procedures
 from coterie.desk.procedures.values import Value
 from coterie.store.database import open_database
-from desk_support import Script, scripted, settled
+from desk_support import Script, ScriptedAnswerer, scripted, settled
 
 REFUND = """
 title = "Return an order"
@@ -121,10 +122,17 @@ def guided(
     embed: Embed | None = None, files: Mapping[str, str] | None = None, told: Any = None, **desk: Any
 ) -> Desk:  # fmt: skip
     """A desk with the procedures of `files`."""
+    return opened_desk(folder, scripted(folder, says, **desk), perform, start, embed, files, told)
+
+
+def opened_desk(
+    folder: Path, answerer: ScriptedAnswerer, perform: Any, start: bool = True, embed: Embed | None = None,
+    files: Mapping[str, str] | None = None, told: Any = None, parts: Parts | None = None,
+) -> Desk:  # fmt: skip
     database = open_database(f"sqlite:///{folder}/desk.db")
-    found = read_procedures(procedure_folder(folder, files), desk.get("hosts", ()))
+    found = read_procedures(procedure_folder(folder, files), answerer.business.config.desk.hosts)
     runs = Runs(database, found, perform, **({"told": told} if told else {}))
-    opened = Desk(scripted(folder, says, **desk), database, procedures=Procedures(runs, embed))  # type: ignore[arg-type]
+    opened = Desk(answerer, database, parts, procedures=Procedures(runs, embed))  # type: ignore[arg-type]
     if start:
         opened.start()
     return opened
