@@ -28,6 +28,7 @@ NODES = (
 )  # fmt: skip
 FUNCTIONS = ("days_since", "lower", "known")
 TRUTH = {"true": True, "false": False}
+NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)?")
 PLACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -89,11 +90,10 @@ def _check(node: ast.AST, names: set[str], source: str, depth: int) -> None:
 
 
 def _dotted(node: ast.AST, source: str) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return f"{node.value.id}.{node.attr}"
-    raise BadExpression(f"`{source}`: a name is NAME or ACTION.FIELD")
+    name = ast.unparse(node)
+    if not NAME.fullmatch(name):
+        raise BadExpression(f"`{source}`: a name is NAME or ACTION.FIELD, in small letters, digits and _")
+    return name
 
 
 def _value(source: str, values: Mapping[str, Value], today: date) -> Any:

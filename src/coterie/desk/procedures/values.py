@@ -15,7 +15,7 @@ from coterie.errors import CoterieError
 
 Kind = Literal["text", "number", "money", "date", "email", "order_number", "choice", "yes_no"]
 Value = str | Decimal | date | bool | None
-ORDER_NUMBER = r"[A-Z]{0,4}-?\d{4,12}"
+ORDER_NUMBER = r"[A-Z]{0,4}-?[0-9]{4,12}"
 EMAIL = re.compile(r"[\w.+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,24}")
 NUMBER = re.compile(r"(?<![\w.,])-?\d{1,15}(?:[.,]\d{1,6})?(?![\w.,]*\d)")
 DATES = ("%Y-%m-%d", "%d.%m.%Y", "%d/%m/%Y", "%d %B %Y", "%d %b %Y", "%B %d, %Y", "%b %d, %Y", "%B %d %Y")
