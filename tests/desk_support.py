@@ -68,11 +68,12 @@ class ScriptedAnswerer:
         return Choice(text, Decision(chosen, (Scored(name, script.similarity, 0.5, 1.0, 1.0, ()),)), False, {})
 
     def chat(
-        self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
-        channel: str = "",
+        self, who: str | Choice, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
+        channel: str = "", preface: str = "",
     ) -> Answer:  # fmt: skip
-        self.asked.append([dict(m) for m in messages])
-        script = self.says(messages[-1]["content"] if who == "auto" else f"{who}: {messages[-1]['content']}")
+        last = preface + messages[-1]["content"]
+        self.asked.append([*({**m} for m in messages[:-1]), {**messages[-1], "content": last}])
+        script = self.says(f"{who}: {last}" if isinstance(who, str) else last)
         generation = Generation([], sampling, None, on_piece)
         threading.Thread(target=self._speak, args=(generation, script), daemon=True).start()
         return Answer(generation, script.expert, 1 if script.expert else None, True, script.similarity)

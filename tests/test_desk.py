@@ -1,7 +1,7 @@
 """The desk's answers: what is sent, what is handed over and why, and what nobody may see."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,14 @@ import pytest
 from coterie.answer import Answerer
 from coterie.business import Business
 from coterie.desk.confidence import Confidence
-from coterie.desk.desk import Desk
-from coterie.desk.flow import Checked, Masked, Parts
+from coterie.desk.desk import Desk, database_of
+from coterie.desk.flow import Checked, Parts
 from coterie.desk.message import Message
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.privacy.deidentify import Detector
+from coterie.privacy.house import open_house
+from coterie.privacy.vault import Masked, Vault
+from coterie.store.database import open_database
 from desk_support import Script, ask, open_desk, scripted, settled
 
 ALL = ("message", "note", "suggestion", "event")
@@ -164,7 +168,7 @@ def test_labels_of_an_intent_expert_are_answered_as_the_business_says(opened: Op
 # Private data, sources, and parts that fail
 
 
-def hide(_customer: str, texts: list[str]) -> Masked:
+def hide(_customer: str, texts: list[str], _known: Mapping[str, Any]) -> Masked:
     return Masked([t.replace("Ada", "PERSON_1") for t in texts], lambda t: t.replace("PERSON_1", "Ada"))
 
 
@@ -175,6 +179,49 @@ def test_the_model_sees_masked_text_only_and_the_customer_sees_their_name(opened
     assert kept(desk, c.id)[-1] == "Hello Ada. Good day."
     assert "Ada" not in str(desk.answerer.asked)  # type: ignore[attr-defined]
     assert "PERSON_1" in str(desk.answerer.asked)  # type: ignore[attr-defined]
+
+
+def test_the_customer_is_looked_up_once_and_the_question_routed_once(opened: Open) -> None:
+    looked, routed = list[str](), list[str]()
+    parts = Parts(mask=hide, profile=lambda c: looked.append(c) or {"name": "Ada"})  # type: ignore[func-returns-value]
+    desk = opened("Hello PERSON_1.", parts)
+    choose = desk.answerer.choose  # type: ignore[attr-defined]
+    desk.answerer.choose = lambda text, channel: routed.append(text) or choose(text, channel)  # type: ignore[attr-defined]
+    c = ask(desk, "I am Ada.")
+    assert (c.state, looked, routed) == ("bot", ["ada"], ["I am PERSON_1."])
+
+
+PRIVATE = {
+    "ada": {"name": "Margarethe Oldenburg", "email": "m.old@example.org"},
+    "bob": {"phone": "+44 20 7946 0958", "email": "bob@example.net", "card": "4111 1111 1111 1111"},
+}
+
+
+def test_what_any_source_says_of_customers_reaches_no_model_unmasked_and_citations_show_it(
+    opened: Open, tmp_path: Path
+) -> None:
+    house = open_house(tmp_path, open_database(f"sqlite:///{tmp_path}/house.db"), {})
+    vault = Vault(Detector(), house.database, house.keys)
+    rows = [Evidence("crm", f"customers {c}", ", ".join(known.values()), 0.9) for c, known in PRIVATE.items()]
+
+    def check(text: str, evidence: Sequence[Evidence]) -> Checked:
+        return Checked(text, () if any("[EMAIL_1]" in e.text for e in evidence) else (text,))
+
+    parts = Parts(
+        mask=lambda c, texts, known: vault.mask(c, texts, {k: [str(v)] for k, v in known.items()}),
+        ground=lambda _q, _r: rows, check=check, profile=lambda c: PRIVATE[c],
+    )  # fmt: skip
+    desk = opened("You are [NAME_1], at [EMAIL_1].", parts)
+    try:
+        c = ask(desk, "I, Margarethe Oldenburg, ask: what is my e-mail address?")
+        sent = desk.conversations.messages(c.id)[-1]
+        assert sent.text == "You are Margarethe Oldenburg, at m.old@example.org."
+        assert [s["text"] for s in sent.data["sources"]] == [e.text for e in rows]
+        asked = str(desk.answerer.asked)  # type: ignore[attr-defined]
+        assert "[NAME_1]" in asked
+        assert [v for known in PRIVATE.values() for v in known.values() if v in asked] == []
+    finally:
+        house.close()
 
 
 def fail(*_args: Any) -> Any:
@@ -309,7 +356,8 @@ def test_the_real_engine_answers_a_customer(fitted_shop: Path, tmp_path: Path) -
     folder = tmp_path / "shop"
     shutil.copytree(fitted_shop, folder)
     answerer = Answerer.open(Business.open(folder))
-    desk = Desk.open(answerer)
+    desk = Desk(answerer, database_of(answerer.business))
+    desk.start()
     try:
         c = ask(desk, "Which color has the grass?")
         said: list[Message] = desk.conversations.messages(c.id)

@@ -23,7 +23,7 @@ from coterie.privacy.access import Limit
 from coterie.web import widget
 from coterie.web.app import create_app
 from coterie.web.door import Agent, open_door
-from desk_support import Script, open_desk, scripted
+from desk_support import Script, ScriptedAnswerer, open_desk, scripted
 
 AXE = "4.14.1"
 CANNED = {"Greeting": "Hello, I am looking into it."}
@@ -73,7 +73,7 @@ class Shop:
 
         parts = Parts(ground=ground, profile=lambda _c: {"tier": "gold"})
         answerer = scripted(folder, self.says, origins=[self.site], canned=CANNED)
-        self.desk: Desk = open_desk(answerer, f"sqlite:///{folder}/desk.db", parts)
+        self.desk: Desk = self.opened(folder, answerer, parts)
         self.desk.confidence = SURE
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -90,6 +90,9 @@ class Shop:
                 f"<body><main><h1>A shop</h1></main><script src='{self.address}/widget.js' async></script></body>"
                 "</html>"
             )
+
+    def opened(self, folder: Path, answerer: ScriptedAnswerer, parts: Parts) -> Desk:
+        return open_desk(answerer, f"sqlite:///{folder}/desk.db", parts)
 
     def says(self, text: str) -> Script:
         asked = text.rpartition("The question:\n")[2]

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass, replace
 
 from coterie.business import Business, Tell
-from coterie.choose import Chooser, question
+from coterie.choose import Choice, Chooser, question
 from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
@@ -86,11 +86,11 @@ class Answerer:
         return cls(business, business.engine(tell))
 
     def chat(
-        self, who: str, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
+        self, who: str | Choice, messages: list[Message], sampling: Sampling, on_piece: Callback | None = None,
         channel: str = "", preface: str = "",
     ) -> Answer:  # fmt: skip
-        """Answer a conversation. `who` is an expert's name, "base", "auto", or "arrow". `preface` (evidence) goes
-        before the last message, once it has been chosen who answers.
+        """Answer a conversation. `who` is an expert's name, "base", "auto", or "arrow"; or what the chooser has decided
+        already. `preface` (evidence) goes before the last message, once it has been chosen who answers.
 
         An expert brings its own instruction where the conversation has none, and answers with one of its choices
         where it has been trained to. Raises UnknownExpert, ContextTooLong, Busy, DataError (messages).
@@ -123,8 +123,10 @@ class Answerer:
             text, tokens = base.tokenizer.decode(prompt, skip_special_tokens=False) if who == "auto" else "", prompt
         return self._submit(tokens, sampling, self._choose(who, text, channel), on_piece)
 
-    def _choose(self, who: str, text: str, channel: str) -> _Chosen:
+    def _choose(self, who: str | Choice, text: str, channel: str) -> _Chosen:
         library, config = self.business.library, self.business.config
+        if isinstance(who, Choice):
+            return self._chosen(who)
         if who in ("base", config.business.base):
             return _Chosen()
         if who == "arrow":
@@ -137,11 +139,13 @@ class Answerer:
             return _Chosen(facts, (1 / len(facts),) * len(facts), "arrow", leads=False)
         if who != "auto":
             return _Chosen((library.facts(who),), (1.0,))
-        choice = self.chooser.choose(text, channel)
-        chosen = choice.decision.chosen
+        return self._chosen(self.chooser.choose(text, channel))
+
+    def _chosen(self, choice: Choice) -> _Chosen:
+        library, chosen = self.business.library, choice.decision.chosen
         return _Chosen(
             tuple(library.facts(name) for name, _ in chosen), tuple(share for _, share in chosen),
-            config.routing.combine, routed=True, similarity=choice.decision.similarity,
+            self.business.config.routing.combine, routed=True, similarity=choice.decision.similarity,
         )  # fmt: skip
 
     def _submit(

@@ -223,6 +223,8 @@ class DeskSpec(_Strict):
     answers: dict[str, str] = Field({}, description="for a label of an expert with choices, what the customer is told")
     canned: dict[str, str] = Field({}, description="replies that agents can insert, by their short names")
     crm: CrmSpec | None = Field(None, description="where the customer's record is")
+    procedures: str = Field("procedures", min_length=1, description="the folder of guided flows, one file for each")
+    hosts: list[str] = Field([], description="hosts that actions of procedures may call, such as api.shop.example")
     webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
     email: EmailSpec | None = Field(None, description="e-mail as a second channel")
     idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
@@ -279,7 +281,7 @@ def read_config(folder: Path) -> Config:
     except OSError as error:
         raise CoterieError(f"{file}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        raise CoterieError(f"{file}: {_first(error)} (see docs/coterie-toml.md)") from error
+        raise CoterieError(f"{file}: {described(error)} (see docs/coterie-toml.md)") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise CoterieError(f"{file}: not valid TOML: {error}") from error
     for section, names in (("experts", config.experts), ("knowledge", config.knowledge.sources)):
@@ -291,7 +293,7 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def _first(error: ValidationError) -> str:
+def described(error: ValidationError) -> str:
     """The first thing that is wrong: the field, what it must be, and what it is."""
     given: Any
     first = error.errors()[0]

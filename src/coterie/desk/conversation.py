@@ -13,9 +13,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, exists, func, select
 from sqlalchemy.orm import Session
 
 from coterie.desk.message import (
@@ -33,6 +33,7 @@ from coterie.desk.message import (
 from coterie.errors import CoterieError
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
+from coterie.store.procedure import RunRow
 
 Action = Literal["say", "ask", "back", "hand_over", "take", "release", "snooze", "wake", "resolve"]
 # What an action makes of a state. What is not here is not allowed.
@@ -54,6 +55,7 @@ NEXT: dict[tuple[State, Action], State] = {
 }  # fmt: skip
 LEASE_S = 15.0  # a worker says this often, or more so, that it is still at an answer
 PUBLIC = ("message", "event")
+_APPROVING = exists().where(RunRow.conversation_id == ConversationRow.id, RunRow.status == "approving")
 SEALED = "sealed"  # the only field of data that is
 Seal = Callable[[str, str], bytes]  # customer, text -> what is kept
 Unseal = Callable[[str, bytes], str]
@@ -82,6 +84,18 @@ class Handoff:
     queue: str = "general"
 
 
+class Beside(Protocol):
+    """What else is under way in a conversation, and changes with it in the same transaction: procedures."""
+
+    def left(self, session: Session, row: ConversationRow) -> str:
+        """The bot does not own it any more. What a person must know; "" for nothing."""
+        ...
+
+    def decided(self, session: Session, conversation: str) -> bool:
+        """Whether there is a decision that the bot has not acted on."""
+        ...
+
+
 class Conversations:
     """All conversations of one business, in its database.
 
@@ -92,8 +106,9 @@ class Conversations:
     def __init__(
         self, database: Engine, seal: Seal = in_the_clear, unseal: Unseal = from_the_clear,
         clock: Callable[[], float] = time.time, told: Callable[[str], None] = lambda _: None,
+        beside: Beside | None = None,
     ) -> None:  # fmt: skip
-        self.database, self.clock, self.told = database, clock, told
+        self.database, self.clock, self.told, self.beside = database, clock, told, beside
         self._seal, self._unseal = seal, unseal
 
     # What customers do
@@ -117,7 +132,8 @@ class Conversations:
         return opened
 
     def say(self, id: str, text: str, key: str | None = None, data: dict[str, Any] | None = None) -> Message:
-        """The customer writes. What this has returned is kept; sent again with its key it is not doubled."""
+        """The customer writes. What this has returned is kept; sent again with its key it is not doubled. `data`: of a
+        button that they pressed."""
         text = clean(text)
         with self._act(id) as (session, row):
             if same := self._sent_before(session, row, "customer", key):
@@ -192,15 +208,18 @@ class Conversations:
                 row.lease_until = None
 
     def finish(
-        self, turn: Turn, text: str, data: dict[str, Any] | None = None, handoff: Handoff | None = None
-    ) -> Outcome:
-        """End a turn with the bot's words, or with a handoff, or both.
+        self, turn: Turn, text: str, data: dict[str, Any] | None = None, handoff: Handoff | None = None,
+        keep: Callable[[Session], None] | None = None,
+    ) -> Outcome:  # fmt: skip
+        """End a turn with the bot's words, or with a handoff, or both, and do `keep` in the same transaction.
 
         Where a person owns the conversation by now the words become a suggestion; where the customer has written
         meanwhile, or the bot has been given the conversation anew, they are discarded.
         """
         with self._act(turn.conversation.id) as (session, row):
             if row.state == "bot" and row.answering == turn.number:
+                if keep:
+                    keep(session)
                 if text:
                     self._append(session, row, "bot", "message", text, f"turn:{turn.number}", data)
                 row.answering = row.lease_until = None
@@ -208,6 +227,8 @@ class Conversations:
                     row.reason, row.queue = handoff.reason[:200], handoff.queue
                     self._move(session, row, "hand_over", by="bot")
                     self._brief(session, row, handoff)
+                elif self.beside and self.beside.decided(session, row.id):
+                    _owe(row)
                 return "sent"
             words = text or (handoff.suggestion if handoff else "")
             if row.state in ("waiting", "person", "snoozed") and row.turn == turn.number and words:
@@ -258,6 +279,17 @@ class Conversations:
             same = self._sent_before(session, row, f"agent:{agent}", key)
             return same or self._append(session, row, f"agent:{agent}", "note", text, key)
 
+    def decide(self, id: str, agent: str, what: Callable[[Session], None], note: str = "") -> None:
+        """A person decides something for the bot, `what`, and the bot goes on. Raises NotAllowed where it may not."""
+        with self._act(id) as (session, row):
+            if row.state != "bot":
+                raise NotAllowed(f"conversation {id!r} is {row.state}: the assistant does nothing in it now")
+            what(session)
+            if note:
+                self._append(session, row, f"agent:{agent}", "note", clean(note))
+            if row.answering is None:
+                _owe(row)
+
     def release(self, id: str, agent: str, queue: str = "general") -> Conversation:
         """Back to the queue, for another person."""
         with self._act(id) as (session, row):
@@ -291,7 +323,7 @@ class Conversations:
             idle = session.scalars(
                 select(ConversationRow.id).where(
                     ConversationRow.state == "bot", ConversationRow.answering.is_(None),
-                    ConversationRow.last_seq > 0, ConversationRow.changed_at <= now - idle_s,
+                    ConversationRow.last_seq > 0, ConversationRow.changed_at <= now - idle_s, ~_APPROVING,
                 )
             ).all()  # fmt: skip
         for id, action in [(i, "wake") for i in due] + [(i, "resolve") for i in idle]:
@@ -442,6 +474,14 @@ class Conversations:
         if (row.state, row.owner) != (old_state, old_owner) or action == "snooze":
             facts = {"action": action, "by": by, "from": old_owner, "to": row.owner, "state": row.state}
             self._append(session, row, "system", "event", "", data=facts | ({"until": until} if until else {}))
+        if old_state == "bot" and row.state != "bot" and self.beside and (known := self.beside.left(session, row)):
+            about: dict[str, Any] = {
+                "reason": row.reason or "procedure_left",
+                "detail": known,
+                "evidence": [],
+                "confidence": None,
+            }
+            self._append(session, row, "bot", "note", "", data=about)
 
     def _brief(self, session: Session, row: ConversationRow, handoff: Handoff) -> None:
         """For the agent: why, in short what happened, what is known, and what could be said."""

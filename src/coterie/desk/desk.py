@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Engine
@@ -21,13 +21,13 @@ from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
 from coterie.desk.confidence import load_confidence
 from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clear, in_the_clear
-from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
+from coterie.desk.procedures.procedures import Procedures
 from coterie.desk.webhook import TIMEOUT_S, Webhook, Webhooks
 from coterie.engine.request import Generation
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, Stopped
 from coterie.store.database import located, open_database
 
 LOOK_S = 2.0  # between two looks for answers that nobody is at
@@ -72,13 +72,16 @@ class Desk:
 
     def __init__(
         self, answerer: Answerer, database: Engine, parts: Parts | None = None, seal: Seal = in_the_clear,
-        unseal: Unseal = from_the_clear, clock: Callable[[], float] = time.time,
+        unseal: Unseal = from_the_clear, clock: Callable[[], float] = time.time, procedures: Procedures | None = None,
     ) -> None:  # fmt: skip
         self.answerer, self.business = answerer, answerer.business
         self.spec = self.business.config.desk
         self.live = Live()
-        self.conversations = Conversations(database, seal, unseal, clock, self._changed)
+        self.procedures, runs = procedures, procedures.runs if procedures else None
+        self.conversations = Conversations(database, seal, unseal, clock, self._changed, runs)
         self.parts = parts or Parts()
+        if procedures:
+            self.parts = replace(self.parts, procedures=procedures)
         self.confidence = load_confidence(confidence_file(self.business))
         self.webhooks = Webhooks(self.conversations, _hooks(self.spec), clock)
         self._pool = ThreadPoolExecutor(self.spec.workers, thread_name_prefix="desk")
@@ -87,19 +90,6 @@ class Desk:
         self._closing = threading.Event()
         self._teller: threading.Thread | None = None
         self._looker = threading.Thread(target=self._look, name="desk-look", daemon=True)
-
-    @classmethod
-    def open(cls, answerer: Answerer, parts: Parts | None = None) -> "Desk":
-        """The desk of the answerer's business, at work. Of `parts` that are not given, those that it declares.
-
-        Raises CoterieError for a declaration that cannot be used, StorageError for a database that cannot be opened.
-        """
-        crm = answerer.business.config.desk.crm
-        if crm and parts is None:
-            parts = Parts(profile=profile_of(open_crm(crm), crm.fields))
-        desk = cls(answerer, database_of(answerer.business), parts)
-        desk.start()
-        return desk
 
     def start(self) -> None:
         """Begin with what was left behind, then look for more."""
@@ -116,6 +106,8 @@ class Desk:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._teller:
             self._teller.join(TIMEOUT_S + 1)
+        if self.procedures:
+            self.procedures.close()
         self.conversations.database.dispose()
 
     @property
@@ -199,13 +191,15 @@ class Desk:
             try:
                 rules = Rules(self.spec, self.confidence, frozenset(self.conversations.disliked(id)))
                 result = flow.answer(self.answerer, turn, rules, self.parts, show, begun)
+            except Stopped:  # the procedure has ended, or another process is at it
+                work.dropped, result = True, Result()
             except Exception:
                 log.exception("conversation %s: a fault of ours; a person takes over", id)
                 result = Result(handoff=handoff.brief("assistant_failed", turn.messages))
             if work.dropped:
                 self.conversations.let_go(turn)
             else:
-                self.conversations.finish(turn, result.text, result.data, result.handoff)
+                self.conversations.finish(turn, result.text, result.data, result.handoff, result.keep)
         finally:
             with self._lock:
                 if self._at_work.get(id) is work:

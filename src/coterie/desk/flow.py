@@ -9,12 +9,14 @@ suggestion. What masks, grounds and checks comes from other rooms as plain funct
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy.orm import Session
 
 from coterie.answer import Answer, Answerer
-from coterie.choose import question
+from coterie.choose import Choice, question
 from coterie.config import DeskSpec
 from coterie.data.read import Message as Spoken
 from coterie.desk import handoff
@@ -25,6 +27,8 @@ from coterie.engine.request import Generation, Sampling
 from coterie.errors import Busy, ContextTooLong, Stopped
 from coterie.grounding import quoted
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.privacy.deidentify import MaskingFailed
+from coterie.privacy.vault import Masked
 
 MOST_TOKENS = 400  # of one answer
 MOST_EVIDENCE = 5  # pieces that go before the model
@@ -37,14 +41,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Masked:
-    """Texts without private data, in their order, and what puts it back into a text."""
-
-    texts: list[str]
-    restore: Callable[[str], str]
-
-
-@dataclass(frozen=True)
 class Checked:
     """An answer after the check against its evidence: what may be said, and which statements nothing supports."""
 
@@ -52,7 +48,7 @@ class Checked:
     unsupported: tuple[str, ...] = ()
 
 
-def _as_it_is(_customer: str, texts: list[str]) -> Masked:
+def _as_it_is(_customer: str, texts: list[str], _known: Mapping[str, Any]) -> Masked:
     return Masked(texts, lambda text: text)
 
 
@@ -68,20 +64,38 @@ def _unknown(_customer: str) -> Mapping[str, Any]:
     return {}
 
 
+class Guided(Protocol):
+    """Procedures, as the flow asks for them. None: it is no procedure's turn."""
+
+    def go_on(self, turn: Turn) -> "Result | None": ...
+
+    def begin(self, turn: Turn, question: str, topics: Collection[str]) -> "Result | None": ...
+
+
+class _Unguided:
+    def go_on(self, turn: Turn) -> "Result | None":
+        return None
+
+    def begin(self, turn: Turn, question: str, topics: Collection[str]) -> "Result | None":
+        return None
+
+
 @dataclass(frozen=True)
 class Parts:
     """What other rooms bring. Each default does nothing, except `check`: without one, sentences stream as they come.
 
-    may_ask: as whom the customer reads; None refuses. mask: raises where it cannot be sure. ground: the best evidence
-    first. check: the answer against its evidence. profile: fields that a rule lets into the prompt; a part that
-    raises is told to the agent, and the conversation goes on without it.
+    may_ask: as whom the customer reads; None refuses. mask: texts without private data, those that are known of the
+    customer among it; raises where it cannot be sure. ground: the best evidence first. check: the answer against its
+    evidence. profile: fields that a rule lets into the prompt; a part that raises is told to the agent, and the
+    conversation goes on without it. procedures: guided flows, which need no model.
     """
 
     may_ask: Callable[[Turn], Reader | None] = _anyone
-    mask: Callable[[str, list[str]], Masked] = _as_it_is
+    mask: Callable[[str, list[str], Mapping[str, Any]], Masked] = _as_it_is
     ground: Callable[[str, Reader], list[Evidence]] = _nothing
     check: Callable[[str, Sequence[Evidence]], Checked] | None = None
     profile: Callable[[str], Mapping[str, Any]] = _unknown
+    procedures: Guided = field(default_factory=_Unguided)
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,13 @@ class Rules:
 
 @dataclass
 class Result:
-    """How a turn ended: what the customer is told ("" for nothing), the handoff if any, and what to record."""
+    """How a turn ended: what the customer is told ("" for nothing), the handoff if any, and what to record. `keep` is
+    done in the transaction that ends the turn."""
 
     text: str = ""
     handoff: Handoff | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    keep: Callable[[Session], None] | None = None
 
 
 def answer(
@@ -108,7 +124,7 @@ def answer(
 ) -> Result:  # fmt: skip
     """Answer the customer's turn. `show` gets each sentence as it may be read; `begun` what can be cancelled."""
     troubles: list[str] = []
-    customer, said = turn.conversation.customer, turn.messages
+    customer, channel, said = turn.conversation.customer, turn.conversation.channel, turn.messages
 
     def person(reason: str, **more: Any) -> Result:
         more.setdefault("detail", "; ".join(troubles))
@@ -117,28 +133,40 @@ def answer(
     reader = parts.may_ask(turn)
     if reader is None:
         return person("may_not_ask")
-    try:
-        masked = parts.mask(customer, [m.text for m in said])
-    except Exception:
-        log.exception("masking failed; nothing goes to a model")
-        return person("masking_failed")
-    spoken = _spoken(said, masked.texts)
-    asked = question(spoken)
-
+    if guided := parts.procedures.go_on(turn):
+        return guided
     profile = _or(troubles, "the customer's profile could not be read", _unknown(""), lambda: parts.profile(customer))
-    if handoff.failures(said, rules.disliked) >= rules.spec.failures:
-        return person("repeated_failure")
+
+    def hidden(texts: list[str]) -> Masked:
+        try:
+            return parts.mask(customer, texts, profile)
+        except Exception as error:
+            log.exception("masking failed; nothing goes to a model")
+            raise MaskingFailed(type(error).__name__) from error
+
     try:
-        choice = answerer.chooser.choose(asked, turn.conversation.channel)
+        spoken = _spoken(said, hidden([m.text for m in said]).texts)
+        asked = question(spoken)
+        if handoff.failures(said, rules.disliked) >= rules.spec.failures:
+            return person("repeated_failure")
+
+        choice = answerer.chooser.choose(asked, channel)
         topics = [name for name, _ in choice.decision.chosen]
-        negative = _is_negative(answerer, rules.spec, spoken[-1]["content"])
-        facts = handoff.Facts(said[-1].text, topics, profile, negative)
-        broken = handoff.broken_rule(rules.spec.rules, facts)
+        if guided := parts.procedures.begin(turn, asked, topics):
+            return guided
 
         found = _or(troubles, "the knowledge could not be searched", _nothing("", reader),
                     lambda: parts.ground(asked, reader))  # fmt: skip
         evidence = found[:MOST_EVIDENCE]
-        running = _generate(answerer, _prompt(spoken, evidence, profile, parts, customer), turn.conversation.channel)
+        facts = [f"{name}: {value}" for name, value in profile.items()]
+        masked = hidden([*(e.text for e in evidence), *facts])
+        seen = [replace(e, text=text) for e, text in zip(evidence, masked.texts, strict=False)]
+        preface = _preface(seen, masked.texts[len(evidence) :])
+
+        negative = _is_negative(answerer, rules.spec, spoken[-1]["content"])
+        about = handoff.Facts(said[-1].text, topics, profile, negative)
+        broken = handoff.broken_rule(rules.spec.rules, about)
+        running = _generate(answerer, choice, spoken, preface, channel)
         begun(running.generation)
         retrieval = max((e.score for e in evidence), default=None)
         words = _Words(masked.restore, choice.decision.similarity, retrieval, rules, show)
@@ -147,6 +175,8 @@ def answer(
         words.silent = bool(broken or parts.check or unknown or labels)
         for piece in running.generation:
             words.take(piece.text, [t.logprob for t in piece.tokens if t.logprob is not None])
+    except MaskingFailed:
+        return person("masking_failed")
     except (Busy, Stopped, ContextTooLong) as error:
         return person("assistant_unavailable", detail=str(error))
     if running.generation.cancelled:
@@ -156,9 +186,11 @@ def answer(
     if labels and rules.spec.answers:  # labels are intents, and the business says what each is answered with
         checked = Checked(rules.spec.answers.get(label, ""))
     else:
-        checked = parts.check(words.raw, evidence) if parts.check else Checked(words.raw)
+        checked = parts.check(words.raw, seen) if parts.check else Checked(words.raw)
     reply = masked.restore(checked.text)
-    broken = broken or handoff.broken_rule(rules.spec.rules, replace(facts, topics=[*topics, label]))
+    if label and (guided := parts.procedures.begin(turn, "", [label])):
+        return guided
+    broken = broken or handoff.broken_rule(rules.spec.rules, replace(about, topics=[*topics, label]))
     reason = (
         (broken.reason if broken else "")
         or handoff.unsure(rules.spec, rules.confidence, words.signals, bool(topics), evidence)
@@ -229,27 +261,19 @@ def _spoken(said: Sequence[Message], texts: Sequence[str]) -> list[Spoken]:
     return out
 
 
-def _prompt(
-    spoken: list[Spoken], evidence: Sequence[Evidence], profile: Mapping[str, Any], parts: Parts, customer: str
-) -> list[Spoken]:
-    """The conversation, with what is known set before the customer's last message. Evidence is data, never orders."""
+def _preface(evidence: Sequence[Evidence], facts: Sequence[str]) -> str:
+    """What is known, masked, as it stands before the customer's last message. Evidence is data, never orders."""
     known = [f"[{n}] {quoted(e.text)}" for n, e in enumerate(evidence, 1)]
-    lines = [f"{name}: {value}" for name, value in profile.items()]
-    if lines:
-        lines = parts.mask(customer, lines).texts
-    facts = [*(["What we know:", *known] if known else []), *(["The customer:", *lines] if lines else [])]
-    if not facts:
-        return spoken
-    last = {"role": "user", "content": "\n".join([*facts, "", "The question:", spoken[-1]["content"]])}
-    return [*spoken[:-1], last]
+    lines = [*(["What we know:", *known] if known else []), *(["The customer:", *facts] if facts else [])]
+    return "\n".join([*lines, "", "The question:", ""]) if lines else ""
 
 
-def _generate(answerer: Answerer, messages: list[Spoken], channel: str) -> Answer:
+def _generate(answerer: Answerer, choice: Choice, messages: list[Spoken], preface: str, channel: str) -> Answer:
     """Start the answer; where the conversation has outgrown the context, without its oldest turns."""
     sampling, until = Sampling(max_tokens=MOST_TOKENS, logprobs=0), time.monotonic() + PATIENCE_S
     while True:
         try:
-            return answerer.chat("auto", messages, sampling, channel=channel)
+            return answerer.chat(choice, messages, sampling, channel=channel, preface=preface)
         except ContextTooLong:
             if len(messages) < 3:
                 raise

@@ -2,6 +2,7 @@
 than wished."""
 
 import base64
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,9 +18,13 @@ from coterie.desk.attachment import Attachments
 from coterie.desk.conversation import Conversations
 from coterie.desk.crm import CrmError, open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
-from coterie.desk.flow import Masked, Parts
+from coterie.desk.flow import Parts
 from coterie.desk.knowing import check, ground
 from coterie.desk.message import Message
+from coterie.desk.procedures.actions import Actions
+from coterie.desk.procedures.procedures import Embed, Procedures
+from coterie.desk.procedures.runs import Runs
+from coterie.desk.procedures.spec import Procedure, read_procedures
 from coterie.grounding import Grounding
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.expert import WhenNeeded
@@ -30,6 +35,7 @@ from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
+from coterie.store.procedure import ActionRow, RunRow
 
 
 def house_of(business: Business) -> House:
@@ -45,27 +51,44 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
     detector = Detector(tagger)
     crm = answerer.business.config.desk.crm
     profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
-    vault = Vault(detector, house.database, house.keys, lambda customer: _known(profile, customer))
-    parts = Parts(mask=lambda customer, texts: _masked(vault, customer, texts), profile=profile)
+    vault = Vault(detector, house.database, house.keys)
+    parts = Parts(mask=lambda customer, texts, known: vault.mask(customer, texts, _own(known)), profile=profile)
     if grounding.spec.sources:
         parts = replace(parts, ground=partial(ground, grounding), check=partial(check, grounding))
-    desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
+    procedures = procedures_of(
+        answerer.business, house, profile, lambda texts: grounding.knowledge.embedder.embed(texts)
+    )
+    desk = Desk(answerer, house.database, parts, house.seal, house.unseal, procedures=procedures)
     desk.start()
     return desk
 
 
-def _known(profile: Callable[[str], Mapping[str, Any]], customer: str) -> dict[str, list[str]]:
-    """What the CRM says of a customer, to be masked however it is written. While it is down, nothing of it is in the
-    prompt either, and rules and the tagging expert go on."""
-    try:
-        return {kind: [str(v)] for kind, v in profile(customer).items() if isinstance(v, str | int)}
-    except CrmError:
-        return {}
+def declared(business: Business) -> dict[str, Procedure]:
+    """The procedures of a business. Raises CoterieError for the first file that cannot be used."""
+    spec = business.config.desk
+    fields = spec.crm.fields.values() if spec.crm else ()
+    return read_procedures(business.folder / spec.procedures, spec.hosts, fields)
 
 
-def _masked(vault: Vault, customer: str, texts: list[str]) -> Masked:
-    found = vault.mask(customer, texts)
-    return Masked(found.texts, found.restore)
+def procedures_of(
+    business: Business, house: House, profile: Callable[[str], Mapping[str, Any]], embed: Embed
+) -> Procedures | None:
+    """The procedures at work, with their actions written down and in the audit log; None where none is declared."""
+    found = declared(business)
+    if not found:
+        return None
+
+    def told(session: Session, actor: str, action: str, customer: str, detail: Mapping[str, Any]) -> None:
+        house.audit.record_in(session, actor, action, customer, **detail)
+
+    actions = Actions(business.folder, business.folder / business.config.desk.procedures)
+    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=told)
+    return Procedures(runs, embed, profile)
+
+
+def _own(known: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What the CRM says of a customer, to be masked however it is written."""
+    return {kind: [str(value)] for kind, value in known.items() if isinstance(value, str | int)}
 
 
 def rooms_of(house: House, business: Business) -> list[Room]:
@@ -98,6 +121,8 @@ def _export(house: House, customer: str) -> list[dict[str, Any]]:
                              for m in messages],
                 "ratings": [{"seq": r.seq, "good": r.good, "reason": house.unseal(customer, r.reason)}
                             for r in ratings],
+                "procedures": [_run(house, session, r) for r in
+                               session.scalars(select(RunRow).filter_by(conversation_id=row.id))],
             })  # fmt: skip
     return out
 
@@ -112,6 +137,20 @@ def _files(house: House, customer: str) -> list[dict[str, Any]]:
              "base64": base64.b64encode(a.file.body).decode()} for a in Attachments(house).of(customer)]  # fmt: skip
 
 
+def _run(house: House, session: Session, run: RunRow) -> dict[str, Any]:
+    """A procedure's run, with what was done in it."""
+
+    def opened(kept: bytes) -> Any:
+        return json.loads(house.unseal(run.customer, kept)) if kept else None
+
+    actions = session.scalars(select(ActionRow).filter_by(run_id=run.id).order_by(ActionRow.begun_at))
+    return {
+        "procedure": run.name, "status": run.status, "began_at": run.began_at, "values": opened(run.state)["values"],
+        "actions": [{"action": a.name, "status": a.status, "begun_at": a.begun_at, "arguments": opened(a.arguments),
+                     "result": opened(a.result)} for a in actions],
+    }  # fmt: skip
+
+
 def _delete(house: House, which: Any) -> int:
     """Delete these conversations with all that hangs on them. How many."""
     with writing(house.database) as session:
@@ -124,7 +163,9 @@ def _delete(house: House, which: Any) -> int:
 def _delete_all(session: Session, ids: list[str]) -> None:
     of = update(MailRow).where(MailRow.conversation_id.in_(ids))  # their marks stay: no mail is taken twice
     session.execute(of.values(conversation_id=None, sender="", message_id=""))
-    for table in (RatingRow, AttachmentRow, OutboxRow, MessageRow):
+    runs = select(RunRow.id).where(RunRow.conversation_id.in_(ids))
+    session.execute(delete(ActionRow).where(ActionRow.run_id.in_(runs)))
+    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, MessageRow):
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
 

@@ -26,7 +26,7 @@ class Masked:
 
     texts: list[str]
     restore: Callable[[str], str]
-    restoring: Callable[[], Restorer]
+    restoring: Callable[[], Restorer] = lambda: Restorer(Pseudonyms())
 
 
 def nothing_known(_customer: str) -> Mapping[str, Iterable[str]]:
@@ -35,8 +35,8 @@ def nothing_known(_customer: str) -> Mapping[str, Iterable[str]]:
 
 
 class Vault:
-    """Masks and restores, customer by customer. `known`: a customer's own values by kind, from profile or CRM; where
-    it fails, nothing goes out."""
+    """Masks and restores, customer by customer. `known`: a customer's own values by kind, where `mask` is not given
+    them; where it fails, nothing goes out."""
 
     def __init__(
         self, detector: Callable[[str], list[Span]], database: Engine, keys: Keys,
@@ -46,10 +46,11 @@ class Vault:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, tuple[int, Pseudonyms]] = OrderedDict()  # with the key they were kept under
 
-    def mask(self, customer: str, texts: list[str]) -> Masked:
-        """The texts with pseudonyms, which are in the database before this returns. Raises MaskingFailed."""
+    def mask(self, customer: str, texts: list[str], values: Mapping[str, Iterable[str]] | None = None) -> Masked:
+        """The texts with pseudonyms, which are in the database before this returns; `values` are known to be the
+        customer's own. Raises MaskingFailed."""
         try:
-            known = KnownValues(self.known(customer), self.region)
+            known = KnownValues(self.known(customer) if values is None else values, self.region)
         except Exception as error:  # what a CRM may raise is not known here
             why = f"what is known of the customer could not be read ({type(error).__name__}), so the text was not used"
             raise MaskingFailed(why) from None

@@ -20,13 +20,14 @@ from coterie.errors import CoterieError
 from coterie.privacy.access import Forbidden, NotSignedIn
 from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
 from coterie.web.events import event, next_news, stream
+from coterie.web.procedures import approvals_router
 from coterie.web.schema import Text
 from coterie.web.widget import STATIC, widget_app
 
 ALL = ("message", "note", "suggestion", "event")
 VIEWS: dict[str, tuple[State, ...]] = {
     "waiting": ("waiting",), "mine": ("person", "snoozed"), "people": ("person",), "bot": ("bot",),
-    "snoozed": ("snoozed",), "resolved": ("resolved",), "all": (),
+    "snoozed": ("snoozed",), "resolved": ("resolved",), "approvals": ("bot",), "all": (),
 }  # fmt: skip
 SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
 PRESENT_S = 20.0  # an agent's page says this often, or more so, where they look
@@ -92,6 +93,7 @@ def add_desk(
     door = door or open_door(desk.business.folder, desk.spec.origins)
     app.mount("/widget", widget_app(desk, door))
     app.include_router(_router(desk, door, pages, saw))
+    app.include_router(approvals_router(desk, door))
 
     @app.get("/widget.js")
     def script() -> Response:
@@ -129,12 +131,13 @@ def _router(
     @router.get("/desk/api/conversations")
     def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting") -> dict[str, Any]:  # type: ignore[valid-type]
         owner = f"agent:{agent.name}" if view == "mine" else ""
-        found = talks.listed(VIEWS[view], owner)
+        wanted = [w["conversation"] for w in desk.procedures.runs.waiting()] if desk.procedures else []
+        found = [talks.get(id) for id in wanted] if view == "approvals" else talks.listed(VIEWS[view], owner)
         mine = len(talks.listed(VIEWS["mine"], f"agent:{agent.name}"))
         last = talks.last_messages([c.id for c in found])
         return {
             "conversations": [_row(c) | {"last": _short(last.get(c.id))} for c in found],
-            "counts": talks.counts() | {"mine": mine},
+            "counts": talks.counts() | {"mine": mine, "approvals": len(wanted)},
         }  # fmt: skip
 
     @router.get("/desk/api/conversations/{id}")
@@ -151,6 +154,7 @@ def _router(
             "conversation": _row(c), "entries": [asdict(m) for m in talks.messages(id, kinds=ALL)],
             "profile": profile, "trouble": trouble, "others": [_row(o) for o in others],
             "disliked": talks.disliked(id), "present": presence.others(id, agent.name),
+            "approvals": desk.procedures.runs.waiting(id) if desk.procedures else [],
         }  # fmt: skip
 
     @router.post("/desk/api/conversations/{id}/take")

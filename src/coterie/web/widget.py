@@ -39,6 +39,12 @@ class Begin(Record):
 class Said(Record):
     text: Text
     key: str = Field(min_length=1, max_length=LONGEST_KEY)
+    start: str = Field("", max_length=40, description="the procedure whose button was pressed")
+    asked: int | None = Field(None, description="the question whose button was pressed")
+
+    def pressed(self) -> dict[str, Any]:
+        """What goes with the words of a button."""
+        return ({"start": self.start} if self.start else {}) | ({} if self.asked is None else {"asked": self.asked})
 
 
 class Rating(Record):
@@ -70,6 +76,7 @@ def widget_app(desk: Desk, door: Door) -> FastAPI:
         return {
             "token": token, "business": desk.business.config.business.name, "disclosure": desk.spec.disclosure,
             "greeting": desk.spec.greeting, "conversation": last.id if last else None,
+            "offers": desk.procedures.offers() if desk.procedures else [],
         }  # fmt: skip
 
     @app.post("/conversations")
@@ -81,7 +88,7 @@ def widget_app(desk: Desk, door: Door) -> FastAPI:
     @app.post("/conversations/{id}/messages")
     def say(id: str, body: Said, request: Request) -> dict[str, Any]:
         SAYS.count(mine(request, id).customer)
-        message = talks.say(id, body.text, body.key)
+        message = talks.say(id, body.text, body.key, body.pressed())
         desk.wake(id)
         return {"seq": message.seq}
 
@@ -155,7 +162,8 @@ def public(m: Message) -> dict[str, Any]:
     if m.kind == "event":
         return shown | {"state": m.data.get("state"), "with": _name(m.data.get("to", ""))}
     sources = [{"source": s["source"], "where": s["where"], "text": s["text"]} for s in m.data.get("sources", [])]
-    return shown | {"text": m.text, "name": _name(m.author), "sources": sources, "stopped": "stopped" in m.data}
+    shown |= {"text": m.text, "name": _name(m.author), "sources": sources, "stopped": "stopped" in m.data}
+    return shown | ({"procedure": m.data["procedure"]} if "procedure" in m.data else {})
 
 
 def _name(owner: str) -> str:

@@ -185,6 +185,12 @@ find("#canned").addEventListener("change", (event) => {
   if (event.target.value) insert(event.target.value);
   event.target.value = "";
 });
+for (const [button, approve] of [["#approve", true], ["#refuse", false]])
+  find(button).addEventListener("click", async () => {
+    const note = find("#approval-note").value;
+    find("#approval-note").value = "";
+    await act("approval", { run: find("#approval").dataset.run, approve, note });
+  });
 find("#insert").addEventListener("click", () => insert(find("#suggested").textContent));
 find("#find").addEventListener("submit", (event) => event.preventDefault());
 find("#q").addEventListener("input", () => list().catch((error) => problem(error.message)));

@@ -4,7 +4,7 @@ import { element, find, person, shortName, span, time, words } from "./dom.js";
 import { render, show } from "../render.js";
 
 /** Show what the server said of one conversation. */
-export function showThread({ conversation: c, entries, profile, trouble, others, disliked, present }, choose) {
+export function showThread({ conversation: c, entries, profile, trouble, others, disliked, present, approvals }, choose) {
   find("#nothing").hidden = true;
   find("#open").hidden = find("#facts").hidden = false;
   find("#customer").textContent = shortName(c.customer);
@@ -17,6 +17,7 @@ export function showThread({ conversation: c, entries, profile, trouble, others,
   find("#snooze").closest("label").hidden = !(mine && ["person", "snoozed"].includes(c.state));
   find("#composer").dataset.mine = mine && c.state !== "resolved";
   collision(present, c);
+  approval(approvals[0]);
   brief(entries);
   find("#trouble").textContent = trouble;
   find("#trouble").hidden = !trouble;
@@ -72,6 +73,20 @@ const mailLine = ({ from, name, subject, verified, cut }) =>
 /** A file is saved, never shown here: it comes from a stranger. */
 const fileLink = ({ id, name, size }) => element("li", {},
   element("a", { href: `desk/api/files/${encodeURIComponent(id)}`, download: name, dir: "auto" }, name), ` ${Math.max(1, Math.round(size / 1024))} KiB`);
+
+/** What a procedure wants to do, exactly as it will be done. */
+function approval(wanted) {
+  find("#approval").hidden = !wanted;
+  find("#approval").dataset.run = wanted?.run ?? "";
+  if (!wanted) return;
+  const mine = wanted.by !== "supervisor" || document.body.dataset.role === "supervisor";
+  find("#approval-what").textContent = `${wanted.procedure}: ${wanted.action}`;
+  find("#approval-arguments").replaceChildren(...Object.entries(wanted.arguments).flatMap(([k, v]) =>
+    [element("dt", {}, words(k)), element("dd", { dir: "auto" }, v)]));
+  find("#approval-why").textContent = [wanted.agreed ? "The customer has agreed." : "", mine ? "" : "A supervisor decides."].join(" ");
+  find("#approval-facts").replaceChildren(...wanted.facts.map((fact) => element("li", { dir: "auto" }, fact)));
+  find("#approve").disabled = find("#refuse").disabled = !mine;
+}
 
 export function collision(present, c) {
   const others = present.map((p) => `${p.name} is ${p.typing ? "writing" : "looking at this"}`);

@@ -9,6 +9,7 @@ const STRINGS = {
     offline: "Connecting again …", writing: "The assistant is writing", helpful: "Helpful", unhelpful: "Not helpful",
     why: "What was wrong?", sendReason: "Send", thanks: "Thank you.", sources: "Sources", stopped: "Stopped",
     sending: "Sending …", failed: "This could not be done: {name}", log: "Conversation", skip: "No reason",
+    step: "Step {name}", choices: "Answers to choose from",
   },
   de: {
     open: "Chat öffnen", close: "Chat schließen", message: "Ihre Nachricht", write: "Nachricht schreiben",
@@ -20,6 +21,7 @@ const STRINGS = {
     unhelpful: "Nicht hilfreich", why: "Was war falsch?", sendReason: "Senden", thanks: "Danke.", sources: "Quellen",
     stopped: "Angehalten", sending: "Wird gesendet …", failed: "Das ging nicht: {name}", log: "Gespräch",
     skip: "Ohne Grund",
+    step: "Schritt {name}", choices: "Antworten zur Auswahl",
   },
   fr: {
     open: "Discuter avec nous", close: "Fermer la discussion", message: "Votre message", write: "Écrire un message",
@@ -31,6 +33,7 @@ const STRINGS = {
     why: "Qu’est-ce qui n’allait pas ?", sendReason: "Envoyer", thanks: "Merci.", sources: "Sources",
     stopped: "Arrêté", sending: "Envoi …", failed: "Cela n’a pas marché : {name}", log: "Conversation",
     skip: "Sans raison",
+    step: "Étape {name}", choices: "Réponses au choix",
   },
   es: {
     open: "Hable con nosotros", close: "Cerrar el chat", message: "Su mensaje", write: "Escriba un mensaje",
@@ -41,6 +44,7 @@ const STRINGS = {
     writing: "El asistente está escribiendo", helpful: "Útil", unhelpful: "No es útil", why: "¿Qué estuvo mal?",
     sendReason: "Enviar", thanks: "Gracias.", sources: "Fuentes", stopped: "Detenido", sending: "Enviando …",
     failed: "No se pudo hacer: {name}", log: "Conversación", skip: "Sin motivo",
+    step: "Paso {name}", choices: "Respuestas para elegir",
   },
   ar: {
     open: "تحدث معنا", close: "إغلاق المحادثة", message: "رسالتك", write: "اكتب رسالة", send: "إرسال", stop: "إيقاف",
@@ -50,6 +54,7 @@ const STRINGS = {
     writing: "المساعد يكتب", helpful: "مفيد", unhelpful: "غير مفيد", why: "ما الخطأ؟", sendReason: "إرسال",
     thanks: "شكرًا.", sources: "المصادر", stopped: "توقف", sending: "جارٍ الإرسال …", failed: "تعذر ذلك: {name}",
     log: "المحادثة", skip: "بدون سبب",
+    step: "الخطوة {name}", choices: "إجابات للاختيار",
   },
 };
 const RIGHT_TO_LEFT = ["ar", "he", "fa", "ur"];

@@ -51,8 +51,9 @@ export class Visit {
     return this.facts;
   }
 
-  say(text) {
-    this.outbox.push({ text, key: crypto.randomUUID?.() ?? String(Math.random()).slice(2) });
+  /** `pressed`: of a button, { start } or { asked }. */
+  say(text, pressed = {}) {
+    this.outbox.push({ text, ...pressed, key: crypto.randomUUID?.() ?? String(Math.random()).slice(2) });
     this.keep();
     return this.flush();
   }

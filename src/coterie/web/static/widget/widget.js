@@ -72,6 +72,7 @@ class Panel {
           element("p", { class: "greeting", dir: "auto" }),
           element("ol", { class: "entries" }),
           element("ol", { class: "outbox" }),
+          element("div", { class: "choices", role: "group", "aria-label": say("choices"), hidden: "" }),
           element("article", { class: "entry bot draft", hidden: "" }, element("div", { class: "words", dir: "auto" })),
           element("p", { class: "writing", hidden: "" }, say("writing"), element("span", { class: "dots", "aria-hidden": "true" }))),
         element("p", { class: "line", hidden: "" }, say("offline")),
@@ -122,6 +123,7 @@ class Panel {
       this.find(".disclosure").textContent = facts.disclosure;
       this.find(".greeting").textContent = facts.greeting;
       this.pending(this.visit.outbox);
+      if (!this.visit.id) this.choices(facts.offers.map(({ name, title }) => [title, { start: name }]));
     } catch (error) {
       this.problem(error);
       if (error.code === "network") setTimeout(() => !this.find(".panel").hidden && this.open(false), 3000);
@@ -185,6 +187,8 @@ class Panel {
     const item = element("li", { class: m.kind === "event" ? "event" : `entry ${m.author}` }, made);
     this.views.set(m.seq, item);
     this.follow(() => this.find(".entries").append(item));
+    const { buttons, asked, stop } = m.procedure ?? { buttons: [] };
+    this.choices([...buttons.map((text) => [text, { asked }]), ...(stop ? [[stop, {}, "stopping"]] : [])]);
     if (m.author !== "customer" && this.visit.facts) this.find(".status").textContent = text;
   }
 
@@ -194,6 +198,8 @@ class Panel {
     show(words, m.author === "customer" ? [element("p", {}, m.text)] : render(m.text));
     const who = { customer: say("you"), bot: say("assistant"), agent: m.name }[m.author];
     const parts = [element("p", { class: m.author === "customer" ? "unseen" : "byline" }, who), words];
+    if (m.procedure?.status === "asking")
+      parts.splice(1, 0, element("p", { class: "note" }, `${m.procedure.title} · ${say("step", `${m.procedure.step}/${m.procedure.of}`)}`));
     if (m.stopped) parts.push(element("p", { class: "note" }, say("stopped")));
     if (m.sources?.length) {
       const list = m.sources.map((s, n) => element("li", {}, element("cite", {}, `[${n + 1}] ${s.where}`), element("p", { dir: "auto" }, s.text)));
@@ -201,6 +207,22 @@ class Panel {
     }
     if (m.author !== "customer") parts.push(this.thumbs(m.seq));
     return element("article", {}, ...parts);
+  }
+
+  /** Buttons that answer the last question: [text, what goes with it, a class]. */
+  choices(wanted) {
+    const box = this.find(".choices");
+    const focused = box.contains(this.root.activeElement);
+    box.replaceChildren(...wanted.map(([text, pressed, kind = ""]) => {
+      const button = element("button", { class: `quiet ${kind}`, type: "button", dir: "auto" }, text);
+      button.addEventListener("click", () => {
+        this.tried(this.visit.say(text, pressed));
+        this.choices([]);
+      });
+      return button;
+    }));
+    this.follow(() => (box.hidden = !wanted.length));
+    if (focused) (box.firstChild ?? this.find("textarea")).focus();
   }
 
   thumbs(seq) {
@@ -243,6 +265,7 @@ class Panel {
     this.find(".with").textContent = now.with || (now.state === "waiting" ? say("waiting") : say("assistant"));
     this.find(".person").hidden = person;
     this.find(".return").hidden = !person;
+    if (person) this.choices([]);
     this.host.dataset.with = person ? "person" : "bot";
     this.showDraft();
   }
