@@ -18,6 +18,7 @@ from coterie.data.read import read
 from coterie.engine import step as native
 from coterie.engine.engine import Engine
 from coterie.engine.guess import continuation
+from coterie.engine.pages import Pages
 from coterie.engine.request import Blend, Sampling, TokenChoice
 from coterie.engine.step import Prepared, Step
 from coterie.experts.expert import Expert
@@ -81,9 +82,17 @@ def experts_of(model: Model) -> list[Expert]:
     return [trained(config, wide, seed) for seed, config in enumerate(kinds)]
 
 
+def cache_of(decoder: Decoder, slots: int, length: int) -> Pages:
+    """Room for `slots` sequences of `length` tokens."""
+    cache = Pages(decoder.config, slots, length, torch.bfloat16)
+    for slot in range(slots):
+        cache.make_room(cache.begin(slot, cache.parts(None, decoder.config.layers), []), slot, length)
+    return cache
+
+
 def scores(model: Model, rows: list[list[int]], groups: list[tuple[Prepared, int, int, float]]) -> list[Tensor]:
     """Scores after each token of rows of equal length, (rows, vocab), fed one by one."""
-    cache = KVCache(model.base.decoder.config, len(rows), 64, torch.bfloat16, torch.device("cpu"))
+    cache = cache_of(model.base.decoder, len(rows), 64)
     embedded, slots = model.base.decoder.embed(torch.tensor(rows)), torch.arange(len(rows))
     return [
         model.step.run(embedded[:, t], torch.full((len(rows),), t), slots, cache, groups, slots)
@@ -153,7 +162,7 @@ def test_a_prompt_read_in_any_stretches_gives_the_same_bits(cuts: list[int], mod
     length = sum(cuts)
     rows = random_rows(model.base, [length] * 2)
     one_by_one = scores(model, rows, [])
-    cache = KVCache(model.base.decoder.config, 2, 64, torch.bfloat16, torch.device("cpu"))
+    cache = cache_of(model.base.decoder, 2, 64)
     start = 0
     for count in cuts:
         span = torch.arange(start, start + count).repeat(2)
@@ -250,7 +259,7 @@ def test_smollm2_in_bfloat16_chooses_the_token_that_transformers_chooses_in_floa
     reference, agreed = reference_model(smol_path), 0
     for row in rows:
         at, slots = torch.arange(len(row)), torch.zeros(len(row), dtype=torch.long)
-        cache = KVCache(base.decoder.config, 1, len(row), torch.bfloat16, torch.device("cpu"))
+        cache = cache_of(base.decoder, 1, len(row))
         found = step.run(base.decoder.embed(torch.tensor(row)), at, slots, cache, [], at)
         with torch.no_grad():
             wanted = reference(torch.tensor([row])).logits[0]

@@ -3,7 +3,8 @@
 Notable: a step decodes one token for every running request, rows of different experts and of the base model in
 the same pass over the weights (experts/mixture.py; on a CPU step.c). Requests join and leave between steps
 (continuous batching, Yu et al. 2022, Orca). Running request i owns cache slot i: when one leaves, the last moves
-into its place, so that a step reads the cache without gathering.
+into its place, so that a step reads the cache without gathering. What the step in C has read and written stays for
+texts that begin alike (pages.py).
 """
 
 import logging
@@ -17,15 +18,16 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
 from coterie.engine.constrain import Grammars, failure
 from coterie.engine.guess import continuation
+from coterie.engine.pages import PAGE, Pages, Part
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
+from coterie.engine.running import Running, Turn, batch
 from coterie.engine.sampling import sample
 from coterie.engine.shelf import Loaded, Shelf
-from coterie.engine.step import Prepared, Step
+from coterie.engine.step import Step
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped
 from coterie.experts import arrow
@@ -40,6 +42,7 @@ CHUNK = 256  # prompt tokens that the step in C takes along with everyone's next
 SPECULATED = 8  # rows up to which a step costs hardly more than with one: those free are used for guesses
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
 EXPERT_MEMORY = 1 << 30  # bytes: 26 LoRA experts of rank 16 on SmolLM2-135M
+CACHE_MEMORY = 256 << 20  # bytes: 11,600 tokens of SmolLM2-135M
 ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
 
@@ -51,55 +54,17 @@ class Stats:
     requests: int = 0
     rejected: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those, found in the cache in all layers
+    trunk_tokens: int = 0  # of those, found there only below the layers that their expert changes
     generated_tokens: int = 0
     steps: int = 0
     busy_seconds: float = 0.0
     first_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
 
 
-@dataclass(eq=False)
-class _Running:
-    """A request that holds a cache slot, or one voice of several whose scores are averaged (a Blend of `logits`).
-
-    The first voice leads: it chooses the token and owns the others, which follow it and share its request.
-    """
-
-    request: Generation
-    loaded: Loaded | None
-    stream: TextStream
-    rng: np.random.Generator
-    matcher: LLMatcher | None
-    shared: tuple[tuple[Loaded, float], ...] = ()  # instead of one expert: several, in shares
-    woken: int = 0  # of those, how many each token wakes by Arrow, instead of in shares
-    weight: float = 1.0  # of this voice
-    leads: bool = True
-    followers: "list[_Running]" = field(default_factory=list)
-    length: int = 0  # tokens in the cache
-
-    @property
-    def ahead(self) -> int:
-        """Virtual tokens before the prompt."""
-        return self.loaded.ahead if self.loaded else 0
-
-    @property
-    def unread(self) -> int:
-        """Tokens that are not in the cache yet: of the prompt, or the last one chosen."""
-        return self.ahead + len(self.request.prompt) + len(self.request.generated) - self.length
-
-    @property
-    def voices(self) -> "list[_Running]":
-        """This row and those that follow it; each holds a slot."""
-        return [self, *self.followers]
-
-    @property
-    def experts(self) -> "list[Loaded]":
-        """Those it computes with."""
-        return [self.loaded] if self.loaded else [loaded for loaded, _ in self.shared]
-
-
 # Rows that may choose their next token, each with a guess of the ones after it; and for each token of those, in order,
 # the scores that follow the one before it.
-Scored = tuple[list[tuple[_Running, list[int]]], Tensor]
+Scored = tuple[list[tuple[Running, list[int]]], Tensor]
 
 
 class Engine:
@@ -107,20 +72,23 @@ class Engine:
 
     def __init__(
         self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64,
-        expert_memory: int = EXPERT_MEMORY, pinned: frozenset[str] = frozenset(),
+        expert_memory: int = EXPERT_MEMORY, pinned: frozenset[str] = frozenset(), cache_memory: int = CACHE_MEMORY,
     ) -> None:  # fmt: skip
-        """`expert_memory`: bytes that experts in memory may take, those `pinned` by name never leave it."""
+        """`expert_memory`: bytes that experts in memory may take, those `pinned` by name never leave it;
+        `cache_memory`: bytes that keys and values may take after their requests have ended."""
         config = base.decoder.config
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
-        self.cache = KVCache(config, slots, self.context, base.decoder.dtype, base.decoder.device)
         self.stats = Stats()
         self.step = Step.open(base.decoder)  # None where PyTorch has to do it
+        dtype, device = base.decoder.dtype, base.decoder.device
+        self.pages = Pages(config, slots, self.context, dtype, cache_memory) if self.step else None
+        self.cache = self.pages or KVCache(config, slots, self.context, dtype, device)
         self._shelf = Shelf(library, base.decoder, self.step, expert_memory, pinned)
         self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
         self._arrow: tuple[list[Loaded], set[Loaded], arrow.Arrow] | None = None  # of a batch, and whom it may wake
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running] = []
+        self._waiting: deque[Running] = deque()
+        self._running: list[Running] = []
         self._wake = threading.Condition()
         self._closing = False
         give_back_pool()
@@ -147,7 +115,7 @@ class Engine:
         stream = TextStream(self.base.tokenizer, sampling.stop)
         rng = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
         request = Generation(prompt, sampling, adapter, on_piece)
-        row = self._row(_Running(request, None, stream, rng, matcher), blend, experts)
+        row = self._row(Running(request, None, stream, rng, matcher), blend, experts)
         with self._wake:
             if self._closing:
                 raise Stopped("the engine has stopped")
@@ -159,7 +127,7 @@ class Engine:
             self._wake.notify()
         return request
 
-    def _row(self, row: _Running, blend: Blend | None, experts: list[tuple[Loaded, float]]) -> _Running:
+    def _row(self, row: Running, blend: Blend | None, experts: list[tuple[Loaded, float]]) -> Running:
         """`row` with its experts. Raises CoterieError where these cannot answer together."""
         if blend is None:
             return row
@@ -209,7 +177,7 @@ class Engine:
             while self._work_comes():
                 started = time.monotonic()
                 self._drop_cancelled()
-                whole = [row for row in self._admit() if not self.step or row.woken or row.request.sampling.echo]
+                whole = [row for row in self._admit() if not self.step or row.whole]
                 self._step(whole, self._prefill)
                 running = list(self._running)
                 by_torch = [row for row in running if not self.step or row.woken]
@@ -231,7 +199,7 @@ class Engine:
             self._wake.wait_for(lambda: self._waiting or self._running or self._closing)
             return not self._closing
 
-    def _step(self, rows: list[_Running], forward: Callable[[list[_Running]], Scored]) -> None:
+    def _step(self, rows: list[Running], forward: Callable[[list[Running]], Scored]) -> None:
         """One more token for `rows`. Where that fails, they end with the error, and the others go on."""
         if not rows:
             return
@@ -253,9 +221,9 @@ class Engine:
         for row in [r for r in self._running if r.leads and r.request.cancelled]:
             self._finish(row, "cancelled", row.stream.flush())
 
-    def _admit(self) -> list[_Running]:
+    def _admit(self) -> list[Running]:
         """Give waiting requests the free slots, as many as one step may take the prompts of."""
-        new: list[_Running] = []
+        new: list[Running] = []
         with self._wake:
             room, tokens = self.slots - len(self._running), 0
             while self._waiting and len(new) + len(self._waiting[0].voices) <= room:
@@ -265,92 +233,86 @@ class Engine:
                     break
                 new += self._waiting.popleft().voices
             self._running += new
-        for row in new:
-            if self.step and row.loaded and row.loaded.applied.prefix is not None:
-                keys_values = row.loaded.applied.prefix.transpose(2, 3)  # (layers, 2, Hkv, P, D)
-                row.length, slot = row.loaded.ahead, self._running.index(row)
-                self.cache.keys[:, slot, :, : row.length] = keys_values[:, 0]
-                self.cache.values[:, slot, :, : row.length] = keys_values[:, 1]
         return new
 
-    def _go_on(self, rows: list[_Running]) -> Scored:
+    def _begin(self, row: Running) -> None:
+        """Give a row its first pages: those that others have left with the same beginning."""
+        assert self.pages, "of the step in C"
+        layers, slot = self.base.decoder.config.layers, self._running.index(row)
+        if row.whole:
+            row.held = self.pages.begin(slot, (Part(0, layers, row),), [])  # nobody's but its own
+            return
+        owner = row.loaded.key if row.loaded else tuple((one.key, share) for one, share in row.shared) or None
+        first = min((loaded.first_layer for loaded in row.experts), default=layers)
+        row.held = self.pages.begin(slot, self.pages.parts(owner, first), row.tokens)
+        trunk, row.length = row.held.known[0], row.held.known[-1]
+        if row.leads:
+            row.request.cached, row.request.trunk = max(0, row.length - row.ahead), max(0, trunk - row.length)
+            self.stats.cached_tokens += row.request.cached
+            self.stats.trunk_tokens += row.request.trunk
+        prefix = row.loaded.applied.prefix if row.loaded else None
+        if prefix is not None and row.length < row.ahead:
+            self.pages.make_room(row.held, slot, row.ahead)
+            self.pages.put(slot, row.length, prefix)
+            row.length = row.ahead
+
+    def _room(self, row: Running, length: int) -> None:
+        """Pages for the first `length` tokens of a row, where the cache has pages."""
+        if self.pages:
+            if row.held is None:
+                self._begin(row)
+            assert row.held, "just begun"
+            self.pages.make_room(row.held, self._running.index(row), length)
+
+    def _offer(self, row: Running) -> None:
+        """Let others find what a row has in the cache, as soon as it fills a page."""
+        if self.pages and row.held and not row.whole and row.held.offered < row.length // PAGE:
+            self.pages.offer(row.held, row.tokens, row.length)
+
+    def _go_on(self, rows: list[Running]) -> Scored:
         """By the step in C: everyone's next token, and some more of the prompts that are still being read."""
         assert self.step, "chosen where it runs"
-        turns = sorted(self._turns(rows), key=lambda turn: id(turn[0].loaded))  # an expert's rows side by side
-        ids: list[int] = []
-        spans, wanted, soft = [], list[int](), list[tuple[int, Tensor]]()
+        assert self.pages, "the step's own cache"
+        turns = self._turns(rows)
         for row, count, guess in turns:
-            first, start, end = len(ids), row.length, row.length + count
-            if start < row.ahead and row.loaded and row.loaded.applied.soft is not None:
-                soft.append((first, row.loaded.applied.soft[start:end]))
-            if row.request.generated:  # all of the prompt has been read: what is left is the last token
-                ids.append(row.request.generated[-1])
-            else:
-                ids += [0] * min(count, max(0, row.ahead - start))
-                ids += row.request.prompt[max(0, start - row.ahead) : max(0, end - row.ahead)]
-            ids += guess
-            spans.append((start, len(ids) - first))
-            if count == row.unread:
-                wanted += range(first + count - 1, len(ids))
-        embedded = self.base.decoder.embed(torch.tensor(ids))
-        for first, vectors in soft:
-            embedded[first : first + len(vectors)] = vectors
-        repeats = torch.tensor([count for _, count in spans])
-        positions = torch.cat([torch.arange(start, start + count) for start, count in spans])
-        slots = torch.tensor([self._running.index(row) for row, _, _ in turns]).repeat_interleave(repeats)
-        scores = self.step.run(
-            embedded, positions, slots, self.cache, self._groups(turns, spans), torch.tensor(wanted, dtype=torch.long)
-        )
-        chosen: list[tuple[_Running, list[int]]] = []
+            self._room(row, row.length + count + len(guess))
+        b = batch(turns, self._running, self.base.decoder)
+        scores = self.step.run(b.embedded, b.positions, b.slots, self.pages, b.groups, b.wanted, b.starts)
+        chosen: list[tuple[Running, list[int]]] = []
         for row, count, guess in turns:
             if count == row.unread:
                 chosen.append((row, guess))
                 if row.leads and not row.request.generated:
                     self.stats.prompt_tokens += len(row.request.prompt)
             row.length += count
+            self._offer(row)
         self.stats.steps += 1
         return chosen, scores
 
-    def _turns(self, rows: list[_Running]) -> list[tuple[_Running, int, list[int]]]:
+    def _turns(self, rows: list[Running]) -> list[Turn]:
         """How many of its unread tokens each row reads in one step, and its guess of those that follow."""
-        out: list[tuple[_Running, int, list[int]]] = []
+        out: list[Turn] = []
         chunk, free = CHUNK, SPECULATED - len(rows)
-        for row in rows:
-            count = row.unread
-            if len(row.voices) == 1 and row.leads:  # voices answer together, so they read to the end together
-                count = min(count, max(chunk, 1))
-            want = row.request.sampling
-            guess: list[int] = []
-            if row.unread == 1 and not row.matcher and not row.followers and row.leads and want.temperature == 0:
+        for row in [row for row in rows if row.leads]:
+            reads, want = not row.request.generated, row.request.sampling
+            if reads and chunk <= 0:
+                continue
+            for voice in row.voices:
+                if voice.held is None:
+                    self._begin(voice)
+                # Voices answer together, so they read to the end together.
+                count = min(voice.unread, chunk) if reads and not row.followers else voice.unread
+                chunk -= count * reads
+                out.append((voice, count, []))
+            if not reads and not row.matcher and not row.followers and want.temperature == 0:
                 most = min(free, want.max_tokens - len(row.request.generated) - 1, self.context - row.length - 2)
                 if want.logprobs is None and most > 0:
                     guess = continuation(row.request.prompt + row.request.generated, most)
-            free -= len(guess)
-            if row.unread > 1:
-                if chunk <= 0:
-                    continue
-                chunk -= count
-            out.append((row, count, guess))
+                    out[-1] = (row, 1, guess)
+                    free -= len(guess)
         return out
 
-    def _groups(
-        self, turns: list[tuple[_Running, int, list[int]]], spans: list[tuple[int, int]]
-    ) -> list[tuple[Prepared, int, int, float]]:  # fmt: skip
-        """The rows of each expert, as the step in C wants them."""
-        groups: list[tuple[Prepared, int, int, float]] = []
-        first = 0
-        for (row, _, _), (_, count) in zip(turns, spans, strict=True):
-            for loaded, share in [(row.loaded, 1.0)] if row.loaded else row.shared:
-                assert loaded, "shares are of experts"
-                assert loaded.prepared, "prepared when it was loaded"
-                if row.loaded and groups and groups[-1][0] is loaded.prepared:
-                    groups[-1] = (loaded.prepared, groups[-1][1], groups[-1][2] + count, share)
-                else:
-                    groups.append((loaded.prepared, first, count, share))
-            first += count
-        return groups
-
-    def _prefill(self, new: list[_Running]) -> Scored:
+    def _prefill(self, new: list[Running]) -> Scored:
         """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward for each prefix."""
         groups: dict[Loaded | None, list[int]] = {}
         for i, row in enumerate(new):
@@ -365,11 +327,12 @@ class Engine:
         order = torch.tensor([i for places in groups.values() for i in places])
         return [(row, []) for row in new], scores[order.argsort().to(scores.device)]
 
-    def _prefill_after(self, rows: list[_Running], prefix: Tensor | None) -> Tensor:
+    def _prefill_after(self, rows: list[Running], prefix: Tensor | None) -> Tensor:
         """Scores (rows, vocab) after the prompts of `rows`, which all stand after `prefix`."""
         decoder, device = self.base.decoder, self.base.decoder.device
         parts: list[Tensor] = []
         for row in rows:
+            self._room(row, len(row.request.prompt) + row.ahead)
             if row.loaded and row.loaded.applied.soft is not None:
                 parts.append(row.loaded.applied.soft)
             parts.append(decoder.embed(torch.tensor(row.request.prompt, device=device)))
@@ -386,20 +349,21 @@ class Engine:
                 self._echo(row.request, decoder.finish(part[-len(row.request.prompt) :]))
         return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
 
-    def _decode(self, rows: list[_Running]) -> Scored:
+    def _decode(self, rows: list[Running]) -> Scored:
         """By PyTorch: scores after the last token of `rows`."""
         device = self.base.decoder.device
         ids = torch.tensor([row.request.generated[-1] for row in rows], device=device)
         positions = torch.tensor([row.length for row in rows], device=device)
         slots = torch.tensor([self._running.index(row) for row in rows], device=device)
         for row in rows:
+            self._room(row, row.length + 1)
             row.length += 1
         attend = self.cache.attend_decode(slots, positions)
         hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
         self.stats.steps += 1
         return [(row, []) for row in rows], self.base.decoder.logits(hidden)
 
-    def _change(self, rows: list[_Running], repeats: Tensor) -> Change | None:
+    def _change(self, rows: list[Running], repeats: Tensor) -> Change | None:
         """What the experts of `rows` make of `repeats` (rows) tokens of each."""
         held = list(dict.fromkeys(loaded for row in rows for loaded in row.experts))
         place = {loaded: i for i, loaded in enumerate(held)}
@@ -416,7 +380,7 @@ class Engine:
         gates = self._gates(rows, held, shares > 0, woken) if bool(woken.any()) else None
         return mixed(laid, self.base.decoder, owners, shares, gates)
 
-    def _gates(self, rows: list[_Running], held: list[Loaded], allowed: Tensor, woken: Tensor) -> Gates:
+    def _gates(self, rows: list[Running], held: list[Loaded], allowed: Tensor, woken: Tensor) -> Gates:
         """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, held)."""
         known = {loaded for row in rows if row.woken for loaded in row.experts}
         if self._arrow is None or self._arrow[0] != held or not known <= self._arrow[1]:
@@ -425,10 +389,10 @@ class Engine:
         device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
         return self._arrow[2].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
-    def _choose(self, turns: list[tuple[_Running, list[int]]], logits: Tensor) -> None:
+    def _choose(self, turns: list[tuple[Running, list[int]]], logits: Tensor) -> None:
         """Choose each row's next token from its scores, and send out what became certain. Where a guess was right,
         the scores after it hold too, and the row goes on to the next."""
-        place, count = dict[_Running, int](), 0
+        place, count = dict[Running, int](), 0
         for row, guess in turns:
             place[row] = count
             count += 1 + len(guess)
@@ -451,7 +415,7 @@ class Engine:
                     break
                 row.length += 1
 
-    def _advance(self, row: _Running, token: int, detail: tuple[TokenChoice, ...]) -> None:
+    def _advance(self, row: Running, token: int, detail: tuple[TokenChoice, ...]) -> None:
         request = row.request
         if request.first_at is None:
             request.first_at = time.monotonic()
@@ -476,16 +440,17 @@ class Engine:
             request.emit(Piece(text, detail))
 
     def _finish(
-        self, row: _Running, why: str, text: str = "", detail: tuple[TokenChoice, ...] = (),
+        self, row: Running, why: str, text: str = "", detail: tuple[TokenChoice, ...] = (),
         error: Exception | None = None,
     ) -> None:  # fmt: skip
         """End a request; the last running row moves into the slot of each of its voices."""
         for voice in row.voices:
+            if self.pages and voice.held:
+                self._offer(voice)
+                self.pages.release(voice.held)
             place, last = self._running.index(voice), self._running[-1]
             if last is not voice:
-                end, most = len(self._running) - 1, last.length + SPECULATED  # its guesses may yet prove right
-                for store in (self.cache.keys, self.cache.values):
-                    store[:, place, :, :most] = store[:, end, :, :most]
+                self.cache.move(len(self._running) - 1, place, last.length)
                 self._running[place] = last
             self._running.pop()
         row.request.emit(Piece(text, detail, why, error))

@@ -102,6 +102,8 @@ class Generation:
     finish: str | None = None
     asked_at: float = field(default_factory=time.monotonic)
     first_at: float | None = None
+    cached: int = 0  # tokens of the prompt whose keys and values were there already
+    trunk: int = 0  # of the rest, those that the layers below the expert had read already
     _pieces: queue.SimpleQueue[Piece] = field(default_factory=queue.SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 

@@ -24,6 +24,12 @@ class Loaded:
     applied: Applied
     laid: Laid
     prepared: Prepared | None  # for the step in C, where that runs
+    key: tuple[Path, int]  # tells this version's weights from all others: its folder, and when that was made
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer that it changes."""
+        return getattr(self.expert.config, "first_layer", 0)
 
     @property
     def ahead(self) -> int:
@@ -59,7 +65,7 @@ class Shelf:
         folder = self._library.folder(*adapter)
         key = folder, folder.stat().st_mtime_ns
         with self._lock:
-            loaded = self._kept.pop(key, None) or self._load(folder)
+            loaded = self._kept.pop(key, None) or self._load(key)
             if loaded.size > self._budget:
                 raise CoterieError(
                     f"the expert {adapter[0]} takes {loaded.size / 2**20:.0f} MiB, and expert_memory under [business] "
@@ -72,11 +78,11 @@ class Shelf:
                 del self._kept[idle.pop(0)]
         return loaded
 
-    def _load(self, folder: Path) -> Loaded:
-        expert = load(folder, self._decoder.config)
+    def _load(self, key: tuple[Path, int]) -> Loaded:
+        expert = load(key[0], self._decoder.config)
         before = expert.config.kind in ("prompt", "prefix")
         prepared = self._step.prepare(expert) if self._step else None
         applied = apply(expert, self._decoder) if before else Applied()
-        loaded = Loaded(expert, applied, lay(expert, self._decoder), prepared)
+        loaded = Loaded(expert, applied, lay(expert, self._decoder), prepared, key)
         give_back_pool()
         return loaded

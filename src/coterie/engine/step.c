@@ -66,10 +66,14 @@ typedef struct {
     float share;
 } Group;
 
-// keys, values: layer after layer, `layer_stride` elements apart; within, slot and key-value head.
+// Keys and values lie in blocks of `page` tokens of one layer: (blocks, kv_heads, page, head_dim). `table` (slots, layers,
+// span) says which block holds the tokens [b * page, ...) of a sequence; `entries`, of the same shape, which block of
+// `streams` (blocks, page, width) holds their residual stream before that layer, -1 where nobody keeps it.
 typedef struct {
     bf16 *keys, *values;
-    int64_t layer_stride, slot_stride, head_stride;
+    float *streams;
+    const int32_t *table, *entries;
+    int64_t layers, span, page;  // page is a multiple of 4
 } Cache;
 
 static inline __m512 widen(const bf16 *x) {
@@ -263,12 +267,6 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
     }
 }
 
-// Where in the cache the row's sequence begins, at a layer and key-value head.
-static int64_t head_of(const Step *s, int64_t layer, int64_t row, int64_t kv) {
-    const Cache *c = s->cache;
-    return layer * c->layer_stride + s->slots[row] * c->slot_stride + kv * c->head_stride;
-}
-
 // The products of two vectors, `dim` a multiple of 32, in 16 sums.
 static inline __m512 dot(const bf16 *a, const bf16 *b, int64_t dim) {
     __m512 sum = _mm512_setzero_ps();
@@ -287,14 +285,42 @@ static inline __m128 four_dots(const bf16 *a, const bf16 *b, int64_t dim) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// out (16 n) = share * the sum of `seen` vectors, `dim` apart, each by its score.
+// Which block of each kind holds the tokens of a row's sequence before a layer, from `table` or `entries`.
+static const int32_t *blocks_of(const Step *s, const int32_t *table, int64_t layer, int64_t row) {
+    return table + (s->slots[row] * s->cache->layers + layer) * s->cache->span;
+}
+
+// Where a block of the cache begins, at a key-value head.
+static int64_t head_of(const Step *s, int64_t block, int64_t kv) {
+    return (block * s->model->kv_heads + kv) * s->cache->page * s->model->head_dim;
+}
+
+// Have memory bring `n` numbers.
+static inline void ask(const bf16 *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) _mm_prefetch((const char *)(x + i), _MM_HINT_T0);
+}
+
+// Where the residual stream of a row before a layer is kept, or NULL.
+static float *entry_of(const Step *s, int64_t layer, int64_t row) {
+    int64_t at = s->positions[row], page = s->cache->page;
+    int32_t block = blocks_of(s, s->cache->entries, layer, row)[at / page];
+    return block < 0 ? NULL : s->cache->streams + (block * page + at % page) * s->model->width;
+}
+
+// out (16 n) = share * the sum of the values of `seen` tokens, from `column` of a head on, each by its score.
 static inline __attribute__((always_inline)) void
-weigh(const int n, bf16 *out, const bf16 *values, int64_t dim, const float *score, int64_t seen, float share) {
+weigh(const int n, bf16 *out, const Step *s, const int32_t *blocks, int64_t kv, int64_t column, const float *score,
+      int64_t seen, float share) {
+    int64_t dim = s->model->head_dim, page = s->cache->page;
     __m512 sum[4];
     for (int i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t t = 0; t < seen; t++)
-        for (int i = 0; i < n; i++)
-            sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(score[t]), widen(values + t * dim + i * 16), sum[i]);
+    for (int64_t t = 0; t < seen; t += page) {
+        const bf16 *values = s->cache->values + head_of(s, blocks[t / page], kv) + column;
+        int64_t here = seen - t < page ? seen - t : page;
+        for (int64_t j = 0; j < here; j++)
+            for (int i = 0; i < n; i++)
+                sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(score[t + j]), widen(values + j * dim + i * 16), sum[i]);
+    }
     for (int i = 0; i < n; i++) narrow(out + i * 16, _mm512_mul_ps(sum[i], _mm512_set1_ps(share)));
 }
 
@@ -312,7 +338,8 @@ static void store(const Step *s, int64_t layer, int64_t row, int64_t kv) {
     }
     if (l->k_norm) rms_norm(k, k, l->k_norm, dim, m->eps);
     rotate(k, cos, sin, dim / 2);
-    int64_t place = head_of(s, layer, row, kv) + at * dim;
+    int64_t page = s->cache->page, block = blocks_of(s, s->cache->table, layer, row)[at / page];
+    int64_t place = head_of(s, block, kv) + at % page * dim;
     for (int64_t i = 0; i < dim; i += 16) {
         narrow(s->cache->keys + place + i, _mm512_loadu_ps(k + i));
         narrow(s->cache->values + place + i, _mm512_loadu_ps(v + i));
@@ -322,17 +349,25 @@ static void store(const Step *s, int64_t layer, int64_t row, int64_t kv) {
 // One row and key-value head: attend to its own place in the sequence, and to all before.
 static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float *score) {
     const Model *m = s->model;
-    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, seen = s->positions[row] + 1;
-    const bf16 *keys = s->cache->keys + head_of(s, layer, row, kv), *values = s->cache->values + head_of(s, layer, row, kv);
+    int64_t dim = m->head_dim, group = m->heads / m->kv_heads, seen = s->positions[row] + 1, page = s->cache->page;
+    const int32_t *blocks = blocks_of(s, s->cache->table, layer, row);
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
         const float *query = s->qkv + (row * (m->heads + 2 * m->kv_heads) + h) * dim;
         float scale = 1.0f / sqrtf(dim), most = -INFINITY;
         bf16 narrowed[dim];
         for (int64_t i = 0; i < dim; i += 16) narrow(narrowed + i, _mm512_loadu_ps(query + i));
         int64_t t = 0;
-        for (; t + 4 <= seen; t += 4)
-            _mm_storeu_ps(score + t, _mm_mul_ps(four_dots(keys + t * dim, narrowed, dim), _mm_set1_ps(scale)));
-        for (; t < seen; t++) score[t] = _mm512_reduce_add_ps(dot(keys + t * dim, narrowed, dim)) * scale;
+        for (int64_t start = 0; start < seen; start += page) {
+            const bf16 *keys = s->cache->keys + head_of(s, blocks[start / page], kv) - start * dim;
+            int64_t end = seen - start < page ? seen : start + page;
+            if (h == kv * group) {  // blocks lie apart: ask for what comes next
+                ask(s->cache->values + head_of(s, blocks[start / page], kv), page * dim);
+                if (end < seen) ask(s->cache->keys + head_of(s, blocks[start / page + 1], kv), page * dim);
+            }
+            for (; t + 4 <= end; t += 4)
+                _mm_storeu_ps(score + t, _mm_mul_ps(four_dots(keys + t * dim, narrowed, dim), _mm_set1_ps(scale)));
+            for (; t < end; t++) score[t] = _mm512_reduce_add_ps(dot(keys + t * dim, narrowed, dim)) * scale;
+        }
         for (t = 0; t < seen; t++) most = score[t] > most ? score[t] : most;
         __m512 total = _mm512_setzero_ps();
         for (t = 0; t < seen; t += 16) {
@@ -344,8 +379,8 @@ static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float 
         float share = 1.0f / _mm512_reduce_add_ps(total);
         bf16 *out = s->mixed + (row * m->heads + h) * dim;
         for (int64_t i = 0; i < dim; i += 64)
-            if (dim - i >= 64) weigh(4, out + i, values + i, dim, score, seen, share);
-            else weigh(2, out + i, values + i, dim, score, seen, share);
+            if (dim - i >= 64) weigh(4, out + i, s, blocks, kv, i, score, seen, share);
+            else weigh(2, out + i, s, blocks, kv, i, score, seen, share);
     }
 }
 
@@ -437,8 +472,12 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     meet(s->meeting, threads);
     for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads) store(s, layer, i / m->kv_heads, i % m->kv_heads);
     meet(s->meeting, threads);
-    for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads)
+    for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads) {
+        int64_t next = i + threads < s->rows * m->kv_heads ? i + threads : i;
+        const bf16 *keys = s->cache->keys + head_of(s, *blocks_of(s, s->cache->table, layer, next / m->kv_heads), next % m->kv_heads);
+        ask(keys, s->cache->page * m->head_dim);
         attend(s, layer, i / m->kv_heads, i % m->kv_heads, s->scores + thread * s->longest);
+    }
     meet(s->meeting, threads);
     lower(s, layer, O, O, s->mixed, q, thread, threads);
     close_block(s, layer, O, l->o, s->mixed, q, l->o_bias, ATTN, thread, threads);
@@ -459,14 +498,28 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     close_block(s, layer, DOWN, l->down, s->fed, m->ffn, NULL, FFN, thread, threads);
 }
 
+// The first `rows` of the batch through one layer, and what comes out of it to where the next one's entry is kept.
+static void run_rows(const Step *all, int64_t rows, int64_t layer, int64_t layers, int thread, int threads) {
+    Step s = *all;
+    s.rows = rows;
+    while (s.n_groups && s.groups[s.n_groups - 1].first >= rows) s.n_groups--;
+    run_layer(&s, layer, thread, threads);
+    for (int64_t n = thread; n < rows && layer + 1 < layers; n += threads) {
+        float *kept = entry_of(&s, layer + 1, n);
+        if (kept) memcpy(kept, s.hidden + n * s.model->width, s.model->width * sizeof(float));
+    }
+}
+
 static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 // Go on with every row: `embedded` (rows, width) are the tokens' embeddings, `positions` where they stand, `slots` where
-// their sequences lie in the cache. Writes the scores (scored, vocab) after the rows `wanted` (scored), and where `stream`
-// is not NULL the residual stream after the first `layers` (rows, width). Returns 0, or 1 where memory ran out.
+// their sequences lie in the cache, `starts` (rows, ascending) the layers at which they begin: a row that begins above 0
+// takes its residual stream from the cache, and a group's rows begin at one layer. Groups lie in the rows' order.
+// Writes the scores (scored, vocab) after the rows `wanted` (scored), and where `stream` is not NULL the residual stream
+// after the first `layers` (rows, width). Returns 0, or 1 where memory ran out.
 int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *embedded, const int64_t *positions,
-                 const int64_t *slots, int64_t n_groups, const Group *groups, int64_t scored, const int64_t *wanted,
-                 float *logits, int64_t layers, float *stream, int threads) {
+                 const int64_t *slots, const int64_t *starts, int64_t n_groups, const Group *groups, int64_t scored,
+                 const int64_t *wanted, float *logits, int64_t layers, float *stream, int threads) {
     int64_t width = m->width, q = m->heads * m->head_dim, all = q + 2 * m->kv_heads * m->head_dim;
     Meeting meeting = {0};
     Step s = {.meeting = &meeting, .model = m, .groups = groups, .cache = cache, .positions = positions, .slots = slots,
@@ -484,11 +537,18 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *e
     int failed = 0, count = sizeof rooms / sizeof *rooms;
     for (int i = 0; i < count; i++) failed |= !rooms[i];
     if (!failed) {
-        for (int64_t i = 0; i < rows * width; i += 16) _mm512_storeu_ps(s.hidden + i, widen(embedded + i));
+        for (int64_t n = 0; n < rows; n++) {
+            float *hidden = s.hidden + n * width;
+            if (starts[n]) memcpy(hidden, entry_of(&s, starts[n], n), width * sizeof(float));
+            else for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(hidden + i, widen(embedded + n * width + i));
+        }
 #pragma omp parallel num_threads(threads)
         {
             int thread = omp_get_thread_num(), team = omp_get_num_threads();
-            for (int64_t layer = 0; layer < layers; layer++) run_layer(&s, layer, thread, team);
+            for (int64_t layer = 0, begun = 0; layer < layers; layer++) {
+                while (begun < rows && starts[begun] <= layer) begun++;
+                if (begun) run_rows(&s, begun, layer, layers, thread, team);
+            }
             norm_rows(&s, m->final_norm, scored, wanted, thread, team);
             meet(s.meeting, team);
             int64_t first, end;

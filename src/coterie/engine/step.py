@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.engine.pages import PAGE, Pages
 from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
-from coterie.model.decoder import BLOCKS, SITES, Decoder, KVCache
+from coterie.model.decoder import BLOCKS, SITES, Decoder
 from coterie.model.pull import models_dir
 
 SOURCE = Path(__file__).with_name("step.c")
@@ -47,7 +48,7 @@ _LowRank = _struct("LowRank", a=_P, b=_P, gain=_P, rank=_N)
 _Bottleneck = _struct("Bottleneck", down=_P, up=_P, down_bias=_P, up_bias=_P, size=_N, activation=_N, reads_sum=_N)
 _Expert = _struct("Expert", low_rank=_P, bottleneck=_P, widest=_N)
 _Group = _struct("Group", expert=_P, first=_N, count=_N, share=ctypes.c_float)
-_Cache = _struct("Cache", keys=_P, values=_P, layer_stride=_N, slot_stride=_N, head_stride=_N)
+_Cache = _struct("Cache", keys=_P, values=_P, streams=_P, table=_P, entries=_P, layers=_N, span=_N, page=_N)
 
 
 @cache
@@ -72,7 +73,7 @@ def _library() -> Any | None:
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the engine's step in C cannot be built (%s): PyTorch computes it, more slowly", error)
         return None
-    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
+    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
     return library
 
 
@@ -172,29 +173,33 @@ class Step:
             )
 
     def run(
-        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: KVCache,
-        groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor,
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: Pages,
+        groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor, starts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Scores (wanted, vocab) in float32 after the rows `wanted`, where every row is one more token of a sequence.
 
-        embedded (rows, width), positions (rows); slots (rows) of the cache, which takes their keys and values. Rows
-        of one sequence follow one another. groups: expert, first row, rows, and the share that its update has.
+        embedded (rows, width), positions (rows); slots (rows) of the cache, which takes their keys and values. groups:
+        expert, first row, rows, and the share that its update has. starts (rows), ascending: the layers at which rows
+        begin, those above 0 with the residual stream that the cache has kept; a group's rows begin at one layer.
         """
         logits = torch.empty(len(wanted), self.decoder.config.vocab)
-        self._call(embedded, positions, slots, cache, groups, wanted, logits, self.decoder.config.layers, None)
+        starts = torch.zeros_like(positions) if starts is None else starts
+        self._call(embedded, positions, slots, starts, cache, groups, wanted, logits, self.decoder.config.layers, None)
         return logits
 
     def trunk(self, ids: list[int], layers: int) -> Tensor:
         """The residual stream (tokens, width) in float32 of one text after the lowest `layers`."""
         c = self.decoder.config
-        cache = KVCache(replace(c, layers=layers), 1, len(ids), self.decoder.dtype, self.decoder.device)
+        cache = Pages(replace(c, layers=layers), 1, len(ids), self.decoder.dtype)
+        cache.make_room(cache.begin(0, cache.parts(None, layers), []), 0, len(ids))
         stream, nothing = torch.empty(len(ids), c.width), torch.zeros(0, dtype=torch.long)
         at, embedded = torch.arange(len(ids)), self.decoder.embed(torch.tensor(ids))
-        self._call(embedded, at, torch.zeros_like(at), cache, (), nothing, torch.empty(0), layers, stream)
+        first = torch.zeros_like(at)
+        self._call(embedded, at, first, first, cache, (), nothing, torch.empty(0), layers, stream)
         return stream
 
     def _call(
-        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: KVCache,
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, starts: Tensor, cache: Pages,
         groups: Sequence[tuple[Prepared, int, int, float]], wanted: Tensor, logits: Tensor, layers: int,
         stream: Tensor | None,
     ) -> None:  # fmt: skip
@@ -202,10 +207,13 @@ class Step:
         table = (_Group * max(1, len(groups)))(*[
             _Group(ctypes.addressof(expert.struct), first, count, share) for expert, first, count, share in groups
         ])  # fmt: skip
-        where = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), *cache.keys.stride()[:3])
+        where = _Cache(
+            cache.keys.data_ptr(), cache.values.data_ptr(), cache.streams.data_ptr(), cache.table.ctypes.data,
+            cache.entries.ctypes.data, cache.config.layers, cache.span, PAGE,
+        )  # fmt: skip
         failed = self._library.coterie_step(
             ctypes.byref(self._model), ctypes.byref(where), len(embedded), embedded.data_ptr(), positions.data_ptr(),
-            slots.data_ptr(), len(groups), table, len(wanted), wanted.data_ptr(), logits.data_ptr(),
+            slots.data_ptr(), starts.data_ptr(), len(groups), table, len(wanted), wanted.data_ptr(), logits.data_ptr(),
             layers, None if stream is None else stream.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:

@@ -296,6 +296,11 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` tokens of one slot into another."""
+        for store in (self.keys, self.values):
+            store[:, target, :, :length] = store[:, source, :, :length]
+
     def attend_prefill(
         self, slots: Tensor, positions: Tensor, lengths: list[int], prefix: Tensor | None = None
     ) -> Attend:

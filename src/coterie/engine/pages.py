@@ -1,0 +1,263 @@
+"""The cache of the step in C: keys and values in pages of 32 tokens, which texts that begin alike share.
+
+Notable: a page belongs to whoever computed its layers. The layers below an expert's first changed one (the trunk) are
+the base's, whichever expert answers: experts confined to the upper layers (the branch) find there what the base or
+another of them has read. Beside a page of the trunk lies the residual stream that comes out of it, so a conversation
+that changes its expert goes on from there and computes only the branch. Page and stream are what the step would write
+again, bit for bit, since a row's sums never depend on its batch (step.c).
+Pages are found by their layers, their owner and a digest of all tokens up to their end; those that no sequence holds
+stay, up to a budget, and the longest idle go first. Source: Kwon et al. 2023 (PagedAttention).
+"""
+
+from array import array
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coterie.model.decoder import Attend, ModelConfig, attend_packed
+
+PAGE = 32  # tokens; step.c wants a multiple of 4. With 16, blocks begin so often that reading them is 5% slower
+MOST_CUTS = 3  # layers at which a trunk may end; each keeps a residual stream for every token
+TYPES = {torch.bfloat16: np.uint16, torch.float32: np.float32}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers [first, end) of a sequence, and whose they are: None for the base, else what tells its experts apart."""
+
+    first: int
+    end: int
+    owner: Hashable = None
+
+
+Key = tuple[Part, bytes]
+
+
+@dataclass(eq=False)
+class Page:
+    """`PAGE` tokens of a part: a block for each layer, and a block of the residual stream after them (-1: not kept)."""
+
+    blocks: list[int]
+    entry: int
+    users: int = 1
+    key: Key | None = None  # under which others find it, once it is full
+
+
+@dataclass(eq=False)
+class Sequence:
+    """What one text holds of the cache, by part. Parts follow one another and cover all layers."""
+
+    parts: tuple[Part, ...]
+    pages: list[list[Page]]
+    known: list[int]  # tokens of each part that others had left there; fewer from part to part
+    digests: list[bytes] = field(default_factory=list)
+    offered: int = 0  # pages of each part that others may find
+
+    def spans(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Tokens [start, end) by the layer at which each has to begin: (layer, start, end)."""
+        out = []
+        for number in reversed(range(len(self.parts))):
+            until = min(end, self.known[number - 1]) if number else end
+            if start < until:
+                out.append((self.parts[number].first, start, until))
+                start = until
+        return out
+
+
+class Pages:
+    """Keys and values of `slots` sequences of up to `length` tokens, and of those that ended, up to `idle` bytes."""
+
+    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, idle: int = 0) -> None:
+        c, self.config, self.budget = config, config, idle
+        self.span = -(-length // PAGE)
+        shape = (c.kv_heads, PAGE, c.head_dim)
+        self.block_bytes = 2 * c.kv_heads * PAGE * c.head_dim * dtype.itemsize
+        self.entry_bytes = PAGE * c.width * 4
+        most = slots * self.span
+        # Addresses for all that can ever be held at once; memory only for what is touched.
+        self.keys, self.values = (
+            torch.from_numpy(
+                np.zeros((most * c.layers + idle // self.block_bytes, *shape), dtype=TYPES[dtype])
+            ).view(dtype) for _ in range(2)
+        )  # fmt: skip
+        self.streams = torch.from_numpy(
+            np.zeros((most * MOST_CUTS + idle // self.entry_bytes, PAGE, c.width), dtype=np.float32)
+        )
+        self.table = np.zeros((slots, c.layers, self.span), dtype=np.int32)
+        self.entries = np.full((slots, c.layers, self.span), -1, dtype=np.int32)
+        self.cuts: list[int] = []
+        self._blocks, self._entries = _Free(), _Free()
+        self._known: dict[Key, Page] = {}
+        self._idle: dict[Page, int] = {}  # pages that nobody holds and their bytes, the longest idle first
+        self.idle = 0  # bytes of those
+
+    def parts(self, owner: Hashable, first_layer: int) -> tuple[Part, ...]:
+        """Whose the layers are of experts `owner` that leave those below `first_layer` alone (the base: all)."""
+        layers = self.config.layers
+        if 0 < first_layer < layers and first_layer not in self.cuts and len(self.cuts) < MOST_CUTS:
+            self.cuts = sorted([*self.cuts, first_layer])
+        edges = [0, *(cut for cut in self.cuts if cut <= first_layer)]
+        trunk = [Part(a, b) for a, b in pairwise(edges)]
+        return (*trunk, Part(edges[-1], layers, owner))
+
+    def begin(self, slot: int, parts: tuple[Part, ...], tokens: list[int]) -> Sequence:
+        """A sequence at `slot`, with the pages that hold the beginning of `tokens`, whose last one stays to be read."""
+        sequence = Sequence(parts, [], [])
+        self.entries[slot] = -1
+        limit = len(tokens) // PAGE
+        for number in range(limit):
+            _digest(sequence, tokens[number * PAGE : (number + 1) * PAGE])
+        for part in parts:
+            if part.end == self.config.layers:
+                limit = min(limit, (len(tokens) - 1) // PAGE)
+            pages: list[Page] = []
+            while len(pages) < limit and (page := self._known.get((part, sequence.digests[len(pages)]))):
+                self.idle -= self._idle.pop(page, 0)
+                page.users += 1
+                self._place(slot, part, len(pages), page)
+                pages.append(page)
+            limit = len(pages)
+            sequence.pages.append(pages)
+            sequence.known.append(limit * PAGE)
+        return sequence
+
+    def make_room(self, sequence: Sequence, slot: int, length: int) -> None:
+        """Pages for all of the first `length` tokens."""
+        for part, pages in zip(sequence.parts, sequence.pages, strict=True):
+            while len(pages) * PAGE < length:
+                inner = part.owner is None and part.end < self.config.layers
+                page = Page(self._blocks.take(part.end - part.first), self._entries.take(1)[0] if inner else -1)
+                self._place(slot, part, len(pages), page)
+                pages.append(page)
+
+    def _place(self, slot: int, part: Part, number: int, page: Page) -> None:
+        self.table[slot, part.first : part.end, number] = page.blocks
+        if page.entry >= 0:
+            self.entries[slot, part.end, number] = page.entry
+
+    def offer(self, sequence: Sequence, tokens: list[int], length: int) -> None:
+        """Let others find what has been computed of `tokens`: the first `length`."""
+        if not self.budget:
+            return
+        for number in range(sequence.offered, length // PAGE):
+            if number == len(sequence.digests):
+                _digest(sequence, tokens[number * PAGE : (number + 1) * PAGE])
+            for part, pages in zip(sequence.parts, sequence.pages, strict=True):
+                page, key = pages[number], (part, sequence.digests[number])
+                if page.key is None and key not in self._known:
+                    page.key = key
+                    self._known[key] = page
+        sequence.offered = max(sequence.offered, length // PAGE)
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended. What others may find stays idle, its end before its beginning the first to go."""
+        for number in reversed(range(max(map(len, sequence.pages), default=0))):
+            for part, pages in zip(reversed(sequence.parts), reversed(sequence.pages), strict=True):
+                if number >= len(pages):
+                    continue
+                page = pages[number]
+                page.users -= 1
+                if not page.users and page.key is None:
+                    self._free(page)
+                elif not page.users:
+                    size = (part.end - part.first) * self.block_bytes + self.entry_bytes * (page.entry >= 0)
+                    self._idle[page] = size
+                    self.idle += size
+        sequence.pages = [[] for _ in sequence.parts]
+        while self.idle > self.budget:
+            oldest = next(iter(self._idle))
+            self.idle -= self._idle.pop(oldest)
+            self._free(oldest)
+
+    def _free(self, page: Page) -> None:
+        if page.key is not None:
+            del self._known[page.key]
+        self._blocks.give(page.blocks)
+        if page.entry >= 0:
+            self._entries.give([page.entry])
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """What the sequence at slot `source` holds, now at slot `target`."""
+        self.table[target], self.entries[target] = self.table[source], self.entries[source]
+
+    def put(self, slot: int, start: int, prefix: Tensor) -> None:
+        """Keys and values (layers, 2, P, Hkv, D) of no tokens, from token `start` on, at the beginning of `slot`."""
+        at = torch.arange(start, prefix.shape[2])
+        blocks = torch.from_numpy(self.table[slot]).long()[:, at // PAGE]  # (layers, P)
+        for store, given in ((self.keys, prefix[:, 0, start:]), (self.values, prefix[:, 1, start:])):
+            store[blocks, :, at % PAGE] = given
+
+    # For the rows that PyTorch computes
+
+    def attend_prefill(
+        self, slots: Tensor, positions: Tensor, lengths: list[int], prefix: Tensor | None = None
+    ) -> Attend:
+        """As KVCache's."""
+        inner = attend_packed(lengths, prefix=prefix)
+        if prefix is not None:
+            for slot in slots.unique().tolist():
+                self.put(slot, 0, prefix)
+        store = self._store(slots, positions)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            store(layer, k, v)
+            return inner(layer, q, k, v)
+
+        return attend
+
+    def attend_decode(self, slots: Tensor, positions: Tensor) -> Attend:
+        """As KVCache's."""
+        span = int(positions.max()) + 1
+        mask = (torch.arange(span) <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
+        read = torch.from_numpy(self.table).long()[slots, :, : -(-span // PAGE)]  # (B, layers, pages)
+        store = self._store(slots, positions)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            store(layer, k, v)
+            keys, values = (
+                t[read[:, layer]].transpose(1, 2).flatten(2, 3)[:, :, :span] for t in (self.keys, self.values)
+            )  # (B, Hkv, S, D)
+            grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D)
+            mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
+            return mixed
+
+        return attend
+
+    def _store(self, slots: Tensor, positions: Tensor) -> Callable[[int, Tensor, Tensor], None]:
+        """Puts the keys and values (N, Hkv, D) of a layer where the tokens at `positions` (N) of `slots` (N) lie."""
+        blocks, at = torch.from_numpy(self.table).long()[slots, :, positions // PAGE], positions % PAGE
+
+        def store(layer: int, k: Tensor, v: Tensor) -> None:
+            self.keys[blocks[:, layer], :, at] = k
+            self.values[blocks[:, layer], :, at] = v
+
+        return store
+
+
+def _digest(sequence: Sequence, tokens: list[int]) -> None:
+    before = sequence.digests[-1] if sequence.digests else b""
+    sequence.digests.append(blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest())
+
+
+class _Free:
+    """Numbers of blocks that nobody holds; those held before come first, because their memory is there already."""
+
+    def __init__(self) -> None:
+        self._given: list[int] = []
+        self._next = 0
+
+    def take(self, count: int) -> list[int]:
+        """`count` of them."""
+        again = [self._given.pop() for _ in range(min(count, len(self._given)))]
+        new = range(self._next, self._next + count - len(again))
+        self._next = new.stop
+        return [*again, *new]
+
+    def give(self, blocks: list[int]) -> None:
+        self._given += blocks
