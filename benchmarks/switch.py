@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from coterie.model import moe
+from coterie.model import grouped, moe
 from coterie.model.decoder import Decoder, ModelConfig, attend_packed, packed_positions
 
 DATA = Path(os.environ.get("COTERIE_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -237,8 +237,8 @@ def layer_case(peer: str, k: int, dtype: torch.dtype, tokens: int, args: argpars
     ours = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
     activate = moe.swiglu if peer == "Mixtral" else F.relu
     frozen: dict[str, Any] = {n: w.detach() for n, w in ours.items()}
-    if dtype == torch.bfloat16:  # as the engine keeps them
-        for n in ("up", "down"):
+    if dtype == torch.bfloat16 and not grouped.takes(frozen["up"]):
+        for n in ("up", "down"):  # as the engine keeps them
             frozen[n] = [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in frozen[n]]
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(1, tokens, width, generator=generator).to(dtype) for _ in range(args.rounds + 1)]

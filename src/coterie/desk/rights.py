@@ -16,7 +16,7 @@ from coterie.business import Business, Tell
 from coterie.desk import trained
 from coterie.desk.attachment import Attachments
 from coterie.desk.conversation import Conversations
-from coterie.desk.crm import CrmError, open_crm, profile_of
+from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
 from coterie.desk.flow import Parts
 from coterie.desk.knowing import check, ground

@@ -5,12 +5,6 @@ whose sizes are multiples of 32. Everywhere else, and for rows that Arrow routes
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,14 +19,12 @@ from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
 from coterie.model.decoder import BLOCKS, SITES, Decoder
-from coterie.model.pull import models_dir
+from coterie.model.native import built
 
 SOURCE = Path(__file__).with_name("step.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LANES = 16  # numbers that one instruction sums, and outputs in a block of a packed matrix
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = {"relu": 0, "swish": 1, "silu": 1, "gelu": 2}
-log = logging.getLogger(__name__)
 
 
 def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -53,27 +45,9 @@ _Cache = _struct("Cache", keys=_P, values=_P, streams=_P, table=_P, entries=_P, 
 
 @cache
 def _library() -> Any | None:
-    """step.c as a shared library, kept beside the base models; None where it cannot be built or would not run."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    flags = Path("/proc/cpuinfo")
-    if not compiler or not flags.exists() or "avx512_bf16" not in flags.read_text():
-        return None
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        facts = next(line for line in flags.read_text().splitlines() if line.startswith("flags"))
-        digest = hashlib.sha256(SOURCE.read_bytes() + version + facts.encode() + repr(FLAGS).encode()).hexdigest()
-        built = models_dir().parent / "built" / f"step-{digest[:16]}.so"
-        if not built.exists():
-            built.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-                made = Path(scratch) / "step.so"
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True)
-                made.replace(built)
-        library = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the engine's step in C cannot be built (%s): PyTorch computes it, more slowly", error)
-        return None
-    library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
+    library = built(SOURCE)
+    if library:
+        library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
     return library
 
 

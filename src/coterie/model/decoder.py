@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.model import moe
+from coterie.model import grouped, moe
 from coterie.model.gradients import Padded, rms_norm, rotate, swiglu, written_out_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
@@ -119,9 +119,10 @@ class Decoder:
             for name, w in weights.items():
                 if w.dim() == 2 and w.dtype == self.dtype and (name != "embed" or config.tied):
                     self.packed[name] = self.pack(w)
-        self.packed_experts = {
-            name: [self.pack(expert) for expert in w] for name, w in weights.items() if self.prepack and w.dim() == 3
-        }
+        experts = {name: w for name, w in weights.items() if self.prepack and w.dim() == 3}
+        if all(grouped.takes(w) for w in experts.values()):
+            experts = {}  # grouped.c wants them plain
+        self.packed_experts = {name: [self.pack(expert) for expert in w] for name, w in experts.items()}
 
     def pack(self, weight: Tensor) -> Tensor:
         """`weight` (out, in) in the layout that `apply` wants."""

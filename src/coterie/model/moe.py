@@ -1,10 +1,9 @@
 """Mixture-of-experts feed-forward: a router gives each token to its best experts, and each expert gets one product.
 
 Notable: no loop over tokens and no padding. The (token, choice) pairs are sorted by expert, so that each expert's
-rows lie together, and a projection is one matrix product for each expert that has any. Measured on 2 CPU cores
-(8 experts, width 576, feed-forward 1536): products over contiguous rows beat `bmm` over blocks padded to the fullest
-expert at every size but a few dozen rows in bfloat16, and in float32 oneDNN's product is 2 to 2.5 times as fast on
-AMD as the one F.linear takes, forward and backward. On a GPU all experts go into one `grouped_mm`.
+rows lie together. Where the processor has AVX512-BF16 and a C compiler is there, all experts are one call into
+grouped.c, forward and backward (docs/performance.md). Elsewhere a projection is one matrix product for each expert
+that has rows; on a GPU all experts go into one `grouped_mm`.
 Sources: Shazeer et al. 2017 (top-k gates); Fedus et al. 2021 (Switch: top-1, capacity, balance loss, jitter, router
 in float32); Zoph et al. 2022 (ST-MoE: router z-loss); Gale et al. 2022 (MegaBlocks: no dropping, no padding).
 """
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from coterie.model import grouped as kernel
 
 SMALL = 2_000_000  # multiply-adds from which oneDNN's product wins over F.linear's in float32
 STEP = 16  # rows
@@ -75,6 +76,16 @@ def feed_forward(
     n, count = logits.shape
     experts, weights = choose(logits, k, normed)
     places, rows = sort_by_expert(experts, count, capacity(n, count, k, factor))
+    known = {swiglu: kernel.SWIGLU, F.relu: kernel.RELU}.get(activate)
+    if (
+        known
+        and isinstance(gate_up, Tensor)
+        and isinstance(down, Tensor)
+        and x.dtype == gate_up.dtype == down.dtype
+        and kernel.takes(gate_up)
+        and kernel.takes(down)
+    ):
+        return kernel.experts(x, weights, gate_up, down, places, rows, known)
     made = grouped(activate(grouped(x.index_select(0, places // k), gate_up, rows)), down, rows)
     made = made * weights.reshape(-1, 1).index_select(0, places).to(made.dtype)
     back = made.new_zeros(n * k, made.shape[-1]).index_copy(0, places, made)

@@ -1,0 +1,403 @@
+// The products of a mixture of experts, forward and backward, each one call for all experts: rows lie in order of
+// expert (`ends`: where each expert's rows end), and each expert has a matrix of its own.
+//
+// Notable: all matrices are copied into the order in which they are read, a strip at a time: what a thread multiplies
+// next is in its own cache, whichever way round it is stored, and so plain weights need no second, packed copy in
+// memory. Rows are fetched (by `from`), activated, scaled and put in their places (by `to`) on the way.
+// Everything is counted in words of 4 bytes: one float, or two bfloat16 that one instruction multiplies and adds.
+// Sums are float32. A sum's order depends on the shapes and on how many rows its expert has, not on the threads.
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "vector.h"
+
+enum { NONE, RELU, SWIGLU };
+enum { ROWS = 12, COLS = 32 };  // a tile: 24 sums of 16 numbers stay in registers
+enum { SPAN = 8 };              // tiles whose slopes are laid ready together: whole lines are read
+enum { FEW = 8 };               // rows of an expert up to which its matrix is multiplied where it lies
+
+typedef struct {
+    int64_t bf, experts, threads;
+    const int64_t *ends;  // (experts)
+} Shape;
+
+static inline __attribute__((always_inline)) __m512 multiply(const int bf, __m512 sum, __m512i a, __m512i b) {
+    if (bf) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+// out (m, COLS) = a (depth, ROWS), of which m count, transposed, by b (depth, COLS). Meanwhile memory is asked for what
+// comes next: `depth` lines from `ahead`, `hop` bytes apart.
+static inline __attribute__((always_inline)) void
+tile(const int bf, const int m, float *out, int64_t depth, const int32_t *a, const int32_t *b, const char *ahead,
+     int64_t hop) {
+    __m512 sum[ROWS][2];
+    for (int i = 0; i < m; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < depth; d++, a += ROWS, b += COLS, ahead += hop) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        __m512i first = _mm512_load_si512(b), second = _mm512_load_si512(b + 16);
+        for (int i = 0; i < m; i++) {
+            __m512i one = _mm512_set1_epi32(a[i]);
+            sum[i][0] = multiply(bf, sum[i][0], one, first);
+            sum[i][1] = multiply(bf, sum[i][1], one, second);
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        _mm512_store_ps(out + i * COLS, sum[i][0]);
+        _mm512_store_ps(out + i * COLS + 16, sum[i][1]);
+    }
+}
+
+static void any_tile(int bf, int m, float *out, int64_t depth, const int32_t *a, const int32_t *b, const char *ahead,
+                     int64_t hop) {
+#define CASE(n) \
+    case n: if (bf) tile(1, n, out, depth, a, b, ahead, hop); else tile(0, n, out, depth, a, b, ahead, hop); break;
+    switch (m) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    }
+#undef CASE
+}
+
+// out (m, COLS): every of m <= FEW rows by every of COLS rows, `depth` words each; absent rows (NULL) give 0.
+static inline __attribute__((always_inline)) void
+dots(const int bf, const int m, float *out, int64_t depth, const int32_t **x, const int32_t **w) {
+    const int columns = m > FEW / 2 ? 2 : 4;  // as many sums as there are registers
+    for (int j = 0; j < COLS; j += columns) {
+        __m512 sum[FEW][4];
+        const int32_t *some_w[4];
+        for (int c = 0; c < columns; c++) {
+            some_w[c] = w[j + c] ? w[j + c] : w[0];
+            for (int i = 0; i < m; i++) sum[i][c] = _mm512_setzero_ps();
+        }
+        for (int64_t d = 0; d < depth; d += 16) {
+            __mmask16 some = depth - d < 16 ? (1u << (depth - d)) - 1 : 0xffff;
+            __m512i row[FEW];
+            for (int i = 0; i < m; i++) row[i] = _mm512_maskz_loadu_epi32(some, x[i] + d);
+            for (int c = 0; c < columns; c++) {
+                __m512i column = _mm512_maskz_loadu_epi32(some, some_w[c] + d);
+                _mm_prefetch((const char *)(some_w[c] + d + 8 * depth), _MM_HINT_T0);
+                for (int i = 0; i < m; i++) sum[i][c] = multiply(bf, sum[i][c], row[i], column);
+            }
+        }
+        for (int i = 0; i < m; i++)
+            for (int c = 0; c < columns; c++) out[i * COLS + j + c] = w[j + c] ? _mm512_reduce_add_ps(sum[i][c]) : 0;
+    }
+}
+
+static void any_dots(int bf, int m, float *out, int64_t depth, const int32_t **x, const int32_t **w) {
+#define CASE(n) case n: if (bf) dots(1, n, out, depth, x, w); else dots(0, n, out, depth, x, w); break;
+    switch (m) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+#undef CASE
+}
+
+// Up to 16 rows (absent ones NULL), 16 words of each from `at`, to out (16, step) transposed; writes `count` columns.
+static inline void transpose(int32_t *out, int64_t step, int count, const int32_t **row, int64_t at) {
+    __mmask16 some = (1u << count) - 1;
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = row[i] ? _mm512_loadu_si512(row[i] + at) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {  // r[4 g + i]: rows 4 g to 4 g + 3, words i, 4 + i, 8 + i, 12 + i
+        __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        __m512i c = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+        _mm512_mask_storeu_epi32(out + i * step, some, _mm512_shuffle_i32x4(a, b, 0x88));
+        _mm512_mask_storeu_epi32(out + (4 + i) * step, some, _mm512_shuffle_i32x4(c, d, 0x88));
+        _mm512_mask_storeu_epi32(out + (8 + i) * step, some, _mm512_shuffle_i32x4(a, b, 0xdd));
+        _mm512_mask_storeu_epi32(out + (12 + i) * step, some, _mm512_shuffle_i32x4(c, d, 0xdd));
+    }
+}
+
+// out (depth, COLS): COLS rows of `depth` words, standing; absent rows (NULL) are 0.
+static void stand(int32_t *out, const int32_t **row, int64_t depth) {
+    int64_t d = 0;
+    for (; d + 16 <= depth; d += 16) {
+        transpose(out + d * COLS, COLS, 16, row, d);
+        transpose(out + d * COLS + 16, COLS, 16, row + 16, d);
+    }
+    for (; d < depth; d++)
+        for (int j = 0; j < COLS; j++) out[d * COLS + j] = row[j] ? row[j][d] : 0;
+}
+
+// out (depth, COLS): columns [at, at + COLS) of rows of `width` numbers, lying; absent ones are 0. In bfloat16 each
+// word has the numbers of two rows. Row r is `from[r]` of x, or r.
+static void lie(int bf, int32_t *out, const void *x, const int64_t *from, int64_t rows, int64_t width, int64_t at) {
+    int64_t left = width - at < COLS ? width - at : COLS;
+    if (!bf) {
+        __mmask16 first = left >= 16 ? 0xffff : (1u << left) - 1, second = left > 16 ? (1u << (left - 16)) - 1 : 0;
+        for (int64_t r = 0; r < rows; r++) {
+            const int32_t *row = (const int32_t *)x + (from ? from[r] : r) * width + at;
+            _mm512_store_si512(out + r * COLS, _mm512_maskz_loadu_epi32(first, row));
+            _mm512_store_si512(out + r * COLS + 16, _mm512_maskz_loadu_epi32(second, row + 16));
+        }
+        return;
+    }
+    int16_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = (i % 2) * 32 + i / 2;
+    __m512i low = _mm512_loadu_si512(order), high = _mm512_loadu_si512(order + 32);
+    __mmask32 some = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+    for (int64_t r = 0; r < rows; r += 2) {
+        const bf16 *base = (const bf16 *)x + at;
+        __m512i one = _mm512_maskz_loadu_epi16(some, base + (from ? from[r] : r) * width), two = _mm512_setzero_si512();
+        if (r + 1 < rows) two = _mm512_maskz_loadu_epi16(some, base + (from ? from[r + 1] : r + 1) * width);
+        _mm512_store_si512(out + r / 2 * COLS, _mm512_permutex2var_epi16(one, low, two));
+        _mm512_store_si512(out + r / 2 * COLS + 16, _mm512_permutex2var_epi16(one, high, two));
+    }
+}
+
+static void put(int bf, void *out, int64_t at, __m512 v, int64_t left) {
+    __mmask16 some = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    if (bf) _mm256_mask_storeu_epi16((bf16 *)out + at, some, (__m256i)_mm512_cvtneps_pbh(v));
+    else _mm512_mask_storeu_ps((float *)out + at, some, v);
+}
+
+// A row of a tile, past the caches where it fills whole lines: gradients of weights are larger than they are.
+static void put_row(int bf, void *out, int64_t at, const float *row, int64_t left) {
+    __m512 one = _mm512_load_ps(row), two = _mm512_load_ps(row + 16);
+    char *here = (char *)out + at * (bf ? 2 : 4);
+    if (left < COLS || (uintptr_t)here % 64) {
+        put(bf, out, at, one, left);
+        put(bf, out, at + 16, two, left - 16);
+    } else if (bf) _mm512_stream_si512((__m512i *)here, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+    else {
+        _mm512_stream_ps((float *)here, one);
+        _mm512_stream_ps((float *)here + 16, two);
+    }
+}
+
+static inline __m512 get(int bf, const void *x, int64_t at, int64_t left) {
+    __mmask16 some = left >= 16 ? 0xffff : (1u << left) - 1;
+    if (!bf) return _mm512_maskz_loadu_ps(some, (const float *)x + at);
+    __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+static void *grow(void *buffer, size_t *has, size_t bytes) {
+    if (*has >= bytes) return buffer;
+    free(buffer);
+    *has = (bytes + 4095) & ~(size_t)4095;
+    return aligned_alloc(4096, *has);
+}
+
+// Of each thread, and kept: fresh memory would be faulted in page by page at each call.
+static _Thread_local void *strip_memory;
+static _Thread_local size_t strip_bytes;
+
+static void *strip(size_t bytes) { return strip_memory = grow(strip_memory, &strip_bytes, bytes); }
+
+// What coterie_grouped does, and what it makes of a product before it stores it.
+typedef struct {
+    int64_t inputs, outputs;
+    const int64_t *from, *to;  // (rows), or NULL: in order
+    const float *scale;        // (rows), or NULL
+    void *before, *out;        // (rows, outputs), or NULL; (rows, outputs), half as many where SWIGLU
+    int64_t stands, activation;
+} Product;
+
+static int64_t first_of(const Shape *s, int64_t e) { return e ? s->ends[e - 1] : 0; }
+
+static const int32_t *row_of(const Product *p, const void *x, int64_t r, int64_t depth) {
+    return (const int32_t *)x + (p->from ? p->from[r] : r) * depth;
+}
+
+// Store m rows of a tile, from row `first` and column `at`.
+static void finish(const Shape *s, const Product *p, const float *made, int m, int64_t first, int64_t at) {
+    const int bf = s->bf, gated = p->activation == SWIGLU;
+    const int64_t half = p->outputs / 2, columns = gated ? half : p->outputs, left = columns - at;
+    for (int i = 0; i < m; i++) {
+        int64_t r = first + i, place = p->to ? p->to[r] : r;
+        __m512 one = _mm512_load_ps(made + i * COLS), two = _mm512_load_ps(made + i * COLS + 16);
+        if (p->before) {
+            put(bf, p->before, r * p->outputs + at, one, left);
+            put(bf, p->before, r * p->outputs + at + (gated ? half : 16), two, gated ? left : left - 16);
+        }
+        if (gated) one = _mm512_mul_ps(silu16(one), two);
+        if (p->activation == RELU) {
+            one = _mm512_max_ps(one, _mm512_setzero_ps());
+            two = _mm512_max_ps(two, _mm512_setzero_ps());
+        }
+        if (p->scale) {
+            one = _mm512_mul_ps(one, _mm512_set1_ps(p->scale[r]));
+            two = _mm512_mul_ps(two, _mm512_set1_ps(p->scale[r]));
+        }
+        put(bf, p->out, place * columns + at, one, left);
+        if (!gated) put(bf, p->out, place * columns + at + 16, two, left - 16);
+    }
+}
+
+// x (rows, inputs), its rows from `from`, by each expert's matrix in w: (outputs, inputs) where it `stands`, as weights
+// of a projection do, else (inputs, outputs). A copy of the product goes to `before`; then it is activated (SWIGLU: the
+// first half of the outputs gates the second), scaled, and row r stored at to[r] of `out`.
+// packed: memory for the rows, (tiles, depth, ROWS) words. Returns 1 where memory is lacking.
+int coterie_grouped(const Shape *s, const Product *p, const void *x, const void *w, int32_t *packed) {
+    const int bf = s->bf, size = bf ? 2 : 4, gated = p->activation == SWIGLU;
+    const int64_t depth = p->inputs * size / 4, columns = gated ? p->outputs / 2 : p->outputs;
+    const int64_t step = gated ? COLS / 2 : COLS, strips = (columns + step - 1) / step;
+    int failed = 0;
+    int64_t tiles[s->experts + 1];
+    tiles[0] = 0;
+    for (int64_t e = 0; e < s->experts; e++)
+        tiles[e + 1] = tiles[e] + (s->ends[e] - first_of(s, e) + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(s->threads) reduction(| : failed)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles[s->experts]; t++) {
+            int64_t e = 0, d = 0;
+            while (tiles[e + 1] <= t) e++;
+            int64_t first = first_of(s, e) + (t - tiles[e]) * ROWS, m = s->ends[e] - first;
+            if (m > ROWS) m = ROWS;
+            int32_t *a = packed + t * depth * ROWS;
+            const int32_t *row[16] = {0};
+            for (int i = 0; i < m; i++) row[i] = row_of(p, x, first + i, depth);
+            for (; d + 16 <= depth; d += 16) transpose(a + d * ROWS, ROWS, m, row, d);
+            for (; d < depth; d++)
+                for (int i = 0; i < m; i++) a[d * ROWS + i] = row[i][d];
+        }
+        int32_t *b = strip(depth * COLS * 4);
+        if (!b) failed = 1;
+#pragma omp for schedule(dynamic, 4) nowait
+        for (int64_t task = 0; task < s->experts * strips; task++) {
+            int64_t e = task / strips, at = task % strips * step, first = first_of(s, e), end = s->ends[e];
+            if (first == end || !b) continue;
+            const char *mine = (const char *)w + e * p->inputs * p->outputs * size, *next;
+            const int32_t *row[COLS];
+            for (int j = 0; j < COLS; j++) {
+                int64_t column = at + (gated ? j % 16 : j);
+                row[j] = column < columns ? (const int32_t *)mine + column * depth : NULL;
+                if (gated && j >= 16 && row[j]) row[j] += columns * depth;
+            }
+            float made[ROWS * COLS] __attribute__((aligned(64)));
+            if (p->stands && end - first <= FEW) {
+                const int32_t *given[FEW];
+                for (int i = 0; i < end - first; i++) given[i] = row_of(p, x, first + i, depth);
+                any_dots(bf, end - first, made, depth, given, row);
+                finish(s, p, made, end - first, first, at);
+                continue;
+            }
+            if (p->stands) stand(b, row, depth);
+            else lie(bf, b, mine, NULL, p->inputs, p->outputs, at);
+            for (int64_t t = tiles[e]; t < tiles[e + 1]; t++, first += ROWS) {
+                int m = end - first < ROWS ? end - first : ROWS, second = (t - tiles[e]) % 2;
+                // The next strip is two passes of `depth` lines: asked for by turns.
+                if (!p->stands) next = mine + (bf ? second * p->outputs * 2 : second * 64) + (at + COLS) * size;
+                else next = (const char *)((row[second * 16] ? row[second * 16] : row[0]) + step * depth);
+                any_tile(bf, m, made, depth, packed + t * depth * ROWS, b, next, p->stands ? 64 : 4 * p->outputs);
+                finish(s, p, made, m, first, at);
+            }
+        }
+    }
+    return failed;
+}
+
+// The next ROWS numbers of x from `one` as words; in bfloat16 paired with those from `two`, or with 0 where it is < 0.
+static inline void pair(int bf, int32_t *out, const void *x, int64_t one, int64_t two, int64_t left) {
+    __mmask16 some = left >= ROWS ? (1u << ROWS) - 1 : (1u << left) - 1;
+    __m512i v, high;
+    if (bf) {
+        v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + one));
+        high = two < 0 ? _mm512_setzero_si512()
+                       : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + two));
+        v = _mm512_or_si512(v, _mm512_slli_epi32(high, 16));
+    } else v = _mm512_maskz_loadu_epi32(some, (const int32_t *)x + one);
+    _mm512_mask_storeu_epi32(out, some, v);
+}
+
+// The system's largest pages for the memory of `out`, which is about to be written whole: a fault for each 2 MB.
+static void large_pages(void *out, int64_t bytes) {
+    const uintptr_t page = 1 << 21, begin = ((uintptr_t)out + page - 1) & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)out + bytes) & ~(page - 1);
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+}
+
+// out (experts, outputs, inputs) = slope (rows, outputs), its rows from `whence`, transposed, by x (rows, inputs), its
+// rows from `from`, over each expert's rows. packed: (tiles of outputs, rows, ROWS) words.
+int coterie_grouped_weights(const Shape *s, int64_t inputs, int64_t outputs, const void *slope, const int64_t *whence,
+                            const void *x, const int64_t *from, void *out, int32_t *packed) {
+    const int bf = s->bf, size = bf ? 2 : 4;
+    const int64_t tiles = (outputs + ROWS - 1) / ROWS, strips = (inputs + COLS - 1) / COLS;
+    int failed = 0;
+    int64_t depths[s->experts + 1];  // where each expert's rows begin in a tile of `packed`
+    depths[0] = 0;
+    for (int64_t e = 0; e < s->experts; e++) {
+        int64_t rows = s->ends[e] - first_of(s, e);
+        depths[e + 1] = depths[e] + (bf ? (rows + 1) / 2 : rows);
+    }
+    large_pages(out, s->experts * inputs * outputs * size);
+#pragma omp parallel num_threads(s->threads) reduction(| : failed)
+    {
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t e = 0; e < s->experts; e++)
+            for (int64_t block = 0; block < tiles; block += SPAN) {
+                int64_t first = first_of(s, e), rows = s->ends[e] - first, depth = depths[e + 1] - depths[e];
+                for (int64_t d = 0; d < depth; d++) {
+                    int64_t one = first + (bf ? 2 * d : d), two = bf && 2 * d + 1 < rows ? one + 1 : -1;
+                    if (whence) one = whence[one], two = two < 0 ? two : whence[two];
+                    for (int64_t t = block; t < tiles && t < block + SPAN; t++)
+                        pair(bf, packed + (depths[e] * tiles + t * depth + d) * ROWS, slope, one * outputs + t * ROWS,
+                             two < 0 ? two : two * outputs + t * ROWS, outputs - t * ROWS);
+                }
+            }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < s->experts * strips; task++) {
+            int64_t e = task / strips, at = task % strips * COLS, first = first_of(s, e), rows = s->ends[e] - first;
+            int64_t depth = depths[e + 1] - depths[e];
+            int32_t *b = strip((depth + 1) * COLS * 4);
+            if (!b) {
+                failed = 1;
+                continue;
+            }
+            if (from) lie(bf, b, x, from + first, rows, inputs, at);
+            else lie(bf, b, (const char *)x + first * inputs * size, NULL, rows, inputs, at);
+            for (int64_t t = 0; t < tiles; t++) {
+                int m = outputs - t * ROWS < ROWS ? outputs - t * ROWS : ROWS;
+                float made[ROWS * COLS] __attribute__((aligned(64)));
+                const int32_t *a = packed + (depths[e] * tiles + t * depth) * ROWS;
+                any_tile(bf, m, made, depth, a, b, (const char *)b, 0);
+                for (int i = 0; i < m; i++)
+                    put_row(bf, out, (e * outputs + t * ROWS + i) * inputs + at, made + i * COLS, inputs - at);
+            }
+        }
+        _mm_sfence();
+    }
+    return failed;
+}
+
+// Back through scale and activation. Of each row: before (columns, SWIGLU: 2 columns), slope (columns) of scale x
+// activation(before) over scale; made: scale x activation; out: slope of `before`; to_scale: slope of scale.
+void coterie_activated(const Shape *s, int64_t rows, int64_t columns, int activation, const void *before,
+                       const void *slope, const float *scale, void *made, void *out, float *to_scale) {
+    const int bf = s->bf;
+    const int64_t wide = activation == SWIGLU ? 2 * columns : columns;
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        __m512 sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale[r]), zero = _mm512_setzero_ps();
+        for (int64_t i = 0; i < columns; i += 16) {
+            int64_t left = columns - i, at = r * columns + i;
+            __m512 gate = get(bf, before, r * wide + i, left), back = get(bf, slope, at, left), active;
+            __m512 scaled = _mm512_mul_ps(back, by);
+            if (activation == SWIGLU) {
+                __m512 up = get(bf, before, r * wide + columns + i, left), sigmoid = sigmoid16(gate);
+                __m512 silu = _mm512_mul_ps(gate, sigmoid);
+                __m512 bend = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), sigmoid), sigmoid);
+                active = _mm512_mul_ps(silu, up);
+                put(bf, out, r * wide + i, _mm512_mul_ps(scaled, _mm512_mul_ps(up, bend)), left);
+                put(bf, out, r * wide + columns + i, _mm512_mul_ps(scaled, silu), left);
+            } else {
+                active = _mm512_max_ps(gate, zero);
+                put(bf, out, at, _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, zero, _CMP_GT_OQ), scaled), left);
+            }
+            sum = _mm512_fmadd_ps(active, back, sum);
+            put(bf, made, at, _mm512_mul_ps(active, by), left);
+        }
+        to_scale[r] = _mm512_reduce_add_ps(sum);
+    }
+}
