@@ -345,7 +345,7 @@ def test_a_python_action_is_typed_by_its_annotations(function: str, writes: bool
 
 # Whatever customers, agents and crashes do
 
-LED: list[tuple[str, Any]] = [("begin", ""), ("say", "LW-12345"), ("button", 0)]  # to the question whether to refund
+LED: list[tuple[str, Any]] = [("begin", ""), ("say", "LW-12345"), ("button", 0)]  # to the question about the refund
 AGREE = ("button", 0)
 CUSTOMER = st.sampled_from(
     ["LW-12345", "yes", "Yes, do it", "no", "Broken", "Too small", "Stop this", "maybe", "LW-1 LW-2", "refund me now!",
@@ -353,7 +353,8 @@ CUSTOMER = st.sampled_from(
 )  # fmt: skip
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("say"), CUSTOMER), st.tuples(st.just("old button"), st.sampled_from(["Yes, do it", "Broken"])),
+        st.tuples(st.just("say"), CUSTOMER),
+        st.tuples(st.just("old button"), st.sampled_from(["Yes, do it", "Broken"])),
         st.tuples(st.just("button"), st.integers(0, 2)), st.tuples(st.just("button"), st.just(0)),
         st.tuples(st.just("begin"), st.just("")), st.tuples(st.just("person"), st.just("")),
         st.tuples(st.just("back"), st.just("")), st.tuples(st.just("approve"), st.booleans()),
@@ -364,7 +365,8 @@ STEPS = st.lists(
 
 
 @given(
-    steps=STEPS, led=st.sampled_from([LED, [*LED, AGREE], LED[:1]]), total=st.sampled_from(["40", "100", "100.01", "250"]),
+    steps=STEPS, led=st.sampled_from([LED, [*LED, AGREE], LED[:1]]),
+    total=st.sampled_from(["40", "100", "100.01", "250"]),
     days=st.sampled_from([0, 0, 30, 31]),
     status=st.sampled_from(["delivered"] * 4 + ["sent"]),
 )  # fmt: skip
