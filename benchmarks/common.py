@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,10 +126,22 @@ class Clock:
 
     def __init__(self) -> None:
         reset_peak()
-        self.at = [(time.perf_counter(), time.process_time())]
+        self._lost = (0.0, 0.0)
+        self.at = [self._now()]
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter() - self._lost[0], time.process_time() - self._lost[1]
 
     def tick(self) -> None:
-        self.at.append((time.perf_counter(), time.process_time()))
+        self.at.append(self._now())
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens inside costs no time."""
+        wall, cpu = self._now()
+        yield
+        now = self._now()
+        self._lost = (self._lost[0] + now[0] - wall, self._lost[1] + now[1] - cpu)
 
     def steps(self) -> dict[str, list[float]]:
         """Seconds of each step."""

@@ -2,7 +2,8 @@
 
 Run by tuning.py in a process of its own: `peft_trainer.py MODEL DATA OUT VARIANT`. MODEL is a Hugging Face folder,
 DATA an .npz with tokens, learn and ends (coterie.data.encode.TokenSet); the adapter is saved in OUT, and the last
-line of stdout is a JSON object with the seconds and real tokens of each step.
+line of stdout is a JSON object with the seconds and real tokens of each step. With `keep_every` in the job, the adapter
+of every so many steps is kept as OUT/step-N.
 """
 
 import json
@@ -66,15 +67,21 @@ class Pad:
 
 
 class Ticks(transformers.TrainerCallback):
-    """Notes when each step ends."""
+    """Notes when each step ends; keeps the adapter after every so many steps, which costs no time."""
 
     clock: Clock
+
+    def __init__(self, out: Path, every: int) -> None:
+        self.out, self.every = out, every
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.clock = Clock()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.tick()
+        if self.every and state.global_step % self.every == 0:
+            with self.clock.stopped():
+                kwargs["model"].save_pretrained(self.out / f"step-{state.global_step}")
 
 
 def main(model_dir: str, data: str, out: str, variant: str, job: dict[str, Any]) -> None:
@@ -86,9 +93,9 @@ def main(model_dir: str, data: str, out: str, variant: str, job: dict[str, Any])
         r=job["rank"], lora_alpha=job["alpha"], target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora, autocast_adapter_dtype=keep_float)
-    pad, ticks = Pad(), Ticks()
+    pad, ticks = Pad(), Ticks(Path(out), job.get("keep_every", 0))
     arguments = transformers.TrainingArguments(
-        output_dir=out, num_train_epochs=1, per_device_train_batch_size=job["batch"],
+        output_dir=out, num_train_epochs=job.get("epochs", 1), per_device_train_batch_size=job["batch"],
         learning_rate=job["learning_rate"], lr_scheduler_type="cosine",
         warmup_steps=job["warmup"], weight_decay=0.0, max_grad_norm=1.0, seed=0,
         optim="adamw_torch_fused", train_sampling_strategy="group_by_length", bf16=autocast, use_cpu=True,
