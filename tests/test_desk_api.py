@@ -268,7 +268,7 @@ def test_an_agent_works_through_a_conversation(client: TestClient, desk: Desk) -
     bea, cem = agent(client), agent(client, "Cem")
     listed = bea.get("/desk/api/conversations").json()
     assert [c["last"]["text"] for c in listed["conversations"]] == ["You said Hi."]
-    assert listed["counts"] == {"waiting": 1, "mine": 0}
+    assert listed["counts"] == {"waiting": 1, "mine": 0, "approvals": 0}
     path = f"/desk/api/conversations/{id}"
     assert bea.post(f"{path}/take", json={"seen": "queue"}).json()["owner"] == "agent:Bea"
     assert code(cem.post(f"{path}/take", json={"seen": "queue"})) == (409, "conversation_changed")

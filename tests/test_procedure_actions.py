@@ -345,7 +345,7 @@ def test_a_python_action_is_typed_by_its_annotations(function: str, writes: bool
 
 # Whatever customers, agents and crashes do
 
-LED: list[tuple[str, Any]] = [("begin", ""), ("say", "LW-12345"), ("button", 0)]  # to the question whether to refund
+LED: list[tuple[str, Any]] = [("begin", ""), ("say", "LW-12345"), ("button", 0)]  # to the question about the refund
 AGREE = ("button", 0)
 CUSTOMER = st.sampled_from(
     ["LW-12345", "yes", "Yes, do it", "no", "Broken", "Too small", "Stop this", "maybe", "LW-1 LW-2", "refund me now!",

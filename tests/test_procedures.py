@@ -313,11 +313,11 @@ def test_every_action_is_in_the_audit_log_with_who_agreed_and_who_approved(opene
     c.press("Yes, do it")
     approve(desk, c)
     c.heard()
-    assert [(a, w) for a, w, _, d in lines if d.get("action") != "find"] == [
+    assert [(a, w) for a, w, _, d in lines if d.get("step") != "find"] == [
         ("bot", "procedure.begin"), ("agent:bea", "procedure.decide"), ("bot", "procedure.action"),
         ("bot", "procedure.action"), ("bot", "procedure.end"),
     ]  # fmt: skip
-    begun = next(d for *_, d in lines if d.get("action") == "refund")
+    begun = next(d for *_, d in lines if d.get("step") == "refund")
     assert (begun["outcome"], begun["approved_by"]) == ("begun", "bea")
     assert begun["agreed"] == 7
     assert "LW-12345" not in str(lines)

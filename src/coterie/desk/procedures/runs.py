@@ -206,7 +206,7 @@ class Runs:
 
     def _tell(self, session: Session, run: Run, name: str, key: str, status: str, state: State | None = None) -> None:
         by = {"agreed": state.agreed, "approved_by": state.approved_by} if state else {}
-        detail = {"procedure": run.name, "action": name, "key": key, "outcome": status, **by}
+        detail = {"procedure": run.name, "step": name, "key": key, "outcome": status, **by}
         self._told(session, "bot", "procedure.action", run.customer, detail)
 
     # Approvals
