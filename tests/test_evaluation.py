@@ -32,9 +32,11 @@ from coterie.evaluation.metrics import (
 from coterie.evaluation.significance import compare_scores, mcnemar, paired_bootstrap
 from coterie.evaluation.sql import QueryFailed, execution_match, rows_of, same_query
 from coterie.evaluation.tunes import parse
-from coterie.experts import lora as loras
-from coterie.experts.kinds import apply
+from coterie.experts import adapter, full, lora, prefix, prompt
+from coterie.experts.expert import Applied
+from coterie.experts.kinds import KINDS, apply
 from coterie.model.load import BaseModel
+from coterie.tuning.forward import hidden_states
 from support import logits_of, random_rows, reference_model
 
 # Metrics against values worked out by hand
@@ -197,21 +199,37 @@ def test_a_calibrated_model_has_little_calibration_error_and_a_boaster_much() ->
 # Likelihood
 
 
-@pytest.mark.parametrize("expert", [False, True])
-def test_choices_scored_in_one_forward_score_as_they_do_one_by_one(tiny_base: BaseModel, expert: bool) -> None:
-    change = None
-    if expert:
-        lora = loras.fresh(loras.LoraConfig(4, 16), tiny_base.decoder)
-        for name, w in lora.weights.items():
-            if ".lora_B." in name:
-                w.copy_(torch.randn(w.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-        change = apply(lora, tiny_base.decoder).change
-    prompt, *choices = random_rows(tiny_base, [12, 1, 5, 3, 5])
-    found = choice_log_likelihoods(tiny_base, prompt, choices, change)
+def disturbed(kind: str, base: BaseModel) -> Applied:
+    """An expert of this kind that changes what the model says."""
+    words = base.encode("Answer in one word.")
+    fresh = {
+        "lora": lambda: lora.fresh(lora.LoraConfig(4, 16), base.decoder),
+        "adapter": lambda: adapter.fresh(adapter.BottleneckConfig(4), base.decoder),
+        "prompt": lambda: prompt.fresh(prompt.PromptConfig(5), base.decoder, words),
+        "prefix": lambda: prefix.fresh(prefix.PrefixConfig(5), base.decoder, words),
+        "full": lambda: full.fresh(full.FullConfig(), base.decoder),
+    }  # fmt: skip
+    expert = fresh[kind]()
+    noise = torch.Generator().manual_seed(1)
+    for w in expert.weights.values():
+        w += torch.randn(w.shape, generator=noise) * 0.1
+    return apply(expert, base.decoder)
+
+
+@pytest.mark.parametrize("kind", ["base", *KINDS])
+def test_choices_scored_in_one_forward_score_as_they_do_one_by_one(tiny_base: BaseModel, kind: str) -> None:
+    applied = Applied() if kind == "base" else disturbed(kind, tiny_base)
+    asked, *choices = random_rows(tiny_base, [12, 1, 5, 3, 5])
+    found = choice_log_likelihoods(tiny_base, asked, choices, applied)
+    decoder = applied.decoder or tiny_base.decoder
     for choice, score in zip(choices, found, strict=True):
-        (scores,) = logits_of(tiny_base, [prompt + choice[:-1]], change)
-        wanted = torch.log_softmax(scores[len(prompt) - 1 :], -1).gather(1, torch.tensor(choice)[:, None]).sum()
+        hidden = hidden_states(tiny_base.decoder, applied, [torch.tensor(asked + choice[:-1])])
+        scores = torch.log_softmax(decoder.logits(hidden.detach()), -1)[len(asked) - 1 :]
+        wanted = scores.gather(1, torch.tensor(choice)[:, None]).sum()
         assert score == pytest.approx(float(wanted), abs=1e-3)
+    if kind != "base":
+        plain = choice_log_likelihoods(tiny_base, asked, choices)
+        assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) > 0.01, "the expert counts"
 
 
 def test_many_choices_are_scored_in_several_forwards_alike(

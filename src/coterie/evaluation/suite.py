@@ -21,9 +21,10 @@ from coterie.evaluation.run import answer_each
 from coterie.evaluation.significance import compare_scores
 from coterie.evaluation.task import Score, Splits, Task
 from coterie.experts import kinds
+from coterie.experts.expert import Applied
 from coterie.experts.instruction import KIND, posed, weights_of
 from coterie.experts.library import ExpertFacts, Library
-from coterie.model.decoder import Change, Decoder
+from coterie.model.decoder import Decoder
 
 Tell = Callable[[int], None]
 
@@ -42,15 +43,13 @@ class Measured:
         return {"task": self.task, "who": self.who, **self.figures}
 
 
-def change_of(library: Library, facts: ExpertFacts | None, decoder: Decoder) -> Change | None:
-    """What an expert makes of a forward pass; None for the base model and for experts without weights."""
+def applied_of(library: Library | None, facts: ExpertFacts | None, decoder: Decoder) -> Applied:
+    """What an expert brings to a forward pass: nothing for the base model, for experts without weights, and for one
+    that is a model of its own, which `decoder` is then."""
     found = weights_of(facts) if facts else None
-    if facts is None or found is None:
-        return None
-    if facts.kind not in ("lora", "adapter"):
-        raise CoterieError(f"{facts.name}: likelihoods of an expert of kind {facts.kind} cannot be measured; leave out "
-                           "--likelihood")  # fmt: skip
-    return kinds.apply(kinds.load(library.folder(*found), decoder.config), decoder).change
+    if library is None or facts is None or found is None or facts.kind == "full":
+        return Applied()
+    return kinds.apply(kinds.load(library.folder(*found), decoder.config), decoder)
 
 
 def prompt_of(task: Task, facts: ExpertFacts | None, example: Example) -> list[Message]:
@@ -81,13 +80,13 @@ def measure(
     if len(kept) < len(rows):
         figures["rows_too_long"] = len(rows) - len(kept)
     answers = [""] * len(rows)
-    change = change_of(engine.library, facts, base.decoder) if engine.library else None
+    applied = applied_of(engine.library, facts, base.decoder) if likelihood or task.perplexity else Applied()
     if likelihood:
         if not options:
             raise CoterieError(f"the task {task.name} has no choices, so their likelihood cannot be scored")
         confidences, right = [], []
         for done, i in enumerate(kept, 1):
-            verdict = choose(base, base.encode(base.chat(prompts[i])), options, change, end=base.eos_token)
+            verdict = choose(base, base.encode(base.chat(prompts[i])), options, applied, end=base.eos_token)
             answers[i] = verdict.choice
             confidences.append(min(verdict.confidence, 1.0))
             right.append(verdict.choice == rows[i].completion)
@@ -109,11 +108,11 @@ def measure(
         figures["metric"] = "accuracy"
         figures["macro_f1"] = round(macro_f1(answers, [e.completion for e in rows]), 5)
     if task.perplexity:
-        figures["perplexity"] = _perplexity(engine, [(prompts[i], rows[i].completion) for i in kept], change)
+        figures["perplexity"] = _perplexity(engine, [(prompts[i], rows[i].completion) for i in kept], applied)
     return Measured(task.name, who, figures, scores, answers)
 
 
-def _perplexity(engine: Engine, pairs: Sequence[tuple[list[Message], str]], change: Change | None) -> dict[str, float]:
+def _perplexity(engine: Engine, pairs: Sequence[tuple[list[Message], str]], applied: Applied) -> dict[str, float]:
     """Of the wanted answers after their prompts, end mark left out."""
     base, nats, tokens, size = engine.base, 0.0, 0, 0
     with torch.inference_mode():
@@ -122,7 +121,7 @@ def _perplexity(engine: Engine, pairs: Sequence[tuple[list[Message], str]], chan
             room = base.decoder.config.context - len(prompt)
             if not 0 < len(ids) <= room:
                 continue
-            nats -= choice_log_likelihoods(base, prompt, [ids], change)[0]
+            nats -= choice_log_likelihoods(base, prompt, [ids], applied)[0]
             tokens, size = tokens + len(ids), size + len(wanted.encode())
     if not tokens:
         return {}
