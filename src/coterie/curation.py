@@ -1,23 +1,28 @@
 """What data/ asks of a model, and may not load itself: vectors, trainings on parts of the data, paraphrases."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.business import Business, Tell, fit
 from coterie.data.augment import Paraphrase
-from coterie.data.curve import Measure
+from coterie.data.curve import Measure, PowerLaw
 from coterie.data.encode import encode
 from coterie.data.features import Embed
 from coterie.data.read import Example
 from coterie.data.write import write_rows
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
+from coterie.errors import StorageError
+from coterie.evaluation import charts
 from coterie.evaluation.metrics import token_f1
 from coterie.evaluation.run import evaluate
+from coterie.experts.library import write_atomic
 from coterie.routing.space import embed
 
 
@@ -42,6 +47,38 @@ def embedder(business: Business, tell: Tell = lambda _: None) -> Embed:
         return np.stack([known[t] for t in texts])
 
     return vectors
+
+
+def _curve_file(business: Business, name: str) -> Path:
+    return business.folder / ".coterie" / "curves" / f"{name}.json"
+
+
+def keep_curve(business: Business, name: str, facts: dict[str, Any]) -> None:
+    """Keep the learning curve of a declared expert's data, to be shown with the expert."""
+    file = _curve_file(business, name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{file.parent}: cannot be written ({error.strerror})") from error
+    write_atomic(file, json.dumps(facts, indent=2) + "\n")
+
+
+def kept_curve(business: Business, name: str) -> dict[str, Any] | None:
+    """What `coterie data curve` last found of an expert's data; None where nothing is kept, or it is damaged."""
+    try:
+        facts = json.loads(_curve_file(business, name).read_text())
+        curve_chart(facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(facts)
+
+
+def curve_chart(facts: dict[str, Any]) -> charts.Chart:
+    """The picture of a learning curve, from what `Curve.json` and a title say."""
+    points = facts["points"]
+    scores = [charts.Bar(p["score"], p["low"], p["high"]) for p in points]
+    return charts.learning(f"{facts['title']}: is it enough?", [p["rows"] for p in points], scores,
+                           PowerLaw(**facts["law"]))  # fmt: skip
 
 
 def expert_measure(

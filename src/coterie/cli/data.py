@@ -182,23 +182,31 @@ def curve(
     what: What, test: Test = None, expert: Expert = "", prompt: Prompt = "", completion: Completion = "",
     steps: Annotated[int, typer.Option(min=3, max=20, help="Sizes to measure.")] = 6,
     repeats: Annotated[int, typer.Option(min=1, max=50, help="Random subsets of each size.")] = 3,
-    limit: Limit = 5000, words: Words = False, train: Train = False, as_json: Json = False,
+    limit: Limit = 5000, words: Words = False, train: Train = False,
+    chart: Annotated[Path | None, typer.Option(help="Draw the curve: a file ending in .svg or .png.")] = None,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Is it enough? Measure growing subsets, and say what twice the data would bring."""
+    from coterie.curation import curve_chart, keep_curve
     from coterie.data.curve import learning_curve
+    from coterie.evaluation import charts
 
+    if chart and chart.suffix not in (".svg", ".png"):
+        raise CoterieError(f"--chart {chart}: a chart is written as .svg or .png")
     t = one_target(what, expert, test, prompt, completion)
     rows, tests = _train_and_test(t, limit)
     measure, by = _measure(t, rows, tests, words, train)
     with bars() as shown:
         found = learning_curve(measure, [e.completion for e in rows], steps, repeats,
                                tell=lambda i, n: shown.count("measuring", i, n))  # fmt: skip
+    facts = {"title": t.title, "measured_by": by, **found.json()}
+    if t.business:
+        keep_curve(t.business, t.expert, facts)
+    if chart:
+        charts.save(curve_chart(facts), chart)
+        tell(f"{chart}: written")
     shown_rows = [[f"{p.rows:,}", f"{p.score:.1%}", f"{p.low:.1%} to {p.high:.1%}"] for p in found.points]
-    result(
-        {"title": t.title, "measured_by": by, **found.json()},
-        as_json,
-        table(["rows", "score", "95% interval"], shown_rows),
-    )
+    result(facts, as_json, table(["rows", "score", "95% interval"], shown_rows))
     if not as_json:
         print(f"\nmeasured by {by}, on {found.test_rows:,} rows")
         for f in found.forecasts:

@@ -6,7 +6,7 @@ PNG needs Pillow (the extra `charts`), whose wheel brings its own font; SVG need
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -105,6 +105,16 @@ def losses(title: str, training: Sequence[float], held_out: Sequence[float]) -> 
     return curves(title, "step", "nats per token", [
         Series("training", [(i, v) for i, v in enumerate(training, 1)]),
         Series("held out", [(i * apart, v) for i, v in enumerate(held_out)]),
+    ])  # fmt: skip
+
+
+def learning(title: str, sizes: Sequence[int], scores: Sequence[Bar], law: Callable[[float], float]) -> Chart:
+    """The score at each number of rows, and the law through them up to four times the rows."""
+    places = [sizes[0] * (4 * sizes[-1] / sizes[0]) ** (i / 40) for i in range(41)]
+    return curves(title, "rows to learn from", "score", [
+        Series("measured", [(n, b.value) for n, b in zip(sizes, scores, strict=True)],
+               [(b.value if b.low is None else b.low, b.value if b.high is None else b.high) for b in scores]),
+        Series("expected", [(n, law(n)) for n in places]),
     ])  # fmt: skip
 
 

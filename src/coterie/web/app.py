@@ -28,8 +28,6 @@ from coterie.desk.desk import Desk
 from coterie.engine.engine import Engine
 from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
-from coterie.evaluation import charts
-from coterie.evaluation.suite import loss_chart
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.grounding import Grounding
 from coterie.privacy.house import House
@@ -37,6 +35,7 @@ from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
 from coterie.web.desk import add_desk
 from coterie.web.door import open_door
+from coterie.web.experts import router as experts_router
 from coterie.web.files import router as files_router
 from coterie.web.knowledge import Ground, Shelf
 from coterie.web.knowledge import router as knowledge_router
@@ -72,6 +71,7 @@ def create_app(
             app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
     shelf = Shelf(grounding or Grounding.of(answerer))
     app.include_router(knowledge_router(shelf, business, pages))
+    app.include_router(experts_router(business, pages))
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
@@ -100,10 +100,6 @@ def create_app(
     @app.get("/v1/models/{name}")
     def model(name: str) -> dict[str, Any]:
         return _model(name) if name in RESERVED else _expert(business.library.facts(name))
-
-    @app.get("/experts/{name}/loss.svg")
-    def loss(name: str) -> Response:
-        return Response(charts.svg(loss_chart(business.library, name)), media_type="image/svg+xml")
 
     def _model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "coterie",
