@@ -16,9 +16,9 @@ from coterie.business import Business
 from coterie.cli.main import main
 from coterie.config import read_config
 from coterie.errors import CoterieError
-from coterie.grounding import Grounded, Writer, preface, quoted
+from coterie.grounding import Grounded, Rule, Writer, preface, quoted
 from coterie.knowledge.evidence import Evidence, Reader
-from coterie.knowledge.support import Checker, numbers, sentences
+from coterie.knowledge.support import Checker, numbers, paragraphs, sentences
 from coterie.model.load import BaseModel
 from coterie.sources import Knowledge, learn
 from knowledge_support import POLICY, WordEmbedder
@@ -72,10 +72,12 @@ def asked(question: str, says: str, **more: Any) -> dict[str, Any]:
             "structured_outputs": {"choice": [says]}, "max_tokens": 200, **more}  # fmt: skip
 
 
-def write(evidence: list[str], text: str, withhold: bool = False, step: int = 3) -> tuple[str, Grounded]:
+def write(
+    evidence: list[str], text: str, rule: Rule = "mark", step: int = 3, asked: str = "", query: str = ""
+) -> tuple[str, Grounded]:
     """What becomes of a text that a model writes a few characters at a time."""
-    grounded = Grounded([Evidence("s", str(n), e, 1.0) for n, e in enumerate(evidence)], True, [])
-    writer = Writer(grounded, Checker(evidence, WordEmbedder()), withhold)
+    grounded = Grounded([Evidence("s", str(n), e, 1.0, query) for n, e in enumerate(evidence)], True, [])
+    writer = Writer(grounded, Checker(evidence, WordEmbedder()), rule, asked)
     out = "".join(writer.feed(text[i : i + step]) for i in range(0, len(text), step))
     return out + writer.end(), grounded
 
@@ -103,10 +105,42 @@ def test_each_sentence_is_cited_or_marked(case: str, step: int) -> None:
 
 
 def test_unsupported_sentences_are_withheld_by_rule() -> None:
-    text, grounded = write([DELIVERY], f"{DELIVERY} Lions eat grass in Africa. Thanks!", withhold=True)
+    text, grounded = write([DELIVERY], f"{DELIVERY} Lions eat grass in Africa. Thanks!", "withhold")
     assert "Lions" not in text
     assert text.split() == f"{DELIVERY} [1] Thanks!".split()
     assert [(s.cites, s.checked) for s in grounded.sentences] == [(1, True), (None, True), (None, False)]
+
+
+QUOTES = {
+    "said": ("Hello! Unused items can be returned.", "Returns?", "Hello! Unused items can be returned. [2]"),
+    "said twice": (f"{DELIVERY} {DELIVERY}", "delivery?", f"{DELIVERY} [1]"),
+    "invented": ("It takes 9 days by ship.", "What standard delivery costs?", f"\u201c{DELIVERY}\u201d [1]"),
+    "nothing stated": ("The answer is:\nThe answer is:", "Can unused items be returned?", f"\u201c{RETURNS}\u201d [2]"),
+    "nothing near": ("It takes 9 days by ship.", "Who won the cup?", ""),
+    "a greeting": ("Hello! How are you?", "Good morning", "Hello! How are you?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUOTES)
+@pytest.mark.parametrize("step", [1, 1000])
+def test_where_nothing_that_is_left_is_said_by_a_source_the_source_is_quoted(case: str, step: int) -> None:
+    text, asked, expected = QUOTES[case]
+    said, grounded = write([DELIVERY, RETURNS], text, "quote", step, asked)
+    assert said.strip() == expected
+    assert [s.cites for s in grounded.sentences if s.cites] == [int(n) for n in re.findall(r"\[(\d)\]", expected)]
+
+
+def test_rows_that_answer_a_query_are_quoted_as_they_stand() -> None:
+    said, _ = write(["total: 52"], "Perhaps 40 thousand pounds.", "quote", asked="How much?", query="SELECT 52")
+    assert said == "\u201ctotal: 52\u201d [1]"
+
+
+def test_a_quotation_is_a_whole_item_of_a_list_or_table() -> None:
+    table = "| job | price |\n| --- | --- |\n| Truing a wheel | 18 |"
+    text = f"- First item, wrapped\n  onto a line.\n- Second item.\n\n{table}"
+    assert paragraphs(text) == [
+        "First item, wrapped onto a line.", "Second item.", "job | price", "Truing a wheel | 18",
+    ]  # fmt: skip
 
 
 @given(st.text(alphabet="ab1.!? \n", max_size=80))
@@ -160,6 +194,14 @@ def test_withheld_to_the_last_is_not_known(shop: Path, tiny_base: BaseModel) -> 
         body = asked("How long does standard delivery take?", "Lions eat grass.")
         answer = api.http.post("/v1/chat/completions", json=body).json()
         assert answer["choices"][0]["message"]["content"] == "I don't know: our sources say nothing about that."
+
+
+def test_sources_are_quoted_by_rule(shop: Path, tiny_base: BaseModel) -> None:
+    with serving(open_answerer(make(shop, 'unsupported = "quote"'), tiny_base)) as api:
+        body = asked("What standard delivery costs?", "Lions eat grass.")
+        answer = api.http.post("/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == f"\u201c{DELIVERY}\u201d [1]"
+        assert answer["coterie"]["sentences"][-1]["cites"] == 1
 
 
 def test_the_expert_may_answer_without_sources_where_that_is_declared(shop: Path, tiny_base: BaseModel) -> None:
@@ -251,7 +293,7 @@ def test_a_source_that_fails_is_told_and_the_others_answer(shop: Path) -> None:
 DECLARED = {
     '[knowledge.a]\nkind = "documents"': r"knowledge\.a\.path: this field is needed",
     '[knowledge.a]\nkind = "papers"\npath = "x"': r"knowledge\.a\.kind: must be 'documents'",
-    '[knowledge]\nunsupported = "hide"': r"knowledge\.unsupported: must be 'mark' or 'withhold'",
+    '[knowledge]\nunsupported = "hide"': r"knowledge\.unsupported: must be 'mark', 'withhold' or 'quote'",
     '[knowledge.a]\nkind = "documents"\npath = "x"\ncolour = 1': r"knowledge\.a\.colour: there is no such field",
     '[knowledge."A b"]\nkind = "documents"\npath = "x"': r"knowledge: 'A b' cannot name",
 }

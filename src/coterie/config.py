@@ -237,8 +237,10 @@ SourceSpec = Annotated[DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec, Fi
 class KnowledgeSpec(_Strict):
     """[knowledge]: how answers are grounded. Each source has a section of its own, [knowledge.NAME]."""
 
-    unsupported: Literal["mark", "withhold"] = Field(
-        "mark", description="a sentence that no source says: `[?]` is put after it, or it is left out"
+    unsupported: Literal["mark", "withhold", "quote"] = Field(
+        "mark",
+        description="a sentence that no source says: `[?]` is put after it, or it is left out; `quote` also quotes the "
+        "sources where nothing else is left",
     )
     missing: Literal["say", "answer"] = Field(
         "say", description="where no source has anything near: say so, or let the expert answer without sources"

@@ -8,7 +8,7 @@ tool is called because of them.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from coterie.answer import Answer, Answerer
 from coterie.business import Tell
@@ -17,9 +17,10 @@ from coterie.data.read import Message
 from coterie.engine.request import Callback, Sampling
 from coterie.errors import ContextTooLong
 from coterie.knowledge.evidence import Evidence, Reader
-from coterie.knowledge.support import Checker, says_something, sentences
+from coterie.knowledge.support import Checker, Quotation, says_something, sentences
 from coterie.sources import Knowledge
 
+Rule = Literal["mark", "withhold", "quote"]  # what becomes of a sentence that no source says
 MARK = "[?]"
 ADDRESS = 24  # tokens of number, file and headings over each piece
 PIECE = 64  # tokens of evidence without which it is no use to ask
@@ -97,10 +98,10 @@ class Grounding:
         """Let the expert answer with the evidence before it; the router sees the question alone."""
         return self.answerer.chat(who, messages, sampling, on_piece, channel, preface(grounded.evidence))
 
-    def writer(self, grounded: Grounded) -> "Writer":
-        """Checks what the expert writes, as it comes."""
-        return Writer(grounded, Checker([e.text for e in grounded.evidence], self.knowledge.embedder),
-                      self.spec.unsupported == "withhold")  # fmt: skip
+    def writer(self, grounded: Grounded, asked: str = "") -> "Writer":
+        """Checks what the expert writes, as it comes. `asked`: the question, where sources may be quoted for it."""
+        checker = Checker([e.text for e in grounded.evidence], self.knowledge.embedder)
+        return Writer(grounded, checker, self.spec.unsupported, asked)
 
     def answer(
         self, who: str, text: str, reader: Reader, sampling: Sampling, channel: str = "", tell: Tell = lambda _: None
@@ -113,7 +114,7 @@ class Grounding:
             yield grounded
             return
         answer = self.ask(who, messages, grounded, sampling, channel=channel)
-        writer = self.writer(grounded)
+        writer = self.writer(grounded, question(messages))
         for piece in answer.generation:
             if said := writer.feed(piece.text):
                 yield said
@@ -122,12 +123,17 @@ class Grounding:
 
 
 class Writer:
-    """Takes an answer as it is written, and gives it back sentence by sentence, checked and cited."""
+    """Takes an answer as it is written, and gives it back sentence by sentence, checked and cited.
 
-    def __init__(self, grounded: Grounded, checker: Checker, withhold: bool) -> None:
-        self.grounded, self.checker, self.withhold = grounded, checker, withhold
+    By the rule "quote" what states nothing waits for the first sentence that a source says; where none comes, the
+    sources themselves are quoted, as far as something in them is near the question.
+    """
+
+    def __init__(self, grounded: Grounded, checker: Checker, rule: Rule, asked: str = "") -> None:
+        self.grounded, self.checker, self.rule, self.asked = grounded, checker, rule, asked
         self.said = False  # has anything been given?
-        self._held = ""
+        self._held, self._waiting = "", ""
+        self._cited = False
 
     def feed(self, text: str) -> str:
         """What can be shown now: the sentences that are complete."""
@@ -141,23 +147,45 @@ class Writer:
     def end(self) -> str:
         """What is left when the answer is complete."""
         held, self._held = self._held, ""
-        return self._give("".join(self._checked(s) for s in sentences(held)))
+        text = "".join(self._checked(s) for s in sentences(held))
+        if self.rule == "quote" and not self._cited:
+            text += self._quoted() or ("" if any(s.checked for s in self.grounded.sentences) else self._waiting)
+        return self._give(text)
 
     def _give(self, text: str) -> str:
         self.said |= bool(text.strip())
         return text
 
     def _checked(self, sentence: str) -> str:
+        quotes = self.rule == "quote"
         if not says_something(sentence):
             self.grounded.sentences.append(Sentence(sentence.strip(), None, False, 1.0))
-            return sentence
+            if not quotes or self._cited:
+                return sentence
+            self._waiting += sentence
+            return ""
+        if quotes and any(s.text == sentence.strip() for s in self.grounded.sentences):
+            return ""  # a small model repeats itself
         found = self.checker.check(sentence)
         cites = None if found.by is None else found.by + 1
         self.grounded.sentences.append(Sentence(sentence.strip(), cites, True, round(found.probability, 4)))
-        if cites is None and self.withhold:
+        if cites is None and self.rule != "mark":
             return ""
         body = sentence.rstrip()
-        return f"{body} {f'[{cites}]' if cites else MARK}{sentence[len(body) :]}"
+        said = f"{body} {f'[{cites}]' if cites else MARK}{sentence[len(body) :]}"
+        if quotes:
+            said, self._waiting, self._cited = self._waiting + said, "", True
+        return said
+
+    def _quoted(self) -> str:
+        """Of the sources, what answers a query as it stands, else what is nearest to the question; "" where nothing is
+        near."""
+        evidence = self.grounded.evidence
+        found = [Quotation(e.text, n) for n, e in enumerate(evidence) if e.query][:1]
+        places = [e.where.rpartition(" > ")[2] for e in evidence]
+        found = found or (self.checker.quote(self.asked, places) if self.asked else [])
+        self.grounded.sentences += [Sentence(q.text, q.by + 1, True, 1.0) for q in found]
+        return "\n".join(f"\u201c{quoted(q.text)}\u201d [{q.by + 1}]" for q in found)
 
 
 def preface(evidence: list[Evidence]) -> str:

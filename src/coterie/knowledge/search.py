@@ -1,13 +1,16 @@
 """Searching one index: by words (BM25), by vectors (exact), both under the reader's permissions, and fused.
 
 A question may be a long story: its clauses are searched for one by one beside the whole of it. What each search finds
-best become candidates, and each candidate's signals are put on one scale and added up; docs/log.md has what was tried.
+best become candidates, and each candidate's signals are put on one scale and added up, and what its series lends it
+(series.py); docs/log.md has what was tried.
 Sources: Robertson and Zaragoza 2009 (BM25); Rocchio 1971 (relevance feedback).
 """
 
+import math
 import re
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from numpy.typing import NDArray
 
 from coterie.errors import CoterieError
 from coterie.knowledge.embed import Embedder
+from coterie.knowledge.names import pairs
+from coterie.knowledge.series import Series
 from coterie.knowledge.store import FORMAT, allowed, meta, open_db, open_words
 
 Ints = NDArray[np.int64]
@@ -30,7 +35,9 @@ BLOCK = 1 << 16  # rows scored at once
 SPARE = 2  # times as many rows as wanted are scored again with the question vector as it is
 WHOLE, EACH = 200, 100  # candidates by the whole question, and by each clause
 TITLE = 2.0  # a word in title or heading counts as so many in the text
-FEEDBACK, FEEDBACK_WEIGHT = 10, 0.5  # passages like one of the first ten gain
+FEEDBACK, FEEDBACK_WEIGHT = 10, 0.8  # passages like one of the first ten gain
+PAIRS = 0.15  # weight of pairs of words that name a document, beside all the rest
+SERIES, INTRODUCTION = 0.5, 1.0  # how much of what its series lends a document takes, and as its introduction
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,18 @@ class Search:
         self._words.reload()
         rows = mark[1]
         found = self.db.execute(
-            "select c.line, c.id, d.access from chunks c join documents d on d.id = c.document "
+            "select c.line, c.id, d.access, d.id from chunks c join documents d on d.id = c.document "
             "where c.line is not null order by c.id"
         )
-        table = np.array(found.fetchall(), np.int64).reshape(-1, 3)
+        table = np.array(found.fetchall(), np.int64).reshape(-1, 4)
         self._access = np.zeros(rows, np.int64)  # of each row of the vectors; 0, nobody's, where it was deleted
         self._of_row = np.zeros(rows, np.int64)  # its passage
         self._access[table[:, 0]], self._of_row[table[:, 0]] = table[:, 2], table[:, 1]
         self._ids, self._row = table[:, 1], table[:, 0]  # in order of the ids
+        found = self.db.execute("select id, access, series, part from documents order by id")
+        files = np.array(found.fetchall(), np.int64).reshape(-1, 4)
+        self._files, self._document = files, np.searchsorted(files[:, 0], table[:, 3])  # the place in it of each id's
+        self._series: dict[tuple[int, ...], Series] = {}
         if rows:  # mode "c", as torch wants memory that could be written to; nothing is
             mapped = np.memmap(self.folder / "vectors.i8", np.int8, "c", shape=(rows, self.embedder.width))
             self._vectors = torch.from_numpy(mapped)
@@ -105,17 +116,27 @@ class Search:
     def by_words(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
         """The best passages by BM25 and their scores; only those of the access classes are looked at."""
         words = list(dict.fromkeys(re.findall(r"[^\W_]+", question.lower())))[:WORDS_MOST]
-        nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
         if not words or not classes:
-            return nothing
-        text = self._words.parse_query(" ".join(words), ["title", "text"], field_boosts={"title": TITLE})
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return self._by(" ".join(words), {"title": TITLE, "text": 1.0}, classes, limit)
+
+    def by_pairs(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
+        """The same by pairs of neighbouring words that stand in the title or the path of a passage's file."""
+        named = Counter(pairs(question)).most_common(WORDS_MOST)
+        if not named or not classes:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        weighed = " ".join(f"{pair}^{1 + math.log(times):.2f}" for pair, times in named)
+        return self._by(weighed, {"pairs": 1.0}, classes, limit)
+
+    def _by(self, words: str, fields: dict[str, float], classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
+        text = self._words.parse_query(words, list(fields), field_boosts=fields)
         may = tantivy.Query.term_set_query(self._words.schema, "access", list(classes))
         must = tantivy.Occur.Must
         query = tantivy.Query.boolean_query([(must, text), (must, tantivy.Query.const_score_query(may, 0.0))])
         searcher = self._words.searcher()
         hits = searcher.search(query, limit, count=False).hits
         if not hits:
-            return nothing
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
         ids = searcher.fast_field_values("chunk", [address for _, address in hits])
         return np.array(ids, np.int64), np.array([score for score, _ in hits], np.float32)
 
@@ -175,26 +196,66 @@ class Search:
             near += [] if alone else self.by_vectors(asked[1:], classes, EACH)
             gains = remembered(asked[0])
             known = self._of_files(gains, classes)
-            ids = np.unique(np.concatenate([whole[0], *(i for i, _ in each), *(i for i, _ in near), *known.values()]))
-            ids = ids[np.isin(ids, self._ids)]  # a writer may have dropped some meanwhile
+            named = self.by_pairs(question, classes, WHOLE)
+            found = [whole, named, *each, *near]
+            ids = np.unique(np.concatenate([*(i for i, _ in found), *known.values()]))
+            ids = ids[self._held(ids)]  # a writer may have dropped some meanwhile
             if not len(ids):
                 return []
-            rows = self._row[np.searchsorted(self._ids, ids)]
-            cosines = self._dot(rows, asked)
-            parts_cosines = np.maximum(cosines[:, 1:] if not alone else cosines, 0)
-            best = np.max([_on(ids, *one) for one in each], axis=0)
-            score = sum(
-                (_scaled(s) for s in (_on(ids, *whole), best, cosines[:, 0], (parts_cosines**4).sum(axis=1))),
-                start=np.zeros(len(ids), np.float32),
-            )  # fmt: skip
-            first = rows[np.argsort(-score, kind="stable")[:FEEDBACK]]
-            like = self._dot(rows, self._vectors[torch.from_numpy(first)].numpy() * self._scales[first, None])
-            score = _scaled(score) + FEEDBACK_WEIGHT * _scaled(like.max(axis=1))
+            series = self._of_classes(classes)
+            score, lent = self._weighed(ids, asked, whole, each, named, series)
+            first = series.introductions(self._place(ids), lent)
+            if missing := set(first.tolist()) - set(self._place(ids).tolist()):
+                ids = np.union1d(ids, self._ids[np.isin(self._document, list(missing))])
+                score, _ = self._weighed(ids, asked, whole, each, named, series)
             for path, of_path in known.items():
                 score[np.isin(ids, of_path)] += gains[path]
             order = np.argsort(-score, kind="stable")[:limit]
-            found = self.passages(ids[order].tolist())
-            return [(found[i], float(s)) for i, s in zip(ids[order].tolist(), score[order], strict=True) if i in found]
+            shown = self.passages(ids[order].tolist())
+            return [(shown[i], float(s)) for i, s in zip(ids[order].tolist(), score[order], strict=True) if i in shown]
+
+    def _weighed(
+        self, ids: Ints, asked: Floats, whole: tuple[Ints, Floats], each: list[tuple[Ints, Floats]],
+        named: tuple[Ints, Floats], series: Series,
+    ) -> tuple[Floats, Floats]:  # fmt: skip
+        """The scores of candidates, and what their series lend to each. asked: vectors (1 + clauses, width)."""
+        rows = self._row[np.searchsorted(self._ids, ids)]
+        cosines = self._dot(rows, asked)
+        parts = np.maximum(cosines[:, 1:] if len(asked) > 1 else cosines, 0)
+        best = np.max([_on(ids, *one) for one in each], axis=0)
+        signals = (_on(ids, *whole), best, cosines[:, 0], (parts**4).sum(axis=1))
+        score = sum((_scaled(s) for s in signals), start=np.zeros(len(ids), np.float32))
+        if len(ids) > FEEDBACK:  # else every one is among the first, and as like as can be
+            first = rows[np.argsort(-score, kind="stable")[:FEEDBACK]]
+            like = self._dot(rows, self._vectors[torch.from_numpy(first)].numpy() * self._scales[first, None])
+            score = _scaled(score) + FEEDBACK_WEIGHT * _scaled(like.max(axis=1))
+        documents, at = np.unique(self._place(ids), return_inverse=True)
+        of = np.full((2, len(documents)), -np.inf, np.float32)  # the best score of each document, and its pairs
+        np.maximum.at(of[0], at, score)
+        np.maximum.at(of[1], at, _on(ids, *named))
+        standing = _scaled(_scaled(of[0]) + PAIRS * _scaled(of[1]))
+        lent, introducing = series.weigh(documents, standing)
+        total = standing + SERIES * lent + INTRODUCTION * introducing
+        return total[at] + (score - of[0][at]), lent[at]
+
+    def _held(self, ids: Ints) -> NDArray[np.bool_]:
+        """Which of some passages the index has."""
+        if not len(self._ids):
+            return np.zeros(len(ids), np.bool_)
+        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.asarray(self._ids[at] == ids, np.bool_)
+
+    def _place(self, ids: Ints) -> Ints:
+        """The documents of passages, as places in the table of files."""
+        return np.asarray(self._document[np.searchsorted(self._ids, ids)], np.int64)
+
+    def _of_classes(self, classes: Sequence[int]) -> Series:
+        """The series of the documents of some access classes."""
+        key = tuple(sorted(classes))
+        if key not in self._series:
+            may = np.isin(self._files[:, 1], key)
+            self._series[key] = Series(self._files[:, 2], self._files[:, 3], may)
+        return self._series[key]
 
     def _of_files(self, paths: Iterable[str], classes: Sequence[int]) -> dict[str, Ints]:
         """The passages of some files, of those that may be read."""

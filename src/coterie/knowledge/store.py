@@ -24,18 +24,19 @@ from numpy.typing import NDArray
 
 from coterie.errors import CoterieError, StorageError
 from coterie.knowledge.chunk import Chunk
+from coterie.knowledge.names import pairs, series_of
 from coterie.knowledge.near import bands, normalise, repeats
 
 Floats = NDArray[np.float32]
 HEAP = 64 << 20  # bytes that tantivy may hold while it writes
-FORMAT = "1"
+FORMAT = "2"
 
 TABLES = """
 create table if not exists meta(key text primary key, value text);
 create table if not exists access(id integer primary key, groups text unique);
 create table if not exists documents(
   id integer primary key, path text unique, sha256 text, size integer, changed integer, title text, access integer,
-  indexed text, error text);
+  indexed text, error text, series integer, part integer);
 create table if not exists chunks(
   id integer primary key autoincrement, document integer, place text, text text, line integer, repeats integer);
 create index if not exists chunks_document on chunks(document);
@@ -93,6 +94,7 @@ def open_words(folder: Path) -> tantivy.Index:
     s.add_integer_field("access", indexed=True)
     for name in ("title", "text"):
         s.add_text_field(name, tokenizer_name="en_stem", index_option="freq")
+    s.add_text_field("pairs", tokenizer_name="whitespace", index_option="freq")
     (folder / "words").mkdir(exist_ok=True)
     return tantivy.Index(s.build(), path=str(folder / "words"))
 
@@ -132,7 +134,7 @@ class Store:
             self._rebuild_words()
         self._words = self._index.writer(HEAP)
         self._classes: dict[tuple[str, ...], int] = {}
-        self._new: list[tuple[int, int, str, str]] = []  # chunk, access, title, text: without vectors yet
+        self._new: list[tuple[int, int, str, str, str]] = []  # see `_words_of`: without vectors yet
 
     def close(self) -> None:
         self._words.wait_merging_threads()
@@ -144,11 +146,11 @@ class Store:
     def _rebuild_words(self) -> None:
         writer = self._index.writer(HEAP)
         writer.delete_all_documents()  # in one commit with what comes now: who reads meanwhile sees the old or the new
-        for chunk, access, title, text in self.db.execute(
-            "select c.id, d.access, d.title || ' ' || c.place, c.text from chunks c "
+        for chunk, access, title, text, named in self.db.execute(
+            "select c.id, d.access, d.title || ' ' || c.place, c.text, d.title || ' ' || d.path from chunks c "
             "join documents d on d.id = c.document where c.line is not null"
         ):
-            writer.add_document(tantivy.Document(chunk=chunk, access=access, title=title, text=text))
+            writer.add_document(_words_of(chunk, access, title, text, named))
         writer.commit()
         writer.wait_merging_threads()
         self.set("stamp", stamp_of(self.folder))
@@ -184,9 +186,9 @@ class Store:
         self.drop(file.path)
         access = self._access_class(file.groups)
         document = self.db.execute(
-            "insert into documents(path, sha256, size, changed, title, access, indexed, error) "
-            "values(?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), ?)",
-            (file.path, file.sha256, file.size, file.changed, file.title, access, file.error),
+            "insert into documents(path, sha256, size, changed, title, access, indexed, error, series, part) "
+            "values(?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), ?, ?, ?)",
+            (file.path, file.sha256, file.size, file.changed, file.title, access, file.error, *series_of(file.path)),
         ).lastrowid
         for passage in passages:
             normal = normalise(f"{passage.place} {passage.text}")
@@ -200,7 +202,8 @@ class Store:
             assert chunk is not None
             if same is None:
                 self.db.executemany("insert or ignore into bands values(?, ?, ?)", [(h, access, chunk) for h in hashes])
-                self._new.append((chunk, access, f"{file.title} {passage.place}".strip(), passage.text))
+                title, named = f"{file.title} {passage.place}".strip(), f"{file.title} {file.path}"
+                self._new.append((chunk, access, title, passage.text, named))
 
     def _access_class(self, groups: tuple[str, ...]) -> int:
         """The number of a set of groups, made where it is new."""
@@ -239,7 +242,7 @@ class Store:
 
     def pending(self) -> list[str]:
         """The texts of passages put since `finish`: what their vectors are made of."""
-        return [f"{title}\n{text}" for _, _, title, text in self._new]
+        return [f"{title}\n{text}" for _, _, title, text, _ in self._new]
 
     def finish(self, vectors: Floats) -> None:
         """Vectors (pending, width) of length 1 of the pending passages: bytes, and a scale for each row."""
@@ -250,10 +253,15 @@ class Store:
                 f.truncate(self.rows * size)
                 f.seek(self.rows * size)
                 f.write(part.tobytes())
-        for chunk, access, title, text in self._new:
-            self._words.add_document(tantivy.Document(chunk=chunk, access=access, title=title, text=text))
+        for one in self._new:
+            self._words.add_document(_words_of(*one))
         self.rows += len(self._new)
         self._new = []
+
+
+def _words_of(chunk: int, access: int, title: str, text: str, named: str) -> tantivy.Document:
+    """A passage as tantivy holds it; of `named`, title and path of its file, the pairs of words."""
+    return tantivy.Document(chunk=chunk, access=access, title=title, text=text, pairs=" ".join(pairs(named)))
 
 
 def files(db: sqlite3.Connection) -> Iterator[File]:

@@ -18,6 +18,9 @@ from coterie.knowledge.embed import Embedder
 WEIGHTS = (9.07, 3.81, -5.72, 1.99)
 BIAS = -11.47
 SURE = 0.5  # probability from which a sentence is taken as said by the evidence
+QUOTED = 0.4  # cosine to the question from which a paragraph is quoted in place of an answer; see docs/log.md
+SECOND = 0.05  # a second one is quoted too where it is nearer than this to the first
+LONGEST = 400  # characters of a quotation
 STEM = 5  # letters of a word that count: "deliver" and "delivery" are the same
 _COMMON = """
 a an the is are was were be been do does did i you he she it we they my your our their his her its me us them to of in
@@ -54,6 +57,13 @@ def lines(text: str) -> list[str]:
     return [s.strip(" -*#|\t") for s in re.split(r"\n+|(?<=[.!?;])\s+", text) if len(s.strip(" -*#|\t")) > 3]
 
 
+def paragraphs(text: str) -> list[str]:
+    """What can be quoted by itself: list items, rows of tables, paragraphs; lines that were only wrapped are joined."""
+    whole = re.sub(r"\n[ \t]+(?=[^\s\-*+#|>])", " ", text)
+    parts = (re.sub(r"\s*\|\s*", " | ", p.strip(" -*+#>|\t")) for p in whole.split("\n"))
+    return [p for p in parts if len(content(p)) >= 2]
+
+
 def says_something(sentence: str) -> bool:
     """Is there anything to check? Greetings, thanks and questions state no fact."""
     return len(content(sentence)) >= 2 and not sentence.strip().endswith("?")
@@ -86,6 +96,14 @@ def probability(found: Sequence[float]) -> float:
     return 1 / (1 + math.exp(-BIAS - sum(w * f for w, f in zip(WEIGHTS, found, strict=True))))
 
 
+@dataclass(frozen=True)
+class Quotation:
+    """A paragraph of the evidence, and the number of its piece from 0."""
+
+    text: str
+    by: int
+
+
 class Checker:
     """Checks sentences against pieces of evidence, embedded once."""
 
@@ -110,3 +128,24 @@ class Checker:
                 if sure > best:
                     best, by = sure, n
         return Support(best, by if best >= SURE else None)
+
+    def quote(self, question: str, places: Sequence[str]) -> list[Quotation]:
+        """The one or two paragraphs of the evidence that are nearest to a question, if any is near; `places` are the
+        headings of each piece, which say what a short paragraph is about."""
+        found = [(n, p) for n, text in enumerate(self.evidence) for p in paragraphs(text)]
+        if not found:
+            return []
+        texts = [p for _, p in found] + [f"{places[n]}: {p}" for n, p in found]
+        vectors = self.embedder.embed([question, *texts])
+        near = (vectors[1:] @ vectors[0]).reshape(2, -1).max(axis=0)
+        best = np.argsort(-near, kind="stable")[:2].tolist()
+        kept = [i for i in best if near[i] >= max(QUOTED, near[best[0]] - SECOND)]
+        return [Quotation(_cut(found[i][1]), found[i][0]) for i in kept]
+
+
+def _cut(text: str) -> str:
+    """At most LONGEST characters: whole sentences where one fits."""
+    if len(text) <= LONGEST:
+        return text
+    held = re.match(rf".{{1,{LONGEST}}}[.!?](?=\s)", text, re.DOTALL)
+    return held[0] if held else text[: LONGEST - 3].rsplit(" ", 1)[0] + " ..."

@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from jinja2 import Environment
 
 from coterie.business import Business
+from coterie.choose import question
 from coterie.data.read import Message
 from coterie.errors import CoterieError
 from coterie.grounding import Grounded, Grounding, Writer
@@ -54,7 +55,7 @@ class Shelf:
         """The evidence for a conversation."""
         grounding = self.grounding()
         grounded = grounding.gather(messages, reader_of(request))
-        return Ground(grounding, grounded, grounding.writer(grounded))
+        return Ground(grounding, grounded, grounding.writer(grounded, question(messages)))
 
 
 class Ground:

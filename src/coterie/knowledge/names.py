@@ -1,0 +1,42 @@
+"""What the name and place of a file say: the series that it belongs to, its part of it, and pairs of words.
+
+Files that stand together are about one thing, and one of them introduces it. A series is the files of one name that
+differ in a number at its end (`ledger_001.md`, `ledger_002.md`), whose lowest number introduces; or else the files of
+one folder, introduced by one that is called so.
+"""
+
+import hashlib
+import re
+from itertools import pairwise
+from pathlib import PurePosixPath
+
+INTRODUCES = ("index", "readme", "overview", "introduction", "intro", "about")
+_COMMON = """
+a an the is are was be do does i you he it we they my your our their his her its to of in on at for from by with as and
+or if than that this what which how when where why who
+"""
+_STOP = frozenset(_COMMON.split())
+
+
+def series_of(path: str) -> tuple[int, int]:
+    """A number for the series of a file, the same for each file of it, and which part it is: -1 where that says
+    nothing. The series 0 is none: files side by side in the source's own folder."""
+    place = PurePosixPath(path)
+    numbered = re.fullmatch(r"(.*[^\W\d].*?)[\W_]*(\d{1,9})", place.stem)
+    if numbered:
+        return _mark(f"{place.parent}/{numbered[1]}#"), int(numbered[2])
+    if place.parent == PurePosixPath():
+        return 0, -1
+    return _mark(f"{place.parent}/"), 0 if place.stem.lower() in INTRODUCES else -1
+
+
+def _mark(key: str) -> int:
+    """Of 63 bits, so that SQLite and NumPy hold it; never 0."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 | 1
+
+
+def pairs(text: str) -> list[str]:
+    """Each two neighbouring words, joined by "_": "Light Blue account" names another thing than "light" and "blue".
+    None of them is a word like "the"."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return [f"{a}_{b}" for a, b in pairwise(words) if not {a, b} & _STOP]
