@@ -355,7 +355,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "fit, no business": (nothing, ["fit", "nowhere"], r"no coterie\.toml here; `coterie init nowhere` makes one"),
     "fit, file for folder": (nothing, ["fit", "colors.csv"], r"colors\.csv/coterie\.toml: cannot be read"),
     "fit, diverged": (toml("alpha = 8 }", "alpha = 1e30 }"), ["fit", "."],
-                      r"training diverged at step \d of 3"),
+                      r"training diverged at step \d of 3: .*The batch: \d row\(s\), the first .*colors\.csv:\d+"),
     "toml, not toml": (lambda f: (f / "coterie.toml").write_text("[business\n"), ["fit", "."],
                        r"coterie\.toml: not valid TOML: .*line 1"),
     "toml, not UTF-8": (lambda f: (f / "coterie.toml").write_bytes(b'x = "\xff"'), ["fit", "."],

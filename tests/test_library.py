@@ -1,20 +1,29 @@
 """The expert library: versions are only added, names cannot leave the shelf, a killed run leaves the old state."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from safetensors.torch import load_file, save_file
 
+from coterie.business import Business, adopt
+from coterie.engine.engine import Engine
+from coterie.engine.request import Sampling
 from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
+from coterie.experts import kinds
 from coterie.experts.library import ExpertFacts, Library, check_name
+from coterie.model.load import BaseModel, load
 
 
 def publish(library: Library, name: str = "tea", mark: str = "") -> ExpertFacts:
@@ -242,3 +251,54 @@ def test_damaged_figures_are_refused_by_name(tmp_path: Path) -> None:
     (library.folder("tea") / "evaluation.json").write_text("{")
     with pytest.raises(ModelError, match=r"tea/1/evaluation\.json: damaged"):
         library.evaluation("tea")
+
+
+# Experts and the base model that they were made for
+
+
+@pytest.fixture
+def other(tiny: Path, tmp_path: Path) -> Path:
+    """A base model of the same name, shapes and tokens, and other weights."""
+    folder = shutil.copytree(tiny, tmp_path / "other")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(n for n in weights if n.endswith("1.mlp.up_proj.weight"))
+    save_file({**weights, name: weights[name] * 1.5}, file, {"format": "pt"})
+    return folder
+
+
+def test_a_models_mark_is_that_of_its_weights(tiny: Path, tiny_base: BaseModel, other: Path) -> None:
+    assert load(tiny, torch.bfloat16, packed=True).decoder.mark == load(tiny).decoder.mark == tiny_base.decoder.mark
+    assert load(other).decoder.mark != tiny_base.decoder.mark
+
+
+def test_an_expert_of_another_base_of_the_same_shapes_is_refused_and_both_are_named(
+    fitted_shop: Path, tiny_base: BaseModel, other: Path, tmp_path: Path
+) -> None:
+    shop = shutil.copytree(fitted_shop, tmp_path / "shop")
+    library = Business.open(shop).library
+    base = load(other)
+    with pytest.raises(ModelError, match=f"{tiny_base.decoder.mark}.*{base.decoder.mark}"):
+        kinds.read(library, "colors", 1, base.decoder)
+    with closing(Engine(base, library, slots=1, context=64)) as engine:
+        with pytest.raises(ModelError, match=r"made for .*train it again"):
+            engine.submit([3, 4, 5], Sampling(2), ("colors", 1))
+        assert engine.submit([3, 4, 5], Sampling(2), None).text() is not None, "the base model goes on"
+
+
+def test_an_expert_that_names_another_model_of_the_hub_is_not_imported(
+    fitted_shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = shutil.copytree(fitted_shop, tmp_path / "shop")
+    source = shutil.copytree(Business.open(shop).library.folder("greet"), tmp_path / "guest")
+    config = json.loads((source / "adapter_config.json").read_text())
+    business = Business.open(shop)
+    base = business.base()
+    spec = business.config.business.model_copy(update={"base": "someone/tiny"})
+    monkeypatch.setattr(business, "config", business.config.model_copy(update={"business": spec}))
+    monkeypatch.setattr(business, "base", lambda *_: base)
+    (source / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/other"}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json: made for someone/other.*someone/tiny"):
+        adopt(business, "guest", source)
+    (source / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "Someone/Tiny"}))
+    assert adopt(business, "guest", source).base_mark == base.decoder.mark

@@ -22,9 +22,10 @@ from coterie.data.prepare import prepare
 from coterie.data.read import Example, check_file, read
 from coterie.data.split import hold_out
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError, DataError, ModelError
+from coterie.errors import CoterieError, DataError, ModelError, TrainingError
 from coterie.evaluation.run import evaluate
 from coterie.experts import kinds
+from coterie.experts.expert import CONFIG
 from coterie.experts.instruction import posed, weights_of
 from coterie.experts.library import ExpertFacts, Library, alone
 from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
@@ -197,13 +198,20 @@ def _fit_one(
     def say(text: str) -> None:
         tell(f"{name}: {text}")
 
-    outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, partial(progress, name), say)
+    try:
+        outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, partial(progress, name), say)
+    except TrainingError as error:  # of numbers of rows, which say nothing to people
+        batch = _pick(business.examples(name, spec.train), {data.numbers[i] for i in error.rows})
+        first = min(batch) if batch else None
+        told = f". The batch: {len(batch)} row(s), the first {batch[first].where}" if first is not None else ""
+        raise TrainingError(f"{name}: {error}{told}") from error
     pairs = business.files(spec.preferences)
     preferred = prefer(spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say) if pairs else {}
 
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,
-        base=business.config.business.base, fingerprint=mark, created=datetime.now(UTC).isoformat(timespec="seconds"),
+        base=business.config.business.base, base_mark=base.decoder.mark, fingerprint=mark,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         training={
             "rows": len(rows), "left_out_as_test_rows": data.leaked, "left_out_as_too_long": len(data.too_long),
             "steps": outcome.steps, "seconds": round(outcome.seconds),
@@ -315,11 +323,21 @@ def measure(
 
 
 def adopt(business: Business, name: str, source: Path, description: str = "", system: str = "") -> ExpertFacts:
-    """Put an expert in PEFT's or AdapterHub's format on the shelf. Raises ModelError where it cannot be used."""
+    """Put an expert in PEFT's or AdapterHub's format on the shelf.
+
+    Raises ModelError where it cannot be used, or says that it was made for another model of the hub.
+    """
     base, name_of_base = business.base(), business.config.business.base
     expert = kinds.load(source, base.decoder.config)
+    made_for = kinds.made_for(source)
+    if made_for and kinds.HUB.fullmatch(name_of_base) and made_for.lower() != name_of_base.lower():
+        raise ModelError(
+            f"{source / CONFIG}: made for {made_for}, and the base model of this business is {name_of_base}; "
+            "if these are the same weights by another name, change the name in that file"
+        )
     facts = ExpertFacts(
         name, expert.config.kind, description=description, system=system, base=name_of_base,
+        base_mark=base.decoder.mark,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         training={"imported_from": str(source), **asdict(expert.config)},
     )  # fmt: skip

@@ -3,6 +3,8 @@
 The CLI prints the sentence and leaves with `exit_code`; the API answers with `status`.
 """
 
+from collections.abc import Sequence
+
 
 class CoterieError(Exception):
     """Root of the errors that are the input's fault, not ours."""
@@ -31,9 +33,13 @@ class ModelError(CoterieError):
 
 
 class TrainingError(CoterieError):
-    """Training that went wrong: its loss is no longer a number."""
+    """Training that went wrong: its loss is no longer a number. `rows`: numbers of the batch's rows."""
 
     code = "training_failed"
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class UnknownExpert(CoterieError):

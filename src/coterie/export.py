@@ -27,7 +27,7 @@ def merge_expert(business: Business, name: str, target: Path, gguf: str = "", ve
         raise CoterieError(f"unknown kind of GGUF {gguf!r}; known: {', '.join(KINDS)}")
     _check_new(target)
     base = exact_base(business)
-    expert = kinds.load(business.library.folder(name, facts.version), base.decoder.config)
+    expert = kinds.read(business.library, name, facts.version, base.decoder)
     change = kinds.apply(expert, base.decoder).change
     assert change is not None, "LoRA changes projections"
     whole = merge(base, change)
@@ -44,7 +44,7 @@ def export_gguf_lora(business: Business, name: str, target: Path, version: int |
     facts = _lora_facts(business, name, version)
     _check_new(target)
     base = exact_base(business)
-    expert = kinds.load(business.library.folder(name, facts.version), base.decoder.config)
+    expert = kinds.read(business.library, name, facts.version, base.decoder)
     c = expert.config
     # llama.cpp scales by alpha / rank; rank-stabilised experts by alpha / sqrt(rank).
     write_gguf_lora(base, expert.weights, c.alpha * math.sqrt(c.rank) if c.rslora else c.alpha, target)

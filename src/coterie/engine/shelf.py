@@ -9,7 +9,7 @@ from coterie.engine.request import Adapter
 from coterie.engine.step import Prepared, Step
 from coterie.errors import CoterieError, UnknownExpert
 from coterie.experts.expert import Applied, Expert
-from coterie.experts.kinds import apply, load
+from coterie.experts.kinds import apply, read
 from coterie.experts.library import Library
 from coterie.experts.mixture import Laid, lay
 from coterie.model.decoder import Decoder
@@ -65,7 +65,7 @@ class Shelf:
         folder = self._library.folder(*adapter)
         key = folder, folder.stat().st_mtime_ns
         with self._lock:
-            loaded = self._kept.pop(key, None) or self._load(key)
+            loaded = self._kept.pop(key, None) or self._load(adapter, key)
             if loaded.size > self._budget:
                 raise CoterieError(
                     f"the expert {adapter[0]} takes {loaded.size / 2**20:.0f} MiB, and expert_memory under [business] "
@@ -78,8 +78,9 @@ class Shelf:
                 del self._kept[idle.pop(0)]
         return loaded
 
-    def _load(self, key: tuple[Path, int]) -> Loaded:
-        expert = load(key[0], self._decoder.config)
+    def _load(self, adapter: Adapter, key: tuple[Path, int]) -> Loaded:
+        assert self._library, "open has asked"
+        expert = read(self._library, *adapter, self._decoder)
         before = expert.config.kind in ("prompt", "prefix")
         prepared = self._step.prepare(expert) if self._step else None
         applied = apply(expert, self._decoder) if before else Applied()

@@ -49,7 +49,7 @@ def applied_of(library: Library | None, facts: ExpertFacts | None, decoder: Deco
     found = weights_of(facts) if facts else None
     if library is None or facts is None or found is None or facts.kind == "full":
         return Applied()
-    return kinds.apply(kinds.load(library.folder(*found), decoder.config), decoder)
+    return kinds.apply(kinds.read(library, *found, decoder), decoder)
 
 
 def prompt_of(task: Task, facts: ExpertFacts | None, example: Example) -> list[Message]:

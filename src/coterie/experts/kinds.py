@@ -1,13 +1,16 @@
 """The kinds of expert, each in a file of its own, and the one door to them all."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 
 from coterie.errors import ModelError
 from coterie.experts import adapter, full, lora, prefix, prompt
 from coterie.experts.expert import CONFIG, Applied, Expert, read_config
+from coterie.experts.library import Library
 from coterie.model.decoder import Decoder, ModelConfig
 
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # a model's name on the hub
 KINDS: dict[str, ModuleType] = {"lora": lora, "adapter": adapter, "prompt": prompt, "prefix": prefix, "full": full}
 PEFT_TYPES = {"LORA": lora, "PROMPT_TUNING": prompt, "PREFIX_TUNING": prefix}
 
@@ -39,3 +42,25 @@ def load(folder: Path, model: ModelConfig) -> Expert:
                          "bottleneck adapters")  # fmt: skip
     expert: Expert = kind.load(folder, model)
     return expert
+
+
+def made_for(folder: Path) -> str:
+    """The model of the hub that the exchange format names as its base; "" where it names none, or a path."""
+    facts = read_config(folder)
+    named = str(facts.get("base_model_name_or_path") or facts.get("model_name") or "")
+    return named if HUB.fullmatch(named) and not Path(named).exists() else ""
+
+
+def read(library: Library, name: str, version: int | None, decoder: Decoder) -> Expert:
+    """The weights of an expert in a library, if they were made for this base.
+
+    Raises ModelError where they are damaged or were made for other weights; UnknownExpert.
+    """
+    facts = library.facts(name, version)
+    if facts.base_mark and facts.base_mark != decoder.mark:
+        raise ModelError(
+            f"{name}, version {facts.version}: made for {facts.base} with the weights {facts.base_mark}; the base "
+            f"model here has the weights {decoder.mark}, to which it does not belong: train it again with "
+            "`coterie fit`, or name the base model that it was made for in coterie.toml"
+        )
+    return load(library.folder(name, facts.version), decoder.config)

@@ -43,6 +43,7 @@ class ExpertFacts:
     choices: tuple[str, ...] = ()  # the answers it may give; empty for free text
     examples: tuple[tuple[str, str], ...] = ()  # questions and answers shown before the conversation
     base: str = ""
+    base_mark: str = ""  # of the base model's weights (Decoder.mark); empty where nobody noted it
     fingerprint: str = ""  # of base, data and settings: `fit` trains again only when it changes
     created: str = ""
     training: dict[str, Any] = field(default_factory=dict)

@@ -8,9 +8,11 @@ ones (the trunk) can be computed once.
 Sources: Touvron et al. 2023 (Llama 2); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA).
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from coterie.model.gradients import Padded, rms_norm, rotate, swiglu, written_ou
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
 # Layer, site, x (N, in), out (N, out) -> what out becomes; it may write into out, and leaves unknown sites alone.
 Change = Callable[[int, str, Tensor, Tensor], Tensor]
+MARKED = 256  # numbers of each weight that tell a model from others
 SHORT = 256  # tokens; up to here training writes attention out
 SITES = ("qkv", "o", "gate_up", "down")  # projections, fused as they are computed
 BLOCKS = ("attn", "ffn")  # the two halves of a layer: for a change there, x is the residual stream they add to
@@ -123,6 +126,16 @@ class Decoder:
         if all(grouped.takes(w) for w in experts.values()):
             experts = {}  # grouped.c wants them plain
         self.packed_experts = {name: [self.pack(expert) for expert in w] for name, w in experts.items()}
+
+    @cached_property
+    def mark(self) -> str:
+        """Tells these weights from all others of the same shapes: a digest of some numbers of each, the same in float32
+        and in bfloat16."""
+        digest = hashlib.sha256(str(self.config).encode())
+        for name, w in sorted(self.weights.items()):
+            some = w.flatten()[:: max(1, w.numel() // MARKED)].bfloat16().contiguous().cpu()
+            digest.update(name.encode() + some.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def pack(self, weight: Tensor) -> Tensor:
         """`weight` (out, in) in the layout that `apply` wants."""

@@ -182,7 +182,8 @@ def _step(
     if not math.isfinite(total + norm):
         raise TrainingError(
             f"training diverged at step {step + 1} of {steps}: loss {total / max(count, 1):.3g}, "
-            f"gradient norm {norm:.3g}; lower training.learning_rate in coterie.toml"
+            f"gradient norm {norm:.3g}; lower training.learning_rate in coterie.toml",
+            batch,
         )
     done = step / steps
     warmup = max(settings.warmup, 1 / steps)
