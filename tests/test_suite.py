@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from coterie.business import Business
+from coterie.business import Business, fit
 from coterie.cli.main import app
 from coterie.data.read import read
 from coterie.data.split import leaks
@@ -168,6 +168,24 @@ def test_tunes_are_measured_by_validity_and_the_perplexity_of_the_true_rest(
     assert found.figures["perplexity"]["tokens"] == tokens
     assert found.figures["perplexity"]["per_token"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
     assert (none.figures["rows_too_long"], none.scores) == (3, [0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["adapter", "prompt", "prefix", "full"])
+def test_experts_of_every_kind_are_measured_by_what_they_say_and_by_likelihood(
+    kind: str, own_task: Path, shop: Path
+) -> None:
+    toml = (shop / "coterie.toml").read_text().partition("[experts.greet]")[0]
+    (shop / "coterie.toml").write_text(toml.replace("lora = {", f'kind = "{kind}"\nlora = {{'))
+    (fitted,) = fit(Business.open(shop), ["colors"])
+    assert fitted.facts.kind == kind
+    for how in ([], ["--likelihood"]):
+        data = f"{own_task}={own_task.parent}"
+        found = call("suite", "run", shop, "--task", data, "-e", "base", "-e", "colors", "--json", *how)
+        assert [m["rows"] for m in found["measured"]] == [3, 3]
+        assert (found["measured"][1].get("calibration") is not None) == bool(how)
+    rows = shop / "colors.csv"
+    found = call("compare", shop, "-e", "base", "-e", "colors", "--data", rows, "--json")
+    assert found["b_figures"]["rows"] == found["a_figures"]["rows"] > 3
 
 
 def test_compare_tells_two_experts_apart_on_the_same_rows(fitted_shop: Path, own_task: Path) -> None:

@@ -83,14 +83,15 @@ def run(
         if file.suffix not in (".svg", ".png"):
             raise CoterieError(f"--chart {file}: a chart is written as .svg or .png")
     measured: list[Measured] = []
-    with _opened(folder, expert or ["base"]) as (_, engine, models, shown):
+    with _opened(folder, expert or ["base"]) as (business, engine, models, shown):
         for found, path in wanted:
             splits, score = found.splits(path), found.score(path)
             rows = min(limit or len(splits.test), len(splits.test))
             for facts in models:
                 who = facts.name if facts else "base"
                 count = partial(shown.count, f"{found.name}: {who}", total=rows)
-                measured.append(measure(engine, found, splits, score, facts, limit, likelihood, count))
+                with _engine_of(business, engine, facts) as own:
+                    measured.append(measure(own, found, splits, score, facts, limit, likelihood, count))
     better = gains(measured)
     for file in chart or []:
         charts.save(draw(measured), file)
@@ -137,10 +138,11 @@ def compare(
                          choices=bool(options), max_tokens=min(longest + 8, engine.context // 2))  # fmt: skip
             score = found.score(Path())
         total = min(limit or len(splits.test), len(splits.test))
-        sides = [
-            measure(engine, found, splits, score, facts, limit, False,
-                    partial(shown.count, f"{expert[i]} answers", total=total)) for i, facts in enumerate(models)
-        ]  # fmt: skip
+        sides = []
+        for who, facts in zip(expert, models, strict=True):
+            count = partial(shown.count, f"{who} answers", total=total)
+            with _engine_of(business, engine, facts) as own:
+                sides.append(measure(own, found, splits, score, facts, limit, False, count))
     figures = compare_scores(sides[0].scores, sides[1].scores)
     metric = sides[0].figures["metric"]
     value = {"a": expert[0], "b": expert[1], "metric": metric, "a_figures": sides[0].figures,
@@ -161,6 +163,17 @@ def _opened(folder: Path, who: list[str]) -> Iterator[tuple["Business", "Engine"
             yield business, engine, models, shown
     finally:
         engine.close()
+
+
+@contextmanager
+def _engine_of(business: "Business", engine: "Engine", facts: "ExpertFacts | None") -> Iterator["Engine"]:
+    """The engine in which an expert answers: its own where it is a whole model, which is closed again."""
+    own = business.own_engine(facts, slots=32, queue=64) if facts else None
+    try:
+        yield own or engine
+    finally:
+        if own:
+            own.close()
 
 
 def _interval(figures: dict[str, Any]) -> str:

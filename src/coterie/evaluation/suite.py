@@ -95,7 +95,7 @@ def measure(
             figures["calibration"] = calibration(confidences, right)
     else:
         sampling = Sampling(task.max_tokens, constraint=choice_constraint(options) if options else None)
-        adapter = weights_of(facts) if facts else None
+        adapter = weights_of(facts) if facts and engine.library else None  # without one: a model of its own
         said = answer_each(engine, (prompts[i] for i in kept), adapter, sampling)
         for done, (i, answer) in enumerate(zip(kept, said, strict=True), 1):
             answers[i] = answer or ""
