@@ -34,7 +34,7 @@ from coterie.evaluation.metrics import summarise, wilson
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
 from coterie.routing.router import Router
-from coterie.routing.space import background, embed
+from coterie.routing.space import background, locate
 from coterie.routing.statistics import Statistics, learn, load_statistics
 
 DISTINCT = ["banking77", "clinc-kitchen", "clinc-auto", "clinc-work", "clinc-talk", "dogo-airline", "dogo-fastfood",
@@ -65,7 +65,7 @@ def seconds(times: int, work: Any) -> float:
 
 def choice(base: BaseModel, found: list[Task], strangers: np.ndarray, router: Router) -> dict[str, Any]:
     """Expert choice on held-out inputs, abstention, calibration."""
-    vectors = {t.name: embed(base, [p for p, _ in t.test]) for t in found}
+    vectors = {t.name: locate(base, [p for p, _ in t.test]) for t in found}
     rows = [(t.name, router.route(v)) for t in found for v in vectors[t.name]]
     away = [router.route(v) for v in strangers]
     right = np.array([d.scored[0].name == name for name, d in rows])
@@ -91,7 +91,7 @@ def cost(base: BaseModel, router: Router, texts: list[str]) -> dict[str, Any]:
     """Time of routing one question, beside an answer of 64 tokens by the base model."""
     engine = Engine(base, slots=1, context=512)
     prompts = [base.encode(base.chat([{"role": "user", "content": t}])) for t in texts]
-    vectors = [embed(base, [t])[0] for t in texts]
+    vectors = [locate(base, [t])[0] for t in texts]
     for v in vectors:
         router.route(v)
 
@@ -105,7 +105,7 @@ def cost(base: BaseModel, router: Router, texts: list[str]) -> dict[str, Any]:
     try:
         turns = iter(list(range(len(texts))) * 3)
         answering = seconds(len(texts), lambda: answer(next(turns)))
-        embedding = seconds(len(texts), lambda: embed(base, [texts[next(turns)]], engine.step))
+        embedding = seconds(len(texts), lambda: locate(base, [texts[next(turns)]], engine.step))
         routing = seconds(len(texts), lambda: router.route(vectors[next(turns)]))
     finally:
         engine.close()
@@ -196,7 +196,7 @@ def quality(work: Path, found: list[Task], epochs: int) -> dict[str, Any]:
         router.add(name, load_statistics(library.folder(name)))
 
     def routed(text: str) -> Adapter | None:
-        chosen = router.route(embed(business.base(), [text])[0]).chosen
+        chosen = router.route(locate(business.base(), [text])[0]).chosen
         return of(chosen[0][0]) if chosen else None
 
     who = {
@@ -253,7 +253,7 @@ def main() -> None:
         base = load(pull(DEFAULT, tell), packed=True)
         names = ["banking77", "clinc-work", "sql", "tunes"] if quick else None
         found = tasks(data, 60 if quick else 1000, 15 if quick else 150, names)
-        strangers = embed(base, outside(data)[: 40 if quick else None])
+        strangers = locate(base, outside(data)[: 40 if quick else None])
         back, routers = background(base), {}
         known = {t.name: learn(base, [p for p, _ in t.train], [str(i) for i in range(len(t.train))]) for t in found}
         for which in ("distinct", "all"):

@@ -20,8 +20,9 @@ from coterie.experts.library import ExpertFacts
 from coterie.model.load import BaseModel
 from coterie.routing.router import Router
 from coterie.routing.rules import Rule, rule
-from coterie.routing.space import Background, background, embed
+from coterie.routing.space import Background, background, embed, locate
 from coterie.routing.statistics import FILE, Statistics, learn, load_statistics
+from coterie.routing.words import PLACES, sketch
 from coterie.web.app import create_app
 
 WIDTH = 24
@@ -137,9 +138,26 @@ def test_what_is_far_from_every_expert_goes_to_none_unless_someone_must_answer()
     assert Router(flat()).route(far).chosen == ()
 
 
+@given(st.text(max_size=300))
+def test_a_sketch_of_words_does_not_mind_case_spaces_and_punctuation(text: str) -> None:
+    found = sketch(text)
+    assert found.shape == (PLACES,)
+    # A single piece may cancel itself out where two of its places fall together.
+    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5) or not found.any()
+    if text.isascii():
+        np.testing.assert_array_equal(found, sketch("  " + text.upper().replace(" ", " ,  ") + " ?!")[:PLACES])
+
+
+def test_words_that_share_a_stem_lie_closer_than_those_that_do_not() -> None:
+    booked, booking, weather = (sketch(t) for t in ("I booked a flight", "booking flights", "is it sunny there"))
+    assert booked @ booking > booked @ weather + 0.2
+    assert not sketch("...").any()
+    assert sketch("дом и сад") @ sketch("сад") > 0.3
+
+
 def test_an_expert_of_another_base_model_is_refused() -> None:
     other = Background("elsewhere", np.zeros(WIDTH, np.float32), np.eye(WIDTH, dtype=np.float32))
-    with pytest.raises(ModelError, match=r"e1: its routing statistics were made on another base model; .*learn-route"):
+    with pytest.raises(ModelError, match=r"e1: its routing statistics are of another base model or version; .*learn"):
         Router(other).add("e1", synthetic(1))
 
 
@@ -201,7 +219,7 @@ def test_real_subjects_are_told_apart_on_the_real_model(smol: BaseModel, tmp_pat
         ("I want to fly to Lisbon next week.", "travel"),
         ("Write a function that counts words in a string.", "code"),
     ):
-        scored = router.route(embed(smol, [text])[0]).scored
+        scored = router.route(locate(smol, [text])[0]).scored
         assert scored[0].name == wanted
         assert scored[0].nearest[0][0].startswith(f"{wanted}:")
     again = background(smol, tmp_path)

@@ -16,7 +16,7 @@ from coterie.model.load import BaseModel
 from coterie.model.threads import give_back_pool
 from coterie.routing.router import Decision, Router
 from coterie.routing.rules import Rule, rule
-from coterie.routing.space import background, embed
+from coterie.routing.space import background, locate
 from coterie.routing.statistics import Statistics, load_statistics
 
 SHORT = 4  # a message of fewer words ("yes, please") is read together with the one before it
@@ -65,7 +65,7 @@ class Chooser:
             router = self._in_step()
             ruling = rule(rules, channel, text, self._versions.keys())
             allowed = [n for n in self._versions if n not in ruling.refused] if ruling.refused else None
-            vector = embed(self.base, [text], self._step)[0] if len(router) else router.background.centre
+            vector = locate(self.base, [text], self._step)[0] if len(router) else router.background.centre
             give_back_pool()
             decision = router.route(vector, settings.top_k, settings.abstain, allowed, sure=bool(ruling.use))
             if ruling.use and not decision.chosen:  # none of them has statistics; the rule counts all the same

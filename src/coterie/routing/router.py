@@ -27,12 +27,14 @@ from coterie.errors import CoterieError, ModelError
 from coterie.routing.space import Background, Floats
 from coterie.routing.statistics import Statistics
 
-SHORTLIST = 16  # experts compared closely
+SHORTLIST = 10  # experts compared closely
 NEAREST = 3  # training inputs that a similarity is the mean over
-POOLED = 64  # experts whose covariances are pooled
+POOLED = 32  # experts whose covariances are pooled: 2.8 MB each at width 576 and 256 of words
+SHRINKAGE = 10  # of the covariance toward the plain distance, times dimensions / inputs
 RIDGE = 0.5  # penalty of the regression, times dimensions / inputs, as a share of the mean variance
 REGRESSION = 0.3  # weight of the regression in the score, where the cosine has weight 1
-KEPT = 128  # experts whose whitened samples are kept in memory: at most 1.2 MB each at width 576
+KEPT = 64  # experts whose whitened samples are kept in memory: at most 3.3 MB each at width 576
+OWN = 512  # of an expert's sample, the inputs whose own scores are known
 LONE = 0.6  # similarity asked for by an expert that was trained on a single input
 FITTED, FITTED_INPUTS = 8, 32  # experts, and inputs of each, that the temperature is fitted to
 TEMPERATURE = 0.05  # where there is nothing to fit it to
@@ -69,7 +71,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Sample:
-    """An expert's sample, whitened and of unit length (n, width), and its inputs' own scores, (n) and sorted."""
+    """An expert's sample, whitened and of unit length (n, width); own scores of OWN of them, and the same sorted."""
 
     units: Floats
     scores: Floats
@@ -108,7 +110,7 @@ class Router:
         """
         if statistics.space != self.background.space or len(statistics.mean) != self._means.shape[1]:
             raise ModelError(
-                f"{name}: its routing statistics were made on another base model; "
+                f"{name}: its routing statistics are of another base model or version; "
                 f"`coterie experts learn-route {name} --inputs FILE` makes them anew"
             )
         if name in self._open:
@@ -193,7 +195,7 @@ class Router:
             # Fewer inputs than dimensions say little of the covariance: without this shrinkage what an expert has
             # seen stands out so much from what it has not that it turns its own subject away (docs/routing.md).
             few = len(within) / sum(self._counts.values())
-            shrink, eye = few / (1 + few), np.eye(len(within))
+            shrink, eye = SHRINKAGE * few / (1 + SHRINKAGE * few), np.eye(len(within))
             # Any root of the inverse gives the same cosines; Cholesky's is the cheapest.
             whiten = np.linalg.inv(np.linalg.cholesky((1 - shrink) * within + shrink * level * eye)).T
             # Second moments of [vector, 1] over all experts, each counting alike, and the background as one more.
@@ -246,9 +248,9 @@ class Router:
             vectors = statistics.sample.astype(np.float32)
             units, scores = self._see(vectors), np.array([LONE], np.float32)
             if len(units) > 1:
-                cosines = units @ units.T
+                cosines = units[:OWN] @ units.T
                 np.fill_diagonal(cosines, -np.inf)
-                scores = _score(_nearest(cosines), self._left_out(vectors, statistics))
+                scores = _score(_nearest(cosines), self._left_out(vectors[:OWN], statistics))
             self._samples[name] = _Sample(units, scores, np.sort(scores), statistics.where)
             if len(self._samples) > KEPT:
                 self._samples.popitem(last=False)

@@ -1,9 +1,10 @@
-"""The space in which the router compares texts: what the lower layers of the base model make of them.
+"""The space in which the router compares texts: what the lower layers of the base model make of them, and their words.
 
 A text is the mean, over its tokens, of the residual stream after a quarter of the layers, each token scaled to unit
-root mean square. The lower layers are the trunk, which no expert changes, so the same text has the same vector
-whoever answers. A fixed background of everyday sentences says where the middle of the space is and how wide it is
-before any expert has been seen. docs/routing.md has the measurements behind these choices.
+root mean square; beside it stands a sketch of its words. The lower layers are the trunk, which no expert changes, so
+the same text has the same vector whoever answers. A fixed background of everyday sentences says where the middle of
+the space is and how wide it is before any expert has been seen. docs/routing.md has the measurements behind these
+choices.
 """
 
 import hashlib
@@ -19,10 +20,12 @@ from coterie.engine.step import Step
 from coterie.experts.library import write_atomic_bytes
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
+from coterie.routing.words import PLACES, sketch
 
 Floats = NDArray[np.float32]
 LONGEST = 128  # tokens of a text that count
 BATCH = 32  # texts embedded at once
+WORDS = 3.0  # length of the words' part of a vector; the hidden state's is at most the root of its width (24)
 
 
 def depth(base: BaseModel) -> int:
@@ -31,11 +34,11 @@ def depth(base: BaseModel) -> int:
 
 
 def identity(base: BaseModel) -> str:
-    """A short name of the space: vectors of two base models, or of two depths, cannot be compared.
+    """A short name of the space: vectors of two base models, of two depths, or of other sketches cannot be compared.
 
     The same in float32 and in bfloat16, which lie close enough together.
     """
-    weights, digest = base.decoder.weights, hashlib.sha256(str(depth(base)).encode())
+    weights, digest = base.decoder.weights, hashlib.sha256(f"{depth(base)} {PLACES} {WORDS}".encode())
     for part in (
         weights["embed"][:64],
         weights["final_norm"],
@@ -70,9 +73,15 @@ def embed(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats
     return out
 
 
+def locate(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
+    """Where the router sees each text, (texts, width + PLACES): its vector, and the sketch of its words."""
+    words = np.stack([sketch(text) for text in texts]) if texts else np.zeros((0, PLACES), np.float32)
+    return np.concatenate([embed(base, texts, step), WORDS * words], axis=1)
+
+
 @dataclass(frozen=True)
 class Background:
-    """Mean (width) and covariance (width, width) of the background sentences."""
+    """Mean (n) and covariance (n, n) of the background sentences; n: numbers of a place."""
 
     space: str
     centre: Floats
@@ -80,7 +89,7 @@ class Background:
 
 
 def background(base: BaseModel, folder: Path | None = None) -> Background:
-    """The background of this base model, kept in `folder` for the next time (2.3 kB for each sentence)."""
+    """The background of this base model, kept in `folder` for the next time (3.3 kB for each sentence)."""
     space = identity(base)
     file = folder / f"background-{space}.safetensors" if folder else None
     vectors = None
@@ -89,8 +98,8 @@ def background(base: BaseModel, folder: Path | None = None) -> Background:
             vectors = load_file(file)["vectors"]
         except Exception:  # safetensors raises its own kind; damaged: made anew
             vectors = None
-    if vectors is None or vectors.shape != (len(SENTENCES), base.decoder.config.width):
-        vectors = embed(base, SENTENCES)
+    if vectors is None or vectors.shape != (len(SENTENCES), base.decoder.config.width + PLACES):
+        vectors = locate(base, SENTENCES)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic_bytes(file, save({"vectors": vectors}))
