@@ -22,11 +22,10 @@ check: .venv/ready-test
 	.venv/bin/lint-imports
 
 # Hours on 2 cores; each also runs alone and takes --quick (docs/benchmarks.md).
-BENCHES = tuning serving methods routing retrieval support groundedness graph sql privacy desk
+BENCHES = tuning serving methods routing retrieval support groundedness graph sql privacy desk switch \
+	anatomy
 bench: .venv/ready-test
 	for name in $(BENCHES); do $(PY) benchmarks/$$name.py --record || exit; done
-	$(PY) benchmarks/switch.py
-	$(PY) benchmarks/anatomy.py
 
 # Torch goes first and alone: plain PyPI torch on Linux brings gigabytes of CUDA, so set
 # TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" on a machine without a GPU.

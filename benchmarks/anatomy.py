@@ -1,18 +1,19 @@
 """How far `coterie anatomy`'s estimated speeds are from measured ones, on this machine, with the default model.
 
-    python benchmarks/anatomy.py [--quick] [--json]       about a minute
+    python benchmarks/anatomy.py [--quick] [--json] [--record]       about a minute
 
 Decoding steps at 256 tokens in the cache, 1 and 16 sequences at once, and one prompt of 256 tokens, by the decoder
-alone (no sampling, no HTTP). `measured_over_estimate` is 1 where the estimate is right.
+alone (no sampling, no HTTP). `measured_over_estimate` is 1 where the estimate is right; the figure of that name is the
+geometric mean of the cases.
 """
 
-import argparse
-import json
+import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 import torch
 
 from coterie.model.anatomy import estimate, examine, probe
@@ -36,10 +37,8 @@ def seconds(work: Callable[[], Any], rounds: int) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args()
+    args = common.options(__doc__ or "").parse_args()
+    torch.set_num_threads(args.threads)
     rounds = 5 if args.quick else 30
     path = pull()
     base, found, here = load(path, packed=True), examine(path), probe()
@@ -62,16 +61,15 @@ def main() -> None:
 
     guess = estimate(found, here, dtype, CONTEXT, 1).prefill_tokens_per_s or 0.0
     cases.append({"what": "prompt", "measured": CONTEXT / seconds(prefill, rounds // 3 + 1), "estimate": guess})
-    for case in cases:
-        case["measured_over_estimate"] = round(case["measured"] / case["estimate"], 2)
-    result = {"benchmark": "anatomy", "dtype": dtype, "flops": here.flops, "bandwidth": here.bandwidth, "cases": cases}
-    if args.json:
-        print(json.dumps(result))
-        return
-    print(f"here: {here.flops / 1e12:.2f} TFLOPs/s in bfloat16, {here.bandwidth / 1e9:.1f} GB/s")
-    for case in cases:
-        print("{what:16} measured {measured:8.1f} tokens/s, estimate {estimate:8.1f}: {measured_over_estimate:.2f}"
-              .format(**case))  # fmt: skip
+    report = common.Report("Estimated and measured speed: benchmarks/anatomy.py")
+    over = {case["what"]: case["measured"] / case["estimate"] for case in cases}
+    report.figures = {f"measured_over_estimate, {what}": value for what, value in over.items()}
+    report.figures["measured_over_estimate"] = math.exp(statistics.fmean(math.log(v) for v in over.values()))
+    rows = [[c["what"], c["measured"], c["estimate"], over[c["what"]]] for c in cases]
+    report.table("Tokens per second", ["what", "measured", "estimate", "measured over estimate"], rows)
+    report.say(f"SmolLM2-135M-Instruct in {dtype}, {CONTEXT} tokens of context; this machine by its own probe: "
+               f"{here.flops / 1e12:.2f} TFLOPs/s in bfloat16, {here.bandwidth / 1e9:.1f} GB/s.")  # fmt: skip
+    common.finish(report, args)
 
 
 if __name__ == "__main__":

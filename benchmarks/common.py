@@ -251,11 +251,13 @@ def finish(report: Report, args: argparse.Namespace) -> None:
 
 def _record(report: Report, facts: dict[str, str]) -> None:
     """Put the program's section into RESULTS.md, in place of an older one."""
-    ratios = ["Ratios: " + ", ".join(f"`{k}` **{v:.2f}**" for k, v in report.ratios.items()) + "."]
+    ratios = []
+    if report.ratios:
+        ratios = ["Ratios: " + ", ".join(f"`{k}` **{v:.2f}**" for k, v in report.ratios.items()) + ".", ""]
     where = "Measured with `{command}` on {date}: {processor}, {cores} cores ({instructions}), {memory}; "
     where = where.format(**facts)
     where += ", ".join(f"{k} {facts[k]}" for k in ("python", *PACKAGES, "coterie") if k in facts) + "."
-    section = "\n".join([f"## {report.title}", "", *ratios, "", where, *report.markdown]).strip() + "\n"
+    section = "\n".join([f"## {report.title}", "", *ratios, where, *report.markdown]).strip() + "\n"
     old = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     parts = re.split(r"(?m)^(?=## )", old)
     kept = [part.strip() + "\n" for part in parts]

@@ -1,14 +1,14 @@
 """Switch against dense at equal FLOPs per token, and our mixture-of-experts layer against transformers'.
 
-    python benchmarks/switch.py            about 5 minutes on 2 CPU cores
+    python benchmarks/switch.py            about 12 minutes on 2 CPU cores
     python benchmarks/switch.py --quick    a minute: same code, too short to mean much
-    python benchmarks/switch.py --json
+    python benchmarks/switch.py --seeds 1  training once instead of three times
 
 Training: two character models from scratch on tinyshakespeare (the last tenth is held out), same width, data order
 and optimizer; the Switch model has 8 experts in every layer, one active per token, so its FLOPs per token are the
 dense model's and the router's. `steps_vs_dense` is the number of steps of the dense model over those that Switch needs
-to reach the dense model's final held-out loss. The learning rate is constant after warm-up, so that the length of a
-run does not shape its curve.
+to reach the dense model's final held-out loss, the median over `--seeds` weights and orders of data. The learning rate
+is constant after warm-up, so that the length of a run does not shape its curve.
 
 Layers: the same weights in ours and in transformers' Mixtral and SwitchTransformers layers, 8 experts; outputs are
 checked for equality, then both are timed in turns. `layer_vs_transformers` is the geometric mean of the ratios of
@@ -16,17 +16,14 @@ medians over all cases; transformers gets the fastest of its own ways of computi
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
 import transformers
@@ -37,7 +34,6 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from coterie.model import grouped, moe
 from coterie.model.decoder import Decoder, ModelConfig, attend_packed, packed_positions
 
-DATA = Path(os.environ.get("COTERIE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BALANCE, Z, CAPACITY, JITTER = 0.01, 0.001, 1.25, 0.01  # as in Switch Transformers and ST-MoE
 
 
@@ -92,16 +88,16 @@ def loss_of(decoder: Trained, windows: Tensor, watch: dict[int, Tensor] | None =
 
 
 def train(
-    config: ModelConfig, data: tuple[Tensor, Tensor], args: argparse.Namespace, say: Callable[[str], None],
-    target: float | None = None,
+    config: ModelConfig, data: tuple[Tensor, Tensor], args: argparse.Namespace, seed: int,
+    say: Callable[[str], None], target: float | None = None,
 ) -> list[tuple[int, float, float]]:  # fmt: skip
     """(step, seconds of training, held-out loss) every `args.every` steps; stops where the loss is `target` or less."""
     learn, held = data
-    decoder = fresh(config, args.seed)
+    decoder = fresh(config, seed)
     served = Trained(replace(config, capacity=0.0), decoder.weights)
     optimizer = torch.optim.AdamW(decoder.weights.values(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1,
                                   fused=True)  # fmt: skip
-    order = torch.Generator().manual_seed(args.seed)
+    order = torch.Generator().manual_seed(seed)
     span = args.length + 1
     windows = held[: len(held) // span * span].view(-1, span)[: args.held]
     curve, seconds = [], 0.0
@@ -131,17 +127,14 @@ def train(
 
 def corpus(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Tokens to learn from and held out: the last tenth of the text."""
-    file = DATA / "tinyshakespeare" / "input.txt"
-    if not file.exists():
-        raise SystemExit(f"{file} is not here; set COTERIE_DATA to the folder of public data")
-    text = file.read_text()
+    text = common.need_data("tinyshakespeare/input.txt").read_text()
     cut = len(text) * 9 // 10
     numbers = {c: i for i, c in enumerate(sorted(set(text)))}
     learn, held = (torch.tensor([numbers[c] for c in part]) for part in (text[:cut], text[cut:]))
     return learn, held
 
 
-def switch_vs_dense(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def switch_vs_dense(args: argparse.Namespace, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     data = corpus(args)
     dense = ModelConfig(
         vocab=int(max(part.max() for part in data)) + 1, width=args.width, layers=args.layers,
@@ -150,13 +143,13 @@ def switch_vs_dense(args: argparse.Namespace, say: Callable[[str], None]) -> dic
     switch = replace(dense, experts=args.experts, experts_per_token=1, gate_normed=False,
                      sparse=tuple(range(args.layers)), capacity=CAPACITY)  # fmt: skip
     say(f"dense: width {args.width}, {args.layers} layers, {args.steps} steps of {args.batch} x {args.length} tokens")
-    curve = train(dense, data, args, say)
+    curve = train(dense, data, args, seed, say)
     goal = curve[-1][2]
     say(f"switch: {args.experts} experts, 1 active; to reach {goal:.4f}")
-    reached = train(switch, data, args, say, goal)
+    reached = train(switch, data, args, seed, say, goal)
     there = reached[-1][2] <= goal
     return {
-        "dense_steps": args.steps, "dense_seconds": round(curve[-1][1], 1), "dense_loss": round(goal, 4),
+        "seed": seed, "dense_steps": args.steps, "dense_seconds": round(curve[-1][1], 1), "dense_loss": round(goal, 4),
         "switch_steps": reached[-1][0] if there else None, "switch_seconds": round(reached[-1][1], 1),
         "switch_loss": round(reached[-1][2], 4), "experts": args.experts,
         "steps_vs_dense": round(args.steps / reached[-1][0], 2) if there else None,
@@ -290,53 +283,64 @@ def layer_case(peer: str, k: int, dtype: torch.dtype, tokens: int, args: argpars
     return out
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "load_average": os.getloadavg()[0],
-    }  # fmt: skip
+def tell_training(report: common.Report, found: list[dict[str, Any]]) -> None:
+    """Median and range over the seeds; a run that never reaches the dense model's loss counts as 0."""
+    for name in ("steps_vs_dense", "time_vs_dense"):
+        values = [run[name] or 0.0 for run in found]
+        into = report.ratios if name == "steps_vs_dense" else report.figures
+        into[name] = statistics.median(values)
+        report.figures |= {f"{name}, lowest": min(values), f"{name}, highest": max(values)}
+    head = ["seed", "dense: steps", "dense: s", "loss", "Switch: steps to it", "Switch: s", "steps over", "time over"]
+    rows = [[str(r["seed"]), r["dense_steps"], r["dense_seconds"], r["dense_loss"], r["switch_steps"] or "never",
+             r["switch_seconds"], r["steps_vs_dense"] or "-", r["time_vs_dense"] or "-"] for r in found]  # fmt: skip
+    report.table("Training from scratch at equal FLOPs per token", head, rows)
+    report.say(
+        f"tinyshakespeare by characters; {found[0]['experts']} experts, one active. `steps_vs_dense`: median "
+        f"{report.ratios['steps_vs_dense']:.2f} over {len(found)} seed(s), from "
+        f"{report.figures['steps_vs_dense, lowest']:.2f} to {report.figures['steps_vs_dense, highest']:.2f}."
+    )
+
+
+def tell_layers(report: common.Report, cases: list[dict[str, Any]]) -> None:
+    """Geometric means: of all cases, of each peer, of each type of number, forward alone and with backward."""
+
+    def mean(some: list[dict[str, Any]]) -> float:
+        return math.exp(statistics.fmean(math.log(c["ratio"]) for c in some))
+
+    report.ratios["layer_vs_transformers"] = mean(cases)
+    for key in ("layer", "dtype", "what"):
+        for value in dict.fromkeys(c[key] for c in cases):
+            report.figures[f"layer_vs_transformers, {value}"] = mean([c for c in cases if c[key] == value])
+    head = ["layer", "numbers", "tokens", "what", "ours, ms", "transformers, ms", "its way", "times"]
+    rows = [[c["layer"], c["dtype"], c["tokens"], c["what"], c["ours_ms"], c["theirs_ms"], c["their_way"], c["ratio"]]
+            for c in cases]  # fmt: skip
+    report.table("Layers with 8 experts, width 576, feed-forward 1536", head, rows)
+    report.say("Median of rounds taken in turns, other tokens in each; transformers by the fastest of its own ways.")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="short runs")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser = common.options(__doc__ or "")
     parser.add_argument("--only", choices=["training", "layers"], help="one half of it")
     for name, default in (("steps", 2500), ("every", 50), ("width", 32), ("layers", 2), ("ffn", 64), ("experts", 8),
-                          ("batch", 32), ("length", 64), ("held", 256), ("seed", 0)):  # fmt: skip
+                          ("batch", 32), ("length", 64), ("held", 256), ("seeds", 3)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rate", type=float, default=5e-3)
     args = parser.parse_args()
     args.tokens = (8, 128, 1024)
     if args.quick:
-        args.steps, args.every, args.held, args.tokens, args.rounds = 60, 10, 64, (8, 128), 3
+        args.steps, args.every, args.held, args.tokens, args.rounds, args.seeds = 60, 10, 64, (8, 128), 3, 1
+    torch.set_num_threads(args.threads)
 
     def say(text: str) -> None:
-        if not args.json:
-            print(text, flush=True)
+        common.screen.print(text, highlight=False)
 
-    result: dict[str, Any] = {"benchmark": "switch", "quick": args.quick, "machine": machine()}
+    report = common.Report("Switch and dense, layers of experts: benchmarks/switch.py")
     if args.only != "layers":
-        result["training"] = switch_vs_dense(args, say)
-        result["steps_vs_dense"] = result["training"]["steps_vs_dense"]
+        tell_training(report, [switch_vs_dense(args, seed, say) for seed in range(args.seeds)])
     if args.only != "training":
-        result["layers"] = layers(args, say)
-        logs = {p: [math.log(c["ratio"]) for c in result["layers"] if c["layer"] == p] for p in
-                ("Mixtral", "SwitchTransformers")}  # fmt: skip
-        result |= {f"layer_vs_{p.lower()}": round(math.exp(statistics.fmean(v)), 2) for p, v in logs.items()}
-        for kind in ("float32", "bfloat16"):
-            some = [math.log(c["ratio"]) for c in result["layers"] if c["dtype"] == kind]
-            result[f"layer_vs_transformers_{kind}"] = round(math.exp(statistics.fmean(some)), 2)
-        result["layer_vs_transformers"] = round(
-            math.exp(statistics.fmean(v for part in logs.values() for v in part)), 2
-        )
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print({k: v for k, v in result.items() if k not in ("layers", "machine")})
+        tell_layers(report, layers(args, say))
+    common.finish(report, args)
 
 
 if __name__ == "__main__":
