@@ -160,6 +160,15 @@ class CrmSpec(_Strict):
     find: str = Field("", description="sql: gives the id of the customer named :customer")
     read: str = Field("", description="sql: gives the fields of the customer with :id")
     fields: dict[str, str] = Field({}, description="fields that may reach the prompt, and the names they have there")
+    case_on: list[Literal["handoff", "resolved"]] = Field([], description="a case is opened when this happens")
+    note_on: list[Literal["handoff", "resolved"]] = Field(
+        [], description="a note is written into the conversation's case when this happens"
+    )
+    link: str = Field("", pattern="^(https?://.*)?$", description="where the desk is; cases and notes link to it")
+    case: str = Field("", description="sql: INSERTs a case with :id, :subject, :text and a unique :key")
+    case_of: str = Field("SELECT id FROM cases WHERE key = :key", description="sql: gives the id of the case of a key")
+    note: str = Field("", description="sql: INSERTs a note with :case, :text and a unique :key")
+    note_of: str = Field("SELECT id FROM notes WHERE key = :key", description="sql: gives the id of the note of a key")
 
 
 class WebhookSpec(_Strict):
