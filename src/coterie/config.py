@@ -113,6 +113,11 @@ class BusinessSpec(_Strict):
     slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
     expert_memory: int = Field(1024, ge=1, description="MiB that experts in memory may take; the longest idle go first")
+    cache_memory: int = Field(
+        256,
+        ge=0,
+        description="MiB that what was read may take after its request; texts that begin alike share it",
+    )
     pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
 
 
