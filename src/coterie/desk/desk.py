@@ -21,11 +21,12 @@ from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
 from coterie.desk.cases import Cases
 from coterie.desk.confidence import load_confidence
-from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clear, in_the_clear
+from coterie.desk.conversation import Conversations
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
 from coterie.desk.procedures.procedures import Procedures
+from coterie.desk.record import Seal, Unseal, from_the_clear, in_the_clear
 from coterie.desk.webhook import TIMEOUT_S, Webhook, Webhooks
 from coterie.engine.request import Generation
 from coterie.errors import CoterieError, Stopped
