@@ -12,7 +12,7 @@ from coterie.business import Business
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts.instruction import weights_of
-from coterie.knowledge import documents
+from coterie.knowledge import articles, documents
 from coterie.knowledge.asksql import open_sql
 from coterie.knowledge.documents import Documents, Learned
 from coterie.knowledge.documents_spec import DocumentsSpec
@@ -84,6 +84,8 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
     spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
     if isinstance(spec, DocumentsSpec):
         assert by, "made for documents"
+        if spec.salesforce:
+            articles.fetch(name, spec.salesforce, business.folder / spec.path, articles.open_org(name, spec.salesforce))
         return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count)
     if isinstance(spec, GraphSpec):
         if spec.endpoint:

@@ -16,6 +16,7 @@ import numpy as np
 
 from coterie.errors import CoterieError, DataError
 from coterie.experts.library import alone
+from coterie.knowledge.articles import link_of
 from coterie.knowledge.chunk import Chunk, chunks
 from coterie.knowledge.documents_spec import KINDS, DocumentsSpec
 from coterie.knowledge.embed import Embedder, Floats
@@ -174,13 +175,16 @@ class Documents:
         self._check()
         gains = self.judged.gains if self.judged else lambda _: {}
         found = self.searching.find(question, reader.may, limit, gains)
-        return [Evidence(self.name, p.where, p.text, score) for p, score in found]
+        return [Evidence(self.name, p.where, p.text, score, link=self._link(p.path)) for p, score in found]
 
     def open(self, where: str, reader: Reader) -> Evidence | None:
         """The passage that a citation names, where the reader may read it."""
         self._check()
         found = self.searching.passage(where, reader.may)
-        return Evidence(self.name, found.where, found.text, 0.0) if found else None
+        return Evidence(self.name, found.where, found.text, 0.0, link=self._link(found.path)) if found else None
+
+    def _link(self, path: str) -> str:
+        return link_of(self.spec.salesforce, path) if self.spec.salesforce else ""
 
 
 class Judged:
