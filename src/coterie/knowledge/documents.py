@@ -6,7 +6,7 @@ and keeps its place in the list, and the rest is indexed.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from coterie.data.read import read_objects
 from coterie.errors import CoterieError, DataError
 from coterie.experts.library import alone
 from coterie.knowledge.chunk import Chunk, chunks
@@ -193,15 +194,12 @@ class Judged:
     def __init__(self, file: Path, embedder: Embedder) -> None:
         self.paths: list[list[str]] = []
         questions = []
-        for number, line in enumerate(_lines(file), 1):
+        for where, row in read_objects(file):
             try:
-                row = json.loads(line)
                 questions.append(str(row["question"]))
                 self.paths.append([str(p) for p in row["documents"]])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f'{file}:{number}: must be {{"question": ..., "documents": [...]}} ({error})'
-                ) from error
+            except (KeyError, TypeError) as error:
+                raise DataError(f'{where}: must be {{"question": ..., "documents": [...]}} ({error})') from error
         self.vectors = embedder.embed(questions)
 
     def gains(self, question: Floats) -> dict[str, float]:
@@ -214,13 +212,6 @@ class Judged:
             for path in self.paths[i] if like[i] > 0 else ():
                 missed[path] = missed.get(path, 1.0) * (1 - float(like[i]))
         return {path: GAIN * (1 - m) for path, m in missed.items()}
-
-
-def _lines(file: Path) -> Iterable[str]:
-    try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
 
 
 def overview(name: str, spec: DocumentsSpec, folder: Path, reader: Reader) -> dict[str, Any]:
