@@ -85,7 +85,8 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
     spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
     if isinstance(spec, DocumentsSpec):
         assert by, "made for documents"
-        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count)
+        vectors = business.config.knowledge.vectors
+        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count, vectors)
     if isinstance(spec, GraphSpec):
         if spec.endpoint:
             return Learned(name, 0, 0, 1, 0, ())  # it has its own data, and is asked when a question comes
@@ -157,7 +158,8 @@ class Knowledge:
     def _opened(self, name: str, spec: DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec) -> Source:
         folder = index_folder(self.business, name)
         if isinstance(spec, DocumentsSpec):
-            return Documents(name, spec, folder, self.embedder, self.business.folder)
+            vectors = self.business.config.knowledge.vectors
+            return Documents(name, spec, folder, self.embedder, self.business.folder, vectors)
         if isinstance(spec, GraphSpec):
             return open_graph(name, spec, folder, self.embedder.embed)
         adapter = weights_of(self.business.library.facts(spec.expert)) if spec.expert else None

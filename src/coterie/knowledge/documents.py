@@ -74,13 +74,13 @@ def permissions_mark(spec: DocumentsSpec) -> str:
 
 def learn(
     name: str, spec: DocumentsSpec, root: Path, folder: Path, embedder: Embedder, tell: Tell = lambda _: None,
-    count: Count = lambda _w, _d, _t: None,
+    count: Count = lambda _w, _d, _t: None, vectors: str = "",
 ) -> Learned:  # fmt: skip
     """Bring the index in `folder` up to date with the files in `root`. Raises DataError (root), StorageError."""
     todo = list(listed(root, spec))
     indexed = dropped = 0
     with alone(folder.with_suffix(".lock"), f"{folder.name}: another `coterie learn` is at work on it; let it end"):
-        store = Store(folder, embedder.width, embedder.name)
+        store = Store(folder, embedder.width, embedder.name, vectors)
         try:
             known = {f.path: f for f in store.files()}
             gone = known.keys() - {path for path, _ in todo}
@@ -157,10 +157,12 @@ def _read(path: str, place: Path, before: File | None, spec: DocumentsSpec) -> t
 class Documents:
     """A learned source, opened for asking."""
 
-    def __init__(self, name: str, spec: DocumentsSpec, folder: Path, embedder: Embedder, base: Path = Path()) -> None:
+    def __init__(
+        self, name: str, spec: DocumentsSpec, folder: Path, embedder: Embedder, base: Path = Path(), vectors: str = ""
+    ) -> None:
         """Raises CoterieError where it is not indexed yet, or its readers have changed since."""
         self.name, self.spec = name, spec
-        self.searching = Search(folder, embedder)
+        self.searching = Search(folder, embedder, vectors)
         self.judged = Judged(base / spec.judged, embedder) if spec.judged else None
 
     def close(self) -> None:
