@@ -15,10 +15,11 @@ from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import EXTRACTED, Graph
-from coterie.knowledge.graph_source import TYPE, GraphSource
+from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.mapping import csv_rows, map_rows, relation, table_rows
 from coterie.knowledge.paths import COUNT, LIST, Asked, Finder, mask
 from coterie.knowledge.rdf import check_shapes, read_rdf
+from coterie.knowledge.shape import TYPE
 from coterie.knowledge.specs import GraphSpec
 from coterie.store.database import located
 
