@@ -59,7 +59,7 @@ class Course:
     labels: int | None = None
 
 
-COURSE, COURSE_QUICK = Course(1600, 400, 3, 30, 0.75), Course(256, 100, 1, 4, 0.5, 12)
+COURSE, COURSE_QUICK = Course(1600, 400, 3, 30, 0.7), Course(256, 100, 1, 4, 0.5, 12)
 
 
 @dataclass(frozen=True)
