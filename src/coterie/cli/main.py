@@ -173,7 +173,8 @@ def generate(
             g = answer.generation
             result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
                     "experts": [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts],
-                    "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated)}, True, "")  # fmt: skip
+                    "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated),
+                    **(answer.verdict.json() if answer.verdict else {})}, True, "")  # fmt: skip
         else:
             print()
     finally:
