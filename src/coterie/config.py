@@ -281,6 +281,15 @@ class KnowledgeSpec(_Strict):
         return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
 
 
+class RetentionSpec(_Strict):
+    """[retention]: how long customers' data is kept; `coterie serve` deletes what is older, by itself."""
+
+    days: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="days for each room: `conversations` count from their last change once they are resolved"
+    )
+    every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
@@ -288,6 +297,7 @@ class Config(_Strict):
     experts: dict[str, ExpertSpec] = {}
     routing: RoutingSpec = RoutingSpec()
     desk: DeskSpec = DeskSpec()
+    retention: RetentionSpec = RetentionSpec()
     knowledge: KnowledgeSpec = KnowledgeSpec()
 
 

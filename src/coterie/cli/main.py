@@ -284,12 +284,14 @@ def serve(
     from coterie.answer import Answerer
     from coterie.business import Business
     from coterie.desk.mailbox import MailTask, open_mail
+    from coterie.desk.retention import RetentionTask
     from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.grounding import Grounding
     from coterie.web.app import create_app
 
     business = Business.open(folder)
     house = house_of(business)
+    retention = RetentionTask(house.database, business.config.retention, rooms_of(house, business), house.audit)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -314,10 +316,12 @@ def serve(
     try:
         if mail:
             mail.start()
+        retention.start()
         server.run([listener])
     finally:
         if mail:
             mail.close()
+        retention.close()
         desk.close()
         grounding.knowledge.close()
         answerer.close()
