@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from email.message import EmailMessage, Message
 from email.parser import BytesParser
 from email.policy import default
@@ -33,11 +34,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def imap_server() -> Iterator[int]:
-    """pymap, with its mailboxes in memory. Its port."""
+def imap_server(certificate: tuple[Path, Path] | None = None) -> Iterator[int]:
+    """pymap, with its mailboxes in memory; with a certificate and its key it offers STARTTLS. Its port."""
     port = free_port()
+    secured = ["--cert", str(certificate[0]), "--key", str(certificate[1])] if certificate else ["--no-tls"]
     command = [sys.executable, "-c", "from pymap.main import main; main()",
-               "--host", "127.0.0.1", "--port", str(port), "--no-tls", "dict",
+               "--host", "127.0.0.1", "--port", str(port), *secured, "dict",
                "--demo-data", "--demo-user", USER, "--demo-password", PASSWORD]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -53,10 +55,10 @@ def imap_server() -> Iterator[int]:
         process.wait()
 
 
-def deliver(port: int, raw: bytes) -> None:
-    """Put a mail into the folder, as a mail server does."""
+def deliver(port: int, raw: bytes, arrived: datetime | None = None) -> None:
+    """Put a mail into the folder, as a mail server does; it arrives now, or then."""
     with MailBoxUnencrypted("127.0.0.1", port).login(USER, PASSWORD) as box:
-        box.append(raw, "INBOX")
+        box.append(raw, "INBOX", dt=arrived)
 
 
 @dataclass

@@ -71,7 +71,7 @@ class Business:
         b = self.config.business
         sizes: dict[str, Any] = {
             "slots": b.slots, "context": b.context, "queue": b.queue, "expert_memory": b.expert_memory << 20,
-            "pinned": frozenset(b.pinned), **options,
+            "pinned": frozenset(b.pinned), "cache_memory": b.cache_memory << 20, **options,
         }  # fmt: skip
         return Engine(self.base(tell), library or self.library, **sizes)
 

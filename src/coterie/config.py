@@ -131,6 +131,11 @@ class BusinessSpec(_Strict):
     slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
     expert_memory: int = Field(1024, ge=1, description="MiB that experts in memory may take; the longest idle go first")
+    cache_memory: int = Field(
+        256,
+        ge=0,
+        description="MiB that what was read may take after its request; texts that begin alike share it",
+    )
     pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
 
 
@@ -178,6 +183,15 @@ class CrmSpec(_Strict):
     find: str = Field("", description="sql: gives the id of the customer named :customer")
     read: str = Field("", description="sql: gives the fields of the customer with :id")
     fields: dict[str, str] = Field({}, description="fields that may reach the prompt, and the names they have there")
+    case_on: list[Literal["handoff", "resolved"]] = Field([], description="a case is opened when this happens")
+    note_on: list[Literal["handoff", "resolved"]] = Field(
+        [], description="a note is written into the conversation's case when this happens"
+    )
+    link: str = Field("", pattern="^(https?://.*)?$", description="where the desk is; cases and notes link to it")
+    case: str = Field("", description="sql: INSERTs a case with :id, :subject, :text and a unique :key")
+    case_of: str = Field("SELECT id FROM cases WHERE key = :key", description="sql: gives the id of the case of a key")
+    note: str = Field("", description="sql: INSERTs a note with :case, :text and a unique :key")
+    note_of: str = Field("SELECT id FROM notes WHERE key = :key", description="sql: gives the id of the note of a key")
 
 
 class WebhookSpec(_Strict):

@@ -103,10 +103,11 @@ def summary(messages: Sequence[Message]) -> str:
         return ""
     longest = max(said, key=lambda m: len(m.text))
     chosen = sorted({m.seq: m for m in (said[0], longest, said[-1])}.values(), key=lambda m: m.seq)
-    return "\n".join(_short(m.text) for m in chosen)
+    return "\n".join(summary_of(m.text) for m in chosen)
 
 
-def _short(text: str) -> str:
+def summary_of(text: str) -> str:
+    """The beginning of a text, on one line of at most SAMPLE characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= SAMPLE else flat[: SAMPLE - 1].rsplit(" ", 1)[0] + "…"
 

@@ -15,6 +15,7 @@ from coterie.answer import Answerer
 from coterie.business import Business, Tell
 from coterie.desk import trained
 from coterie.desk.attachment import Attachments
+from coterie.desk.cases import Cases, standing
 from coterie.desk.conversation import Conversations
 from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
@@ -33,6 +34,7 @@ from coterie.privacy.rights import Noted, Room
 from coterie.privacy.tables import PseudonymRow
 from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
 from coterie.store.procedure import ActionRow, RunRow
@@ -52,7 +54,8 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
         tagger.open()  # customers are about to come: none of them waits for its training
     detector = Detector(tagger)
     crm = answerer.business.config.desk.crm
-    profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
+    record = open_crm(crm) if crm else None
+    profile = profile_of(record, crm.fields) if record and crm else Parts().profile
     vault = Vault(detector, house.database, house.keys)
     parts = Parts(mask=lambda customer, texts, known: vault.mask(customer, texts, _own(known)), profile=profile)
     if grounding.spec.sources:
@@ -61,6 +64,8 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
         answerer.business, house, profile, lambda texts: grounding.knowledge.embedder.embed(texts)
     )
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal, procedures=procedures)
+    if record and crm and (crm.case_on or crm.note_on):
+        desk.cases = Cases(record, crm, desk.conversations, _audited(house))
     desk.start()
     return desk
 
@@ -79,13 +84,18 @@ def procedures_of(
     found = declared(business)
     if not found:
         return None
+    actions = Actions(business.folder, business.folder / business.config.desk.procedures)
+    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=_audited(house))
+    return Procedures(runs, embed, profile)
+
+
+def _audited(house: House) -> Callable[[Session, str, str, str, Mapping[str, Any]], None]:
+    """Writes into the audit log in the transaction of the deed."""
 
     def told(session: Session, actor: str, action: str, customer: str, detail: Mapping[str, Any]) -> None:
         house.audit.record_in(session, actor, action, customer, **detail)
 
-    actions = Actions(business.folder, business.folder / business.config.desk.procedures)
-    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=told)
-    return Procedures(runs, embed, profile)
+    return told
 
 
 def _own(known: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -96,6 +106,7 @@ def _own(known: Mapping[str, Any]) -> dict[str, list[str]]:
 def rooms_of(house: House, business: Business) -> list[Room]:
     """Everything of this business that holds customers' data."""
     return [
+        Room("crm", lambda c: _in_crm(house, c), lambda c: _in_crm(house, c)),  # named, not deleted: it is the CRM's
         Room("files", lambda c: _files(house, c), Attachments(house).erase),  # before the conversations they hang on
         Room(
             "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
@@ -105,6 +116,12 @@ def rooms_of(house: House, business: Business) -> list[Room]:
         Room("consents", house.consents.of, house.consents.erase),
         trained.room_of(business),
     ]  # fmt: skip
+
+
+def _in_crm(house: House, customer: str) -> list[dict[str, Any]]:
+    """Cases and notes about a customer that the desk has written to the CRM."""
+    written = standing(Conversations(house.database, house.seal, house.unseal), customer)
+    return [{"kind": w["kind"], "id": w["id"]} for w in written if w["state"] == "sent"]
 
 
 def _export(house: House, customer: str) -> list[dict[str, Any]]:
@@ -177,7 +194,7 @@ def _delete_all(session: Session, ids: list[str]) -> None:
     session.execute(of.values(conversation_id=None, sender="", message_id=""))
     runs = select(RunRow.id).where(RunRow.conversation_id.in_(ids))
     session.execute(delete(ActionRow).where(ActionRow.run_id.in_(runs)))
-    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, MessageRow):
+    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, CrmWriteRow, MessageRow):
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
 

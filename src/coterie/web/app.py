@@ -213,9 +213,8 @@ async def _reply(
     shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts)  # a list, as in RFC 8941
     who = {"X-Coterie-Experts": shares or '"base"'}
 
-    def usage() -> dict[str, int]:
-        asked, said = len(generation.prompt), len(generation.generated)
-        return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    def usage() -> dict[str, Any]:
+        return _usage([generation])
 
     async def events() -> AsyncIterator[str]:
         def event(choices: list[dict[str, Any]], **more: Any) -> str:
@@ -263,6 +262,16 @@ async def _reply(
     return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()}, headers=who)
 
 
+def _usage(generations: list[Generation]) -> dict[str, Any]:
+    """Tokens read and written, and those of the prompts that were found read: in all layers, or in the trunk only."""
+    asked, said, cached, trunk = (
+        sum(counted) for counted in zip(*((len(g.prompt), len(g.generated), g.cached, g.trunk) for g in generations),
+                                        strict=True)
+    )  # fmt: skip
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said,
+            "prompt_tokens_details": {"cached_tokens": cached, "trunk_tokens": trunk}}  # fmt: skip
+
+
 def _channel(request: Request) -> str:
     """Where a request came from, for the rules of coterie.toml."""
     return request.headers.get("x-coterie-channel", "")
@@ -290,8 +299,7 @@ async def _reply_all(request: Request, starts: list[Start], shape: _TextShape) -
         watch.cancel()
         for answer in answers:
             answer.generation.cancel()
-    asked, said = (sum(len(getattr(a.generation, part)) for a in answers) for part in ("prompt", "generated"))
-    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    usage = _usage([a.generation for a in answers])
     return JSONResponse({"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "object": shape.whole,
                          "model": answers[0].expert or "base", "choices": choices, "usage": usage})  # fmt: skip
 
@@ -332,6 +340,8 @@ class _EngineMetrics:
             ("requests", "Requests accepted", s.requests), ("rejected", "Requests refused with 429", s.rejected),
             ("prompt_tokens", "Tokens read", s.prompt_tokens),
             ("generated_tokens", "Tokens written", s.generated_tokens),
+            ("cached_tokens", "Tokens of prompts found read in all layers", s.cached_tokens),
+            ("trunk_tokens", "Tokens of prompts found read in the trunk only", s.trunk_tokens),
             ("decode_steps", "Steps of the engine", s.steps), ("busy_seconds", "Seconds computing", s.busy_seconds),
         ):  # fmt: skip
             yield CounterMetricFamily(f"coterie_{name}", about, value)
