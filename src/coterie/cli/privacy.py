@@ -233,20 +233,25 @@ def trained_on_erased(folder: Folder = Path(), as_json: Json = False) -> None:
 
 @customers.command("retain")
 def retain(
-    rule: Annotated[list[str], typer.Argument(help="ROOM=DAYS, such as conversations=365.")],
+    rule: Annotated[
+        list[str] | None, typer.Argument(help="ROOM=DAYS, such as conversations=365; none: as declared.")
+    ] = None,
     folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
-    """Delete what is older than its rule allows; to be run each night."""
+    """Delete what is older than its rule allows, at once; `coterie serve` does so by itself, by [retention]."""
+    from coterie.business import Business
     from coterie.privacy.rights import keep_only
 
     days: dict[str, float] = {}
-    for text in rule:
+    for text in rule or []:
         name, _, number = text.partition("=")
         try:
             days[name] = float(number)
         except ValueError as error:
             raise CoterieError(f"{text!r}: not a rule; write ROOM=DAYS, such as conversations=365") from error
+    if not rule and not (days := dict(Business.open(folder).config.retention.days)):
+        raise CoterieError("[retention] in coterie.toml declares no days; say ROOM=DAYS, such as conversations=365")
     with _house(folder) as house:
         done = keep_only(_rooms(house, folder), days, house.audit)
     result(done, as_json, table(["room", "deleted"], [[k, str(v)] for k, v in done.items()]))

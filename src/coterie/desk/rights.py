@@ -30,7 +30,7 @@ from coterie.grounding import Grounding
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.expert import WhenNeeded
 from coterie.privacy.house import House, open_house
-from coterie.privacy.rights import Room
+from coterie.privacy.rights import Noted, Room
 from coterie.privacy.tables import PseudonymRow
 from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
@@ -38,6 +38,8 @@ from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
 from coterie.store.procedure import ActionRow, RunRow
+
+EXPIRED_AT_ONCE = 200  # conversations deleted in one transaction, which holds up who writes
 
 
 def house_of(business: Business) -> House:
@@ -108,9 +110,7 @@ def rooms_of(house: House, business: Business) -> list[Room]:
         Room("files", lambda c: _files(house, c), Attachments(house).erase),  # before the conversations they hang on
         Room(
             "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
-            lambda before: _delete(
-                house, (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
-            ),
+            lambda before, noted: _expire(house, before, noted),
         ),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
         Room("consents", house.consents.of, house.consents.erase),
@@ -174,6 +174,18 @@ def _delete(house: House, which: Any) -> int:
         ids = list(session.scalars(select(ConversationRow.id).where(which)))
         for at in range(0, len(ids), 500):
             _delete_all(session, ids[at : at + 500])
+    return len(ids)
+
+
+def _expire(house: House, before: float, noted: Noted) -> int:
+    """Delete EXPIRED_AT_ONCE of the resolved conversations that are as old; the desk goes on meanwhile."""
+    old = (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
+    with writing(house.database) as session:
+        query = select(ConversationRow.id).where(old).order_by(ConversationRow.changed_at).limit(EXPIRED_AT_ONCE)
+        ids = list(session.scalars(query.with_for_update()))
+        if ids:
+            _delete_all(session, ids)
+            noted(session, len(ids))
     return len(ids)
 
 

@@ -211,7 +211,7 @@ async def _reply(
         "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
                     "similarity": answer.similarity,
                     "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts],
-                    **(ground.head() if ground else {})},
+                    **(ground.head() if ground else {}), **(answer.verdict.json() if answer.verdict else {})},
     }  # fmt: skip
     shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts)  # a list, as in RFC 8941
     who = {"X-Coterie-Experts": shares or '"base"'}
