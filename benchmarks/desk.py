@@ -1,9 +1,7 @@
 """The desk, measured: which messages may be answered without a person, and what becomes of whole contacts.
 
-Part intents: Banking77 and MultiDoGO (the papers' splits). A classifier is learned, and a threshold for 2% wrong
-answers set, on training data only; then test data: accuracy, macro-F1, share handled and its error. With a business
-whose expert is trained (`coterie fit examples/banking77`), --business measures that expert too, by the product's own
-calibration.
+Part intents: Banking77 and MultiDoGO, see desk_intents.py. With a business whose expert is trained (`coterie fit
+examples/banking77`), --business measures that expert too, by the product's own calibration.
 
 Part contacts: the banking tasks of tau2-bench, offline, see desk_tasks.py. Escalate-all, BM25-FAQ, the base model and
 coterie (the base model with the desk's confidence) serve a scripted customer; the gold oracle must reach 100%.
@@ -14,7 +12,6 @@ coterie (the base model with the desk's confidence) serve a scripted customer; t
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,85 +19,25 @@ from pathlib import Path
 import httpx
 import numpy as np
 from common import Report, finish, need_data, options, screen
-from desk_intents import abstention, learn, margin
+from desk_intents import intents
 from desk_tasks import Bm25, Reply, Run, System, Task, oracle, play, products, read_documents, read_tasks, replay
 
 from coterie.answer import Answerer
 from coterie.business import Business
 from coterie.data.read import Example
 from coterie.desk.calibrate import outcomes
-from coterie.desk.confidence import fit_confidence, threshold_for
+from coterie.desk.confidence import fit_confidence
 from coterie.engine.engine import Engine
 from coterie.engine.request import Sampling
-from coterie.evaluation.metrics import macro_f1, wilson
-from coterie.evaluation.tasks import banking77, multidogo
+from coterie.evaluation.calibration import threshold_for
+from coterie.evaluation.tasks import banking77
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
 
 ERROR = 0.02
 PERSON_COST = (3.0, 6.0, 12.0)  # of one contact with a person: low, middle, high; a currency of your choice
 ASSISTANT_COST = 0.002  # of one answer on a small server
-DOMAINS = ("airline", "fastfood", "finance", "software")
-BUSINESS = {"banking77": "a bank", "multidogo airline": "an airline", "multidogo fastfood": "a restaurant",
-            "multidogo finance": "a bank", "multidogo software": "a software company"}  # fmt: skip
-QUICK_ROWS, QUICK_TASKS = 800, 12
-
-
-def intents(report: Report, base: BaseModel, quick: bool, business: Path | None) -> None:
-    """Share handled at 2% error, with thresholds fixed on training rows."""
-    sets = {"banking77": banking77.splits(need_data("banking77"))}
-    sets |= {f"multidogo {d}": multidogo.splits(need_data(f"multidogo/{d}")) for d in DOMAINS[: 1 if quick else 4]}
-    rows = []
-    for name, data in sets.items():
-        train, test = _pairs(data.train), _pairs(data.test)
-        if quick:
-            pick = np.random.default_rng(0).permutation(len(train))[:QUICK_ROWS]
-            train = [train[i] for i in pick]
-            test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:500]]
-        began = time.monotonic()
-        learned = learn(base, BUSINESS[name], [t for t, _ in train], [label for _, label in train])
-        seconds = time.monotonic() - began
-        out = learned.left_out
-        left_right = _left_out_right(learned.names, out, train)
-        at = threshold_for(margin(out).tolist(), left_right, ERROR)
-        scores = learned.scores([t for t, _ in test])
-        said, wanted = [learned.names[i] for i in scores.argmax(axis=1)], [label for _, label in test]
-        right = [s == w for s, w in zip(said, wanted, strict=True)]
-        found = abstention(margin(scores), right, at)
-        f1, accuracy = macro_f1(said, wanted), wilson(sum(right), len(right))
-        key = name.replace(" ", "_")
-        report.figures |= {f"{key}_macro_f1": f1, f"{key}_accuracy": accuracy.value,
-                           f"{key}_handled": found["handled"], f"{key}_wrong": found["wrong"]}  # fmt: skip
-        curve = _coverage(margin(scores), np.array(right), ERROR)
-        report.figures[f"{key}_curve"] = curve
-        rows.append([name, len(train), len(learned.names), accuracy.value, f1, found["handled"], found["wrong"], curve,
-                     round(seconds)])  # fmt: skip
-    head = ["closed form", "rows", "intents", "accuracy", "macro-F1", "handled", "wrong of these",
-            f"share at {ERROR:.0%} on the test's own curve", "seconds to learn"]  # fmt: skip
-    report.table(f"Intents: threshold set for {ERROR:.0%} wrong on training rows, each left out in turn", head, rows)
-    if business:
-        expert(report, business, sets["banking77"].test, quick)
-
-
-def _coverage(confidence: np.ndarray, right: np.ndarray, error: float) -> float:
-    """The largest share of the test rows, the surest first, with at most this share of errors (risk-coverage curve)."""
-    order = np.argsort(-confidence, kind="stable")
-    good = np.flatnonzero(np.cumsum(~right[order]) / np.arange(1, len(order) + 1) <= error)
-    return float(good[-1] + 1) / len(order) if len(good) else 0.0
-
-
-def _pairs(examples: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(e.question, e.completion) for e in examples]
-
-
-def _left_out_right(names: list[str], left_out: np.ndarray, train: list[tuple[str, str]]) -> list[bool]:
-    """Whether each row that was learned from is told right when it is left out; of a sample, in the sample's order."""
-    from desk_intents import MOST
-
-    labels = [label for _, label in train]
-    if len(labels) > MOST:
-        labels = [labels[i] for i in np.random.default_rng(0).permutation(len(labels))[:MOST]]
-    return [names[i] == label for i, label in zip(left_out.argmax(axis=1), labels, strict=True)]
+QUICK_TASKS = 12
 
 
 def expert(report: Report, folder: Path, test: Sequence[Example], quick: bool) -> None:
@@ -231,7 +168,9 @@ def main() -> None:
     base = None if args.url and args.part == "contacts" else load(pull(args.model), packed=True)
     if args.part != "contacts":
         assert base
-        intents(report, base, args.quick, args.business)
+        intents(report, base, args.model, args.quick)
+        if args.business:
+            expert(report, args.business, banking77.splits(need_data("banking77")).test, args.quick)
     if args.part != "intents":
         contacts(report, args, base)
     if "banking77_handled" in report.figures:

@@ -166,6 +166,7 @@ def plaintext(detector: Detector, count: int) -> tuple[int, int, int]:
         place = Path(folder)
         house = open_house(place, open_database(f"sqlite:///{place}/desk.db"), {})
         talks = Conversations(house.database, house.seal, house.unseal)
+        vault = Vault(detector, house.database, house.keys)
         with (place / "program.log").open("w") as log:
             for n in range(count):
                 frame = "I am {name}, {email}, {card}, {iban}, I live at {address}. Call {phone} about {number}."
@@ -174,8 +175,7 @@ def plaintext(detector: Detector, count: int) -> tuple[int, int, int]:
                 values += [v for found in own.values() for v in found if len(v) >= 8]
                 id = talks.open(f"c{n}").id
                 talks.say(id, sentence.text)
-                vault = Vault(detector, house.database, house.keys, lambda _customer, own=own: own)
-                masked = vault.mask(f"c{n}", [sentence.text])
+                masked = vault.mask(f"c{n}", [sentence.text], own)
                 print(masked.texts[0], file=log)
                 if masked.restore(masked.texts[0]) != sentence.text:
                     raise SystemExit(f"conversation {n} did not come back as it was")

@@ -159,10 +159,26 @@ def test_a_streamed_answer_is_the_whole_answer_in_parts(model: str, api: Served)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert (last.choices, last.usage) == ([], whole.usage)
+    assert last.choices == []
+    assert last.usage.model_copy(update={"prompt_tokens_details": whole.usage.prompt_tokens_details}) == whole.usage
     assert len({c.id for c in parts}) == 1
     assert {c.object for c in parts} == {"chat.completion.chunk"}
     assert all(c.coterie == whole.coterie for c in parts)
+
+
+def test_usage_tells_what_of_a_prompt_had_been_read_before(api: Served) -> None:
+    messages: Any = [{"role": "user", "content": "Once upon a time, far away from here, " * 4 + "what then?"}]
+    paged = api.engine.pages is not None
+
+    def ask(model: str) -> Any:
+        return api.openai.chat.completions.create(model=model, messages=messages, max_tokens=3).usage
+
+    first, again = ask("base"), ask("base")
+    pages = (first.prompt_tokens - 1) // 32
+    assert pages > 1
+    assert again.prompt_tokens_details.cached_tokens == (pages * 32 if paged else 0)
+    assert ask("greet").prompt_tokens_details.cached_tokens < 32, "an expert of all layers reads anew"
+    assert api.metrics()["coterie_cached_tokens_total"] >= again.prompt_tokens_details.cached_tokens
 
 
 def test_a_streamed_completion_is_the_whole_completion_in_parts(api: Served) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coterie.desk.confidence import Confidence, Signals, fit_confidence, load_confidence, threshold_for
+from coterie.desk.confidence import Confidence, Signals, fit_confidence, load_confidence
 from coterie.errors import DataError, ModelError
+from coterie.evaluation.calibration import threshold_for
 
 
 def answers(n: int, seed: int) -> tuple[list[Signals], list[bool]]:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
 from coterie.errors import CoterieError
+from coterie.privacy import scan as scanning
 from coterie.privacy.audit import Audit, Tampered
 from coterie.privacy.deidentify import Detector, MaskingFailed
 from coterie.privacy.keys import Erased, Keys, Unreadable, refuse_without
@@ -294,3 +295,24 @@ def test_a_chain_that_was_redone_without_the_master_key_does_not_verify(database
     Audit(database).record("anna", "x")
     with pytest.raises(Tampered):
         Audit(database, ONE.key).verify()
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.text("abcäß \u202e", min_size=1, max_size=9), max_size=6),
+    st.lists(st.sampled_from("aäbcAÄ \0ß"), max_size=90), st.sampled_from(["utf-8", "utf-16-le"]), st.integers(5, 40),
+)  # fmt: skip
+def test_a_scan_finds_just_what_a_plain_search_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], letters: list[str], code: str, chunk: int
+) -> None:
+    """Whatever the values, and wherever a piece of the file ends."""
+    monkeypatch.setattr(scanning, "CHUNK", chunk)
+    file = tmp_path / "file"
+    file.write_bytes("".join(letters).encode(code))
+    whole = file.read_bytes().lower()
+    wanted = {
+        (at, n)
+        for n, value in enumerate(values) if len(value) >= scanning.SHORTEST
+        for form in scanning._forms(value) for at in range(len(whole)) if whole.startswith(form, at)
+    }  # fmt: skip
+    assert {(hit.at, hit.value) for hit in scan([file], values)} == wanted

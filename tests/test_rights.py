@@ -82,7 +82,7 @@ def test_an_erased_customer_is_gone_from_every_room_and_can_come_back(house: Hou
     house.consents.record("ada", "ai", "agreed", "notice-1")
     kept = house.seal("ada", "in a backup")
     done = erase_customer(rooms_of(house, shop(house)), house.keys, house.audit, "ada", "anna")
-    assert done == {"keys": 1, "files": 0, "conversations": 1, "pseudonyms": 1, "consents": 1, "experts": {}}
+    assert done == {"keys": 1, "crm": [], "files": 0, "conversations": 1, "pseudonyms": 1, "consents": 1, "experts": {}}
     with pytest.raises(Erased):
         house.unseal("ada", kept)
     conversations = Conversations(house.database, house.seal, house.unseal)

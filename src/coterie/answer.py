@@ -1,6 +1,8 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
+import math
 import threading
+import time
 from dataclasses import dataclass, replace
 
 from coterie.business import Business, Tell
@@ -8,12 +10,15 @@ from coterie.choose import Choice, Chooser, question
 from coterie.data.read import Message
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
-from coterie.engine.request import Blend, Callback, Combine, Generation, Sampling
+from coterie.engine.request import Blend, Callback, Combine, Generation, Piece, Sampling, TokenChoice
 from coterie.errors import CoterieError
+from coterie.experts.classifier import KIND, Verdict, asked
 from coterie.experts.instruction import frame, weights_of
+from coterie.experts.kinds import Labeller, labeller
 from coterie.experts.library import ExpertFacts
 
 ARROW_MOST = 64  # experts that Arrow may choose among
+LABELLERS = 8  # classifiers in memory: one of 10,000 rows takes 90 MB
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Answer:
     routed: bool
     similarity: float | None
     experts: tuple[tuple[str, int, float], ...] = ()
+    verdict: Verdict | None = None  # of a classifier: how sure it is, and why
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Answerer:
         self.business, self.engine = business, engine
         self.chooser = Chooser(business, engine.base, engine.step)
         self._own: dict[tuple[str, int], Engine] = {}  # of experts that are models of their own
+        self._labellers: dict[tuple[str, int], Labeller] = {}  # the latest used last
         self._opening = threading.Lock()
 
     def close(self) -> None:
@@ -80,6 +87,19 @@ class Answerer:
                 self._own[key] = opened
             return self._own[key]
 
+    def _labeller_of(self, chosen: _Chosen) -> Labeller | None:
+        """The first of the experts, where it is a classifier."""
+        first = chosen.facts[0] if chosen.facts and chosen.leads else None
+        if first is None or first.kind != KIND:
+            return None
+        with self._opening:
+            key = (first.name, first.version)
+            found = self._labellers.pop(key, None) or labeller(self.business.library, first, self.engine.base)
+            self._labellers[key] = found
+            while len(self._labellers) > LABELLERS:
+                del self._labellers[next(iter(self._labellers))]
+            return found
+
     @classmethod
     def open(cls, business: Business, tell: Tell = lambda _: None) -> "Answerer":
         """Load the base model and start the engine."""
@@ -96,6 +116,8 @@ class Answerer:
         where it has been trained to. Raises UnknownExpert, ContextTooLong, Busy, DataError (messages).
         """
         chosen = self._choose(who, question(messages), channel)
+        if labeller := self._labeller_of(chosen):
+            return self._label(labeller, asked(messages), sampling, chosen, on_piece)
         if preface:
             messages = [*messages[:-1], {**messages[-1], "content": preface + messages[-1]["content"]}]
         if chosen.facts and chosen.leads:
@@ -121,7 +143,11 @@ class Answerer:
             if wrong is not None:
                 raise CoterieError(f"prompt: there is no token {wrong}; the model has tokens 0 to {vocab - 1}")
             text, tokens = base.tokenizer.decode(prompt, skip_special_tokens=False) if who == "auto" else "", prompt
-        return self._submit(tokens, sampling, self._choose(who, text, channel), on_piece)
+        chosen = self._choose(who, text, channel)
+        if labeller := self._labeller_of(chosen):
+            text = text or base.tokenizer.decode(tokens, skip_special_tokens=False)
+            return self._label(labeller, text, sampling, chosen, on_piece)
+        return self._submit(tokens, sampling, chosen, on_piece)
 
     def _choose(self, who: str | Choice, text: str, channel: str) -> _Chosen:
         library, config = self.business.library, self.business.config
@@ -153,9 +179,24 @@ class Answerer:
     ) -> Answer:  # fmt: skip
         engine = self._engine_of(chosen)
         adapter = chosen.adapter() if engine is self.engine else None
-        generation = engine.submit(prompt, sampling, adapter, on_piece)
+        return self._given(engine.submit(prompt, sampling, adapter, on_piece), chosen)
+
+    def _label(
+        self, labeller: Labeller, text: str, sampling: Sampling, chosen: _Chosen, on_piece: Callback | None
+    ) -> Answer:
+        """A classifier's answer, complete at once: its label is one token, as likely as it is sure."""
+        (verdict,) = labeller.judge([text])
+        encode = self.engine.base.encode
+        generation = Generation(encode(text), sampling, None, on_piece, encode(verdict.label))
+        likely = math.log(max(verdict.confidence, 1e-9))
+        tokens = () if sampling.logprobs is None else (TokenChoice(generation.generated[0], verdict.label, likely),)
+        generation.first_at = time.monotonic()
+        generation.emit(Piece(verdict.label, tokens, "stop"))
+        return self._given(generation, chosen, verdict)
+
+    def _given(self, generation: Generation, chosen: _Chosen, verdict: Verdict | None = None) -> Answer:
         who = tuple((f.name, f.version, share) for f, share in zip(chosen.facts, chosen.shares, strict=True))
         name, version = (who[0][0], who[0][1]) if who else (None, None)
         if not chosen.leads:
             name, version = "arrow", None
-        return Answer(generation, name, version, chosen.routed, chosen.similarity, who)
+        return Answer(generation, name, version, chosen.routed, chosen.similarity, who, verdict)

@@ -6,7 +6,8 @@ This is the first flow of the house on one page: data -> split -> encode -> tune
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -20,15 +21,15 @@ import numpy as np
 from coterie.config import Config, ExpertSpec, read_config
 from coterie.data.prepare import prepare
 from coterie.data.read import Example, check_file, read
-from coterie.data.split import hold_out
+from coterie.data.split import hold_out, mark_leaks
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError, ModelError, TrainingError
 from coterie.evaluation.run import evaluate
-from coterie.experts import kinds
+from coterie.experts import classifier, kinds
 from coterie.experts.expert import CONFIG
-from coterie.experts.instruction import posed, weights_of
+from coterie.experts.instruction import posed
 from coterie.experts.library import ExpertFacts, Library, alone
-from coterie.learn import HELD_OUT_MOST, learning_rate, new_expert, prefer, save_expert, tune
+from coterie.learn import HELD_OUT_MOST, classify, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
 from coterie.routing.statistics import MOST, Statistics, learn
@@ -70,7 +71,7 @@ class Business:
         b = self.config.business
         sizes: dict[str, Any] = {
             "slots": b.slots, "context": b.context, "queue": b.queue, "expert_memory": b.expert_memory << 20,
-            "pinned": frozenset(b.pinned), **options,
+            "pinned": frozenset(b.pinned), "cache_memory": b.cache_memory << 20, **options,
         }  # fmt: skip
         return Engine(self.base(tell), library or self.library, **sizes)
 
@@ -123,7 +124,7 @@ class Fitted:
 def fingerprint(business: Business, name: str) -> str:
     """Of everything that decides what training gives: base, data, settings. Reads the data files once."""
     spec = business.spec(name)
-    settings = spec.model_dump(exclude={"description"})
+    settings = spec.model_dump(exclude={"description"} if spec.kind == classifier.KIND else {"description", "error"})
     digest = hashlib.sha256(json.dumps([business.config.business.base, settings], sort_keys=True).encode())
     for file in business.files([*spec.train, *spec.test, *spec.preferences]):
         check_file(file)
@@ -148,7 +149,10 @@ def fit(
                 tell(f"{name}: version {facts.version} is up to date")
                 fitted = Fitted(facts, False, business.library.evaluation(name, facts.version))
             else:
-                fitted = _fit_one(business, name, mark, runs / mark, tell, progress, count)
+                fitted = (
+                    _fit_classifier(business, name, mark, tell) if business.spec(name).kind == classifier.KIND
+                    else _fit_one(business, name, mark, runs / mark, tell, progress, count)
+                )  # fmt: skip
             shutil.rmtree(runs, ignore_errors=True)
             yield fitted
 
@@ -243,13 +247,52 @@ def _fit_one(
     return Fitted(facts, True, evaluation)
 
 
+def _fit_classifier(business: Business, name: str, mark: str, tell: Tell) -> Fitted:
+    """In closed form: there is nothing to go on with after a stop, and no row need be held out to measure on."""
+    spec, base, began = business.spec(name), business.base(tell), time.monotonic()
+    tests = [e.asked for e in business.examples(name, spec.test)]
+    rows, leaked = list[Example](), 0
+    for example, repeats in mark_leaks(business.examples(name, spec.train), tests):
+        leaked += repeats
+        if not repeats:
+            rows.append(replace(example, where=business.place(example.where)))
+    files = ", ".join(map(str, business.files(spec.train)))
+    if leaked:
+        tell(f"{name}: {leaked} training rows repeat test rows and were left out")
+    tell(f"{name}: {len(rows)} rows to learn from")
+    try:
+        found, figures = classify(spec, base, business.config.business.name, rows)
+    except DataError as error:
+        raise DataError(f"{files}: {error}") from error
+    if not figures["handled"]:
+        tell(f"{name}: too few rows, or too many wrong, to be sure of any label at error = {spec.error:g}")
+    facts = ExpertFacts(
+        name, spec.kind, description=spec.description, system=spec.system, choices=found.names,
+        base=business.config.business.base, base_mark=base.decoder.mark, fingerprint=mark,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        training={"rows": len(found.where), "left_out_as_test_rows": leaked, "seed": spec.training.seed,
+                  "seconds": round(time.monotonic() - began, 1), "error": spec.error,
+                  "threshold": round(found.threshold, 5)},
+    )  # fmt: skip
+    statistics = route_statistics(business, [rows[i] for i in _sample(range(len(rows)), MOST, spec.training.seed)])
+
+    def fill(folder: Path) -> None:
+        found.save(folder)
+        statistics.save(folder)
+
+    evaluation = {"held_out": {"expert": figures}}
+    facts = business.library.publish(facts, fill, evaluation)
+    tell(f"{name}: version {facts.version} is published")
+    return Fitted(facts, True, evaluation)
+
+
 def route_statistics(business: Business, examples: list[Example]) -> Statistics:
     """What the router learns of an expert from its training inputs; each is told apart by file and row."""
     where = [business.place(e.where) for e in examples]
     return learn(business.base(), [e.question for e in examples], where)
 
 
-def _sample(rows: list[int], most: int, seed: int) -> list[int]:
+def _sample(rows: Sequence[int], most: int, seed: int) -> list[int]:
     """At most `most` of the rows, at random."""
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]
 
@@ -274,12 +317,13 @@ def compare(
     longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
     engine = business.engine(library=library, slots=64, queue=128)
     own = business.own_engine(facts, library, slots=64, queue=128)
+    shelf = library or business.library
     out: dict[str, Any] = {}
     try:
         framed = [replace(e, messages=(*posed(facts, e.prompt), e.messages[-1])) for e in examples]
         asked = (
             ("base", examples, engine, None),
-            ("expert", framed, own or engine, None if own else weights_of(facts)),
+            ("expert", framed, own or engine, None if own else kinds.answering(shelf, facts, base)),
         )
         for who, rows, served, adapter in asked:
             label = f"{facts.name if who == 'expert' else 'base model'} answers"

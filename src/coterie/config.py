@@ -85,7 +85,9 @@ class TrainingSpec(_Strict):
 class ExpertSpec(_Strict):
     """[experts.NAME]: one expert and its data."""
 
-    kind: Literal["lora", "adapter", "prompt", "prefix", "full"] = Field("lora", description="kind of expert")
+    kind: Literal["lora", "adapter", "prompt", "prefix", "full", "classifier"] = Field(
+        "lora", description="kind of expert"
+    )
     description: str = Field("", description="what it is for; shown to people")
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
     train: Files = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
@@ -94,12 +96,28 @@ class ExpertSpec(_Strict):
         {}, description="which column of the file holds prompt and completion (or messages), and system"
     )
     choices: bool = Field(False, description="answer only with completions seen in training (classification)")
+    error: float = Field(
+        0.02, gt=0, lt=1, description="classifier: share of wrong labels among those that it is sure of"
+    )
     preferences: Files = Field([], description="files of pairs (prompt, chosen, rejected), learned after `train`")
     lora: LoraSpec = LoraSpec()
     adapter: AdapterSpec = AdapterSpec()
     prompt: PromptSpec = PromptSpec()
     preference: PreferenceSpec = PreferenceSpec()
     training: TrainingSpec = TrainingSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classifier(cls, given: Any) -> Any:
+        """A classifier has choices whether or not that is said, and nothing else to prefer."""
+        if isinstance(given, dict) and given.get("kind") == "classifier":
+            if given.get("preferences"):
+                raise ValueError("a classifier learns from `train` alone; leave `preferences` out")
+            if not given.setdefault("choices", True):
+                raise ValueError("a classifier answers with one of its choices; leave `choices` out")
+        elif isinstance(given, dict) and "error" in given:
+            raise ValueError("`error` is of experts of kind classifier")
+        return given
 
 
 class BusinessSpec(_Strict):
@@ -113,6 +131,11 @@ class BusinessSpec(_Strict):
     slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
     expert_memory: int = Field(1024, ge=1, description="MiB that experts in memory may take; the longest idle go first")
+    cache_memory: int = Field(
+        256,
+        ge=0,
+        description="MiB that what was read may take after its request; texts that begin alike share it",
+    )
     pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
 
 
@@ -160,6 +183,15 @@ class CrmSpec(_Strict):
     find: str = Field("", description="sql: gives the id of the customer named :customer")
     read: str = Field("", description="sql: gives the fields of the customer with :id")
     fields: dict[str, str] = Field({}, description="fields that may reach the prompt, and the names they have there")
+    case_on: list[Literal["handoff", "resolved"]] = Field([], description="a case is opened when this happens")
+    note_on: list[Literal["handoff", "resolved"]] = Field(
+        [], description="a note is written into the conversation's case when this happens"
+    )
+    link: str = Field("", pattern="^(https?://.*)?$", description="where the desk is; cases and notes link to it")
+    case: str = Field("", description="sql: INSERTs a case with :id, :subject, :text and a unique :key")
+    case_of: str = Field("SELECT id FROM cases WHERE key = :key", description="sql: gives the id of the case of a key")
+    note: str = Field("", description="sql: INSERTs a note with :case, :text and a unique :key")
+    note_of: str = Field("SELECT id FROM notes WHERE key = :key", description="sql: gives the id of the note of a key")
 
 
 class WebhookSpec(_Strict):
@@ -251,6 +283,11 @@ class KnowledgeSpec(_Strict):
         "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
     )
     embeddings_model: str = Field("", description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY")
+    vectors: str = Field(
+        "",
+        pattern=r"^(|postgres(ql)?(\+psycopg)?://.+)$",
+        description="address of a PostgreSQL with pgvector that keeps the vectors of documents; empty: files here",
+    )
     sources: dict[str, SourceSpec] = {}
 
     @model_validator(mode="before")
@@ -263,6 +300,15 @@ class KnowledgeSpec(_Strict):
         return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
 
 
+class RetentionSpec(_Strict):
+    """[retention]: how long customers' data is kept; `coterie serve` deletes what is older, by itself."""
+
+    days: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="days for each room: `conversations` count from their last change once they are resolved"
+    )
+    every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
+
+
 class Config(_Strict):
     """A whole coterie.toml."""
 
@@ -270,6 +316,7 @@ class Config(_Strict):
     experts: dict[str, ExpertSpec] = {}
     routing: RoutingSpec = RoutingSpec()
     desk: DeskSpec = DeskSpec()
+    retention: RetentionSpec = RetentionSpec()
     knowledge: KnowledgeSpec = KnowledgeSpec()
 
 

@@ -22,6 +22,7 @@ from coterie.errors import StorageError
 from coterie.evaluation import charts
 from coterie.evaluation.metrics import token_f1
 from coterie.evaluation.run import evaluate
+from coterie.experts.kinds import answering
 from coterie.experts.library import write_atomic
 from coterie.routing.space import embed
 
@@ -102,7 +103,7 @@ def expert_measure(
             engine = trial.engine(slots=64, queue=128)
             try:
                 longest = max(len(engine.base.encode(e.completion)) for e in tests)
-                adapter = (name, fitted.facts.version)
+                adapter = answering(trial.library, fitted.facts, engine.base)
                 _, answers = evaluate(engine, tests, adapter, fitted.facts.choices, longest + 8)
             finally:
                 engine.close()

@@ -9,9 +9,11 @@ import numpy as np
 
 from coterie.config import LEARNING_RATES, ExpertSpec
 from coterie.data.encode import TokenSet, encode_all
-from coterie.data.read import read_pairs
+from coterie.data.read import Example, read_pairs
 from coterie.errors import CoterieError, DataError
-from coterie.experts import adapter, full, kinds, lora, prefix, prompt
+from coterie.evaluation.calibration import logistic, threshold_for
+from coterie.evaluation.metrics import macro_f1, wilson
+from coterie.experts import adapter, classifier, full, kinds, lora, prefix, prompt
 from coterie.experts.expert import Expert
 from coterie.model.load import BaseModel
 from coterie.model.save import save_model
@@ -93,6 +95,33 @@ def prefer(
     )  # fmt: skip
     return {"preference_pairs": len(rows), "preference_loss_before": round(outcome.held_out[0], 4),
             "preference_loss": round(outcome.held_out[-1], 4)}  # fmt: skip
+
+
+def classify(
+    spec: ExpertSpec, base: BaseModel, business: str, examples: list[Example]
+) -> tuple[classifier.Classifier, dict[str, Any]]:
+    """A classifier of the examples, with its confidence and its threshold; and how it did on these rows, each left out
+    in turn, which is also what both were set on. Raises DataError for fewer than two labels."""
+    texts, labels = [e.question for e in examples], [e.completion for e in examples]
+    found, left_out, chosen = classifier.learn(
+        base, business, texts, labels, [e.where for e in examples], spec.training.seed
+    )
+    lead, said = classifier.lead(left_out), [found.names[i] for i in left_out.argmax(axis=1)]
+    wanted = [labels[i] for i in chosen]
+    right = np.array([s == w for s, w in zip(said, wanted, strict=True)])
+    ties = max(1, len(right) // 100)  # between two labels: they keep few rows, all of them right, from being certain
+    scale = max(float(lead.std()), 1e-6)
+    (slope,), offset = logistic(np.append(lead / scale, [0.0] * ties)[:, None], np.append(right, [0.0] * ties))
+    found = found.calibrated(float(slope) / scale, float(offset), 1.0, spec.error)
+    confidence = found.confidence(lead)
+    found = replace(found, threshold=threshold_for(confidence.tolist(), right.tolist(), spec.error))
+    sent = confidence >= found.threshold
+    figures = {
+        "rows": len(said), "accuracy": wilson(int(right.sum()), len(right)).json(),
+        "macro_f1": round(macro_f1(said, wanted), 5), "handled": round(float(sent.mean()), 5),
+        "wrong": round(float((~right[sent]).mean()), 5) if sent.any() else 0.0,
+    }  # fmt: skip
+    return found, figures
 
 
 def save_expert(base: BaseModel, expert: Expert, folder: Path, name: str) -> None:

@@ -173,7 +173,8 @@ def generate(
             g = answer.generation
             result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
                     "experts": [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts],
-                    "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated)}, True, "")  # fmt: skip
+                    "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated),
+                    **(answer.verdict.json() if answer.verdict else {})}, True, "")  # fmt: skip
         else:
             print()
     finally:
@@ -283,12 +284,14 @@ def serve(
     from coterie.answer import Answerer
     from coterie.business import Business
     from coterie.desk.mailbox import MailTask, open_mail
+    from coterie.desk.retention import RetentionTask
     from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.grounding import Grounding
     from coterie.web.app import create_app
 
     business = Business.open(folder)
     house = house_of(business)
+    retention = RetentionTask(house.database, business.config.retention, rooms_of(house, business), house.audit)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -313,10 +316,12 @@ def serve(
     try:
         if mail:
             mail.start()
+        retention.start()
         server.run([listener])
     finally:
         if mail:
             mail.close()
+        retention.close()
         desk.close()
         grounding.knowledge.close()
         answerer.close()

@@ -80,7 +80,10 @@ def list_accounts(folder: Folder = Path(), as_json: Json = False) -> None:
     """List all accounts."""
     with _house(folder) as house:
         found = house.accounts.all()
-    rows = [[a.name, a.role, "yes" if a.second_factor else "no", "locked" if a.locked else ""] for a in found]
+    rows = [
+        [a.name, a.role, "yes" if a.second_factor else "no", "disabled" if a.disabled else "locked" if a.locked else ""]
+        for a in found
+    ]
     result([vars(a) for a in found], as_json, table(["name", "role", "second factor", ""], rows))
 
 
@@ -90,12 +93,15 @@ def change_account(
     role: Annotated[str | None, typer.Option(help="Another role.")] = None,
     password: Annotated[bool, typer.Option("--password", help="Another password, from the terminal or stdin.")] = False,
     drop_second_factor: Annotated[bool, typer.Option("--drop-second-factor", help="Ask for no code any more.")] = False,
+    disabled: Annotated[
+        bool | None, typer.Option("--disable/--enable", help="Whether it may sign in.", show_default=False)
+    ] = None,
     folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
     """Change an account; its sessions and tokens end."""
     with _house(folder) as house:
-        house.accounts.change(name, role, _password("New password") if password else None)
+        house.accounts.change(name, role, _password("New password") if password else None, disabled=disabled)
         if drop_second_factor:
             house.accounts.drop_second_factor(name)
     result({"name": name}, as_json, f"{name}: changed")
@@ -227,20 +233,25 @@ def trained_on_erased(folder: Folder = Path(), as_json: Json = False) -> None:
 
 @customers.command("retain")
 def retain(
-    rule: Annotated[list[str], typer.Argument(help="ROOM=DAYS, such as conversations=365.")],
+    rule: Annotated[
+        list[str] | None, typer.Argument(help="ROOM=DAYS, such as conversations=365; none: as declared.")
+    ] = None,
     folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
-    """Delete what is older than its rule allows; to be run each night."""
+    """Delete what is older than its rule allows, at once; `coterie serve` does so by itself, by [retention]."""
+    from coterie.business import Business
     from coterie.privacy.rights import keep_only
 
     days: dict[str, float] = {}
-    for text in rule:
+    for text in rule or []:
         name, _, number = text.partition("=")
         try:
             days[name] = float(number)
         except ValueError as error:
             raise CoterieError(f"{text!r}: not a rule; write ROOM=DAYS, such as conversations=365") from error
+    if not rule and not (days := dict(Business.open(folder).config.retention.days)):
+        raise CoterieError("[retention] in coterie.toml declares no days; say ROOM=DAYS, such as conversations=365")
     with _house(folder) as house:
         done = keep_only(_rooms(house, folder), days, house.audit)
     result(done, as_json, table(["room", "deleted"], [[k, str(v)] for k, v in done.items()]))

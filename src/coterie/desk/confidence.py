@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from coterie.errors import DataError, ModelError
+from coterie.evaluation.calibration import logistic, threshold_for
 from coterie.experts.library import write_atomic_bytes
 
 FEWEST = 50  # rows with an outcome that a fit needs
-Z = 1.645  # of a one-sided bound that holds in 95 of 100 cases
-RIDGE = 1.0  # penalty on the weights: 50 rows must not make a certainty
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,6 @@ def load_confidence(file: Path) -> Confidence | None:
         raise ModelError(f"{file}: damaged ({error}); `coterie desk calibrate` makes it anew") from error
 
 
-def threshold_for(confidence: Sequence[float], right: Sequence[bool], error: float) -> float:
-    """The lowest confidence from which on at most `error` of the answers are wrong; above all where there is none."""
-    p, wrong = np.asarray(confidence, np.float64), ~np.asarray(right, bool)
-    order = np.argsort(-p, kind="stable")
-    sent = np.arange(1, len(order) + 1)
-    share = np.cumsum(wrong[order]) / sent
-    spread = Z * np.sqrt(share * (1 - share) / sent + Z**2 / (4 * sent**2))
-    risk = (share + Z**2 / (2 * sent) + spread) / (1 + Z**2 / sent)  # Wilson 1927
-    last = np.append(p[order][1:] != p[order][:-1], True)  # equal confidences are sent together or not at all
-    good = np.flatnonzero((risk <= error) & last)
-    return float(p[order][good[-1]]) if len(good) else math.nextafter(max(float(p.max(initial=0.0)), 1.0), 2)
-
-
 def fit_confidence(signals: Sequence[Signals], right: Sequence[bool], error: float) -> Confidence:
     """Learn from answers whose outcome is known. The threshold is set on what each half teaches of the other.
 
@@ -115,31 +101,14 @@ def fit_confidence(signals: Sequence[Signals], right: Sequence[bool], error: flo
     half = order[: len(y) // 2], order[len(y) // 2 :]
     p, outcome = np.zeros(len(y)), y.astype(bool)
     for here, there in (half, half[::-1]):
-        weights, bias = _logistic(z[here], y[here])
+        weights, bias = logistic(z[here], y[here])
         p[there] = 1 / (1 + np.exp(-np.clip(z[there] @ weights + bias, -40, 40)))
     threshold = threshold_for(p.tolist(), right, error)
     sent = p >= threshold
-    weights, bias = _logistic(z, y)
+    weights, bias = logistic(z, y)
     n = len(centre)
     return Confidence(
         tuple(map(float, centre)), tuple(map(float, scale)), tuple(map(float, weights[:n])),
         tuple(map(float, weights[n:])), float(bias), threshold, error, len(y), float(sent.mean()),
         float((~outcome[sent]).mean()) if sent.any() else 0.0,
     )  # fmt: skip
-
-
-def _logistic(z: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights (signals) and bias of a ridge logistic regression, by Newton's method."""
-    design = np.concatenate([z, np.ones((len(z), 1))], axis=1)
-    penalty = np.diag([RIDGE] * z.shape[1] + [1e-6])
-    w = np.zeros(design.shape[1])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(design @ w, -40, 40)))
-        step = np.linalg.solve(
-            design.T @ (design * (p * (1 - p))[:, None]) + penalty + 1e-9 * np.eye(len(w)),
-            design.T @ (y - p) - penalty @ w,
-        )
-        w = w + step * min(1.0, 5.0 / max(float(np.abs(step).max()), 1e-12))
-        if np.abs(step).max() < 1e-8:
-            break
-    return w[:-1], float(w[-1])

@@ -10,12 +10,12 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
-from sqlalchemy import Engine, exists, func, select
+from sqlalchemy import Engine, exists, select
 from sqlalchemy.orm import Session
 
 from coterie.desk.message import (
@@ -30,6 +30,7 @@ from coterie.desk.message import (
     check_key,
     clean,
 )
+from coterie.desk.record import SEALED, Record, Seal, Unseal, from_the_clear, in_the_clear, plain
 from coterie.errors import CoterieError
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
@@ -54,21 +55,8 @@ NEXT: dict[tuple[State, Action], State] = {
     ("snoozed", "resolve"): "resolved",
 }  # fmt: skip
 LEASE_S = 15.0  # a worker says this often, or more so, that it is still at an answer
-PUBLIC = ("message", "event")
 _APPROVING = exists().where(RunRow.conversation_id == ConversationRow.id, RunRow.status == "approving")
-SEALED = "sealed"  # the only field of data that is
-Seal = Callable[[str, str], bytes]  # customer, text -> what is kept
-Unseal = Callable[[str, bytes], str]
 Outcome = Literal["sent", "suggested", "discarded"]
-
-
-def in_the_clear(_customer: str, text: str) -> bytes:
-    """The seal of a business without encryption at rest."""
-    return text.encode()
-
-
-def from_the_clear(_customer: str, kept: bytes) -> str:
-    return kept.decode()
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class Beside(Protocol):
         ...
 
 
-class Conversations:
+class Conversations(Record):
     """All conversations of one business, in its database.
 
     seal, unseal: what encrypts a text under its customer's key. clock: seconds since 1970. told: called with a
@@ -108,8 +96,8 @@ class Conversations:
         clock: Callable[[], float] = time.time, told: Callable[[str], None] = lambda _: None,
         beside: Beside | None = None,
     ) -> None:  # fmt: skip
-        self.database, self.clock, self.told, self.beside = database, clock, told, beside
-        self._seal, self._unseal = seal, unseal
+        super().__init__(database, unseal)
+        self._seal, self.clock, self.told, self.beside = seal, clock, told, beside
 
     # What customers do
 
@@ -119,7 +107,7 @@ class Conversations:
             if check_key(key):
                 same = select(ConversationRow).filter_by(customer=customer, client_key=key)
                 if found := session.scalars(same).first():
-                    return _plain(found)
+                    return plain(found)
             now = self.clock()
             row = ConversationRow(
                 id=uuid.uuid4().hex, customer=customer, channel=channel, state="bot", owner="bot", last_seq=0, turn=0,
@@ -127,7 +115,7 @@ class Conversations:
             )  # fmt: skip
             session.add(row)
             session.flush()
-            opened = _plain(row)
+            opened = plain(row)
         self.told(opened.id)
         return opened
 
@@ -189,7 +177,7 @@ class Conversations:
             row.lease_until = now + LEASE_S
             session.flush()
             messages = tuple(self._messages(session, row, ("message",)))
-            return Turn(_plain(row), row.answering, messages)
+            return Turn(plain(row), row.answering, messages)
 
     def hold(self, turn: Turn) -> bool:
         """Say that the answer is still being worked on; False: it is no longer wanted."""
@@ -336,105 +324,6 @@ class Conversations:
                     moved.append(id)
         return moved
 
-    def disliked(self, id: str) -> dict[int, str]:
-        """The messages that the customer put a thumb down on, and the reasons they gave."""
-        with reading(self.database) as session:
-            customer = self._row(session, id, lock=False).customer
-            rows = session.scalars(select(RatingRow).filter_by(conversation_id=id, good=False))
-            return {row.seq: self._unseal(customer, row.reason) for row in rows}
-
-    # What is read
-
-    def get(self, id: str, customer: str | None = None) -> Conversation:
-        """As it stands. Raises NoConversation; also where it is another customer's, and `customer` is given."""
-        with reading(self.database) as session:
-            row = session.get(ConversationRow, id)
-            if row is None or customer not in (None, row.customer):
-                raise NoConversation(f"there is no conversation {id!r}")
-            return _plain(row)
-
-    def messages(self, id: str, after: int = 0, kinds: Sequence[str] = PUBLIC) -> list[Message]:
-        """Entries numbered above `after`, in order; by default those that the customer may see."""
-        with reading(self.database) as session:
-            row = self._row(session, id, lock=False)
-            return list(self._messages(session, row, kinds, after))
-
-    def listed(
-        self, states: Sequence[State] = (), owner: str = "", customer: str = "", limit: int = 200
-    ) -> list[Conversation]:
-        """Conversations, those that wait longest first, then the latest changed."""
-        wanted = select(ConversationRow).order_by(
-            func.coalesce(ConversationRow.waiting_since, 9e12), ConversationRow.changed_at.desc()
-        )
-        if states:
-            wanted = wanted.where(ConversationRow.state.in_(states))
-        if owner:
-            wanted = wanted.where(ConversationRow.owner == owner)
-        if customer:
-            wanted = wanted.where(ConversationRow.customer == customer)
-        with reading(self.database) as session:
-            return [_plain(row) for row in session.scalars(wanted.limit(limit))]
-
-    def search(self, words: str, newest: int = 5000, limit: int = 50) -> list[tuple[Conversation, Message]]:
-        """The newest message of each conversation that holds all `words`, among the `newest` messages.
-
-        Texts are sealed in the database, so they are opened here and looked through.
-        """
-        wanted = [w.casefold() for w in words.split()]
-        found: dict[str, tuple[Conversation, Message]] = {}
-        with reading(self.database) as session:
-            pairs = (
-                select(MessageRow, ConversationRow)
-                .join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
-                .where(MessageRow.kind != "event")
-            )
-            for message, row in session.execute(pairs.order_by(MessageRow.id.desc()).limit(newest)):
-                if row.id in found:
-                    continue
-                opened = self.opened(row, message)
-                text = f"{opened.text} {row.customer}".casefold()
-                if all(w in text for w in wanted):
-                    found[row.id] = (_plain(row), opened)
-                    if len(found) == limit:
-                        break
-        return list(found.values())
-
-    def last_messages(self, ids: Sequence[str]) -> dict[str, Message]:
-        """The latest message of each of these conversations."""
-        newest = (
-            select(func.max(MessageRow.id)).where(MessageRow.conversation_id.in_(ids), MessageRow.kind == "message")
-            .group_by(MessageRow.conversation_id)
-        )  # fmt: skip
-        pairs = (
-            select(MessageRow, ConversationRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
-            .where(MessageRow.id.in_(newest))
-        )  # fmt: skip
-        with reading(self.database) as session:
-            return {row.id: self.opened(row, message) for message, row in session.execute(pairs)}
-
-    def reasons(self, since: float) -> dict[str, int]:
-        """Why conversations that changed since then were handed over, the last time for each; commonest first."""
-        grouped = (
-            select(ConversationRow.reason, func.count()).where(
-                ConversationRow.reason != "", ConversationRow.changed_at >= since
-            ).group_by(ConversationRow.reason).order_by(func.count().desc())
-        )  # fmt: skip
-        with reading(self.database) as session:
-            return {reason: int(n) for reason, n in session.execute(grouped)}
-
-    def ratings(self, since: float) -> dict[str, int]:
-        """Thumbs since then: how many up and how many down."""
-        with reading(self.database) as session:
-            grouped = select(RatingRow.good, func.count()).where(RatingRow.at >= since).group_by(RatingRow.good)
-            found = {bool(good): int(n) for good, n in session.execute(grouped)}
-        return {"up": found.get(True, 0), "down": found.get(False, 0)}
-
-    def counts(self) -> dict[str, int]:
-        """How many conversations are in each state."""
-        with reading(self.database) as session:
-            grouped = select(ConversationRow.state, func.count()).group_by(ConversationRow.state)
-            return {state: int(n) for state, n in session.execute(grouped)}
-
     # How it is done
 
     @contextmanager
@@ -442,12 +331,6 @@ class Conversations:
         with writing(self.database) as session:
             yield session, self._row(session, id)
         self.told(id)
-
-    def _row(self, session: Session, id: str, lock: bool = True) -> ConversationRow:
-        row = session.get(ConversationRow, id, with_for_update=lock)
-        if row is None:
-            raise NoConversation(f"there is no conversation {id!r}")
-        return row
 
     def _move(
         self, session: Session, row: ConversationRow, action: Action, by: str, owner: str = "",
@@ -517,21 +400,6 @@ class Conversations:
         found = session.scalars(same).first()
         return self.opened(row, found) if found else None
 
-    def _messages(
-        self, session: Session, row: ConversationRow, kinds: Sequence[str], after: int = 0
-    ) -> Iterator[Message]:
-        wanted = select(MessageRow).where(
-            MessageRow.conversation_id == row.id, MessageRow.seq > after, MessageRow.kind.in_(kinds)
-        )
-        return (self.opened(row, m) for m in session.scalars(wanted.order_by(MessageRow.seq)))
-
-    def opened(self, row: ConversationRow, m: MessageRow) -> Message:
-        """An entry with its text unsealed."""
-        data = m.data
-        if SEALED in data:
-            data = json.loads(self._unseal(row.customer, base64.b64decode(data[SEALED])))
-        return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, data)
-
     def _data_kept(self, customer: str, kind: Kind, data: dict[str, Any]) -> dict[str, Any]:
         """What goes with a text is sealed as the text is: evidence may quote a customer's record. Events hold none."""
         if not data or kind == "event" or self._seal is in_the_clear:
@@ -540,11 +408,7 @@ class Conversations:
 
     def _now(self, session: Session, row: ConversationRow) -> Conversation:
         session.flush()
-        return _plain(row)
-
-
-def _plain(row: ConversationRow) -> Conversation:
-    return Conversation(**{f.name: getattr(row, f.name) for f in fields(Conversation)})
+        return plain(row)
 
 
 def _owe(row: ConversationRow) -> None:

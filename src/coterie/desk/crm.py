@@ -16,17 +16,10 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.exc import ArgumentError
 
 from coterie.config import CrmSpec
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, CrmError
 
 DEADLINE_S, REST_S, FAILURES = 3.0, 30.0, 3
 T = TypeVar("T")
-
-
-class CrmError(CoterieError):
-    """The CRM is down, slow, full of nonsense, or refuses us."""
-
-    status = 502
-    code = "crm_unavailable"
 
 
 @dataclass(frozen=True)
@@ -123,12 +116,16 @@ def open_crm(spec: CrmSpec) -> Crm:
     if spec.kind == "sql":
         if not spec.find or not spec.read:
             raise CoterieError("desk.crm: a CRM of kind sql needs `find` and `read`, two SELECT statements")
+        for needs, statement, name in ((spec.case_on, spec.case, "case"), (spec.note_on, spec.note, "note")):
+            if needs and not statement:
+                raise CoterieError(f"desk.crm: {name}_on needs `{name}`, an INSERT statement")
         from sqlalchemy import create_engine
 
         from coterie.desk.crm_sql import SqlCrm
 
         try:
-            return SqlCrm(create_engine(spec.url, pool_pre_ping=True), spec.find, spec.read)
+            database = create_engine(spec.url, pool_pre_ping=True)
+            return SqlCrm(database, spec.find, spec.read, spec.case, spec.case_of, spec.note, spec.note_of)
         except (ArgumentError, ImportError) as error:
             raise CoterieError(f"desk.crm: url: cannot be used ({error})") from error
     missing = [name for name in (spec.client_id_env, spec.client_secret_env) if not os.environ.get(name)]

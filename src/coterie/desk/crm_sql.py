@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from coterie.desk.crm import Case, Contact, CrmError
+from coterie.desk.crm import Case, Contact
+from coterie.errors import CrmError
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SqlCrm:
             with self.database.connect() as connection:
                 row = connection.execute(text(statement), given).mappings().first()
         except SQLAlchemyError as error:
-            raise CrmError(f"the CRM's database failed: {error}") from error
+            raise CrmError(f"the CRM's database failed: {_said(error)}") from error
         return dict(row) if row else None
 
     def _write(self, statement: str, of: str, given: Mapping[str, Any]) -> str:
@@ -66,8 +67,13 @@ class SqlCrm:
             if found is None:  # it is another rule of theirs that refuses
                 raise CrmError(f"the CRM's database refused it: {error.orig}") from error
         except SQLAlchemyError as error:
-            raise CrmError(f"the CRM's database failed: {error}") from error
+            raise CrmError(f"the CRM's database failed: {_said(error)}") from error
         row = self._row(of, {"key": given["key"]})
         if row is None:
             raise CrmError("the CRM's database took it and cannot find it again: check case_of and note_of")
         return str(next(iter(row.values())))
+
+
+def _said(error: SQLAlchemyError) -> str:
+    """The database's own sentence, without the statement and what was bound to it."""
+    return str(getattr(error, "orig", None) or type(error).__name__).partition("\n")[0]

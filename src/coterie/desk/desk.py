@@ -19,12 +19,14 @@ from coterie.answer import Answerer
 from coterie.business import Business
 from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
+from coterie.desk.cases import Cases
 from coterie.desk.confidence import load_confidence
-from coterie.desk.conversation import Conversations, Seal, Unseal, from_the_clear, in_the_clear
+from coterie.desk.conversation import Conversations
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
 from coterie.desk.procedures.procedures import Procedures
+from coterie.desk.record import Seal, Unseal, from_the_clear, in_the_clear
 from coterie.desk.webhook import TIMEOUT_S, Webhook, Webhooks
 from coterie.engine.request import Generation
 from coterie.errors import CoterieError, Stopped
@@ -88,7 +90,8 @@ class Desk:
         self._lock = threading.Lock()
         self._at_work: dict[str, _Work] = {}
         self._closing = threading.Event()
-        self._teller: threading.Thread | None = None
+        self.cases: Cases | None = None  # set before `start`, where the CRM is written to
+        self._tellers: dict[str, threading.Thread] = {}
         self._looker = threading.Thread(target=self._look, name="desk-look", daemon=True)
 
     def start(self) -> None:
@@ -104,8 +107,8 @@ class Desk:
         if self._looker.is_alive():
             self._looker.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._teller:
-            self._teller.join(TIMEOUT_S + 1)
+        for teller in self._tellers.values():
+            teller.join(TIMEOUT_S + 1)
         if self.procedures:
             self.procedures.close()
         self.conversations.database.dispose()
@@ -160,10 +163,16 @@ class Desk:
                 return
 
     def _tell(self) -> None:
-        """Webhooks, in a thread of their own: a slow receiver holds nothing up."""
-        if self.webhooks.hooks and not (self._teller and self._teller.is_alive()):
-            self._teller = threading.Thread(target=self.webhooks.deliver, name="desk-webhooks", daemon=True)
-            self._teller.start()
+        """Webhooks and the CRM, each in a thread of its own: a slow receiver holds nothing up."""
+        tell: dict[str, Callable[[], int]] = {}
+        if self.webhooks.hooks:
+            tell["desk-webhooks"] = self.webhooks.deliver
+        if self.cases:
+            tell["desk-crm"] = self.cases.write_due
+        for name, do in tell.items():
+            if name not in self._tellers or not self._tellers[name].is_alive():
+                self._tellers[name] = threading.Thread(target=do, name=name, daemon=True)
+                self._tellers[name].start()
 
     def _work(self, id: str) -> None:
         """Answer what is owed in one conversation, until nothing is."""

@@ -194,6 +194,7 @@ def answer(
     reason = (
         (broken.reason if broken else "")
         or handoff.unsure(rules.spec, rules.confidence, words.signals, bool(topics), evidence)
+        or ("low_confidence" if running.verdict and not running.verdict.sure else "")
         or ("unsupported" if checked.unsupported else "" if reply.strip() else "no_answer")
     )
     data = _record(running, words, evidence) | ({"label": label} if label else {})
@@ -201,6 +202,7 @@ def answer(
         words.show_rest(reply)
         return Result(reply, data=data)
     sure = rules.confidence.of(words.signals) if rules.confidence else None
+    sure = running.verdict.confidence if sure is None and running.verdict else sure
     if checked.unsupported:
         troubles.append("nothing supports: " + " / ".join(checked.unsupported))
     queue = broken.queue if broken else "general"
@@ -308,7 +310,7 @@ def _record(running: Answer, words: _Words, evidence: Sequence[Evidence]) -> dic
     return {
         "expert": running.expert, "version": running.version,
         "similarity": _rounded(signals.similarity), "logprob": _rounded(signals.logprob),
-        "sources": [{"source": e.source, "where": e.where, "text": e.text[:1000]} for e in evidence],
+        "sources": [handoff.shown(e) for e in evidence],
     }  # fmt: skip
 
 

@@ -103,12 +103,19 @@ def summary(messages: Sequence[Message]) -> str:
         return ""
     longest = max(said, key=lambda m: len(m.text))
     chosen = sorted({m.seq: m for m in (said[0], longest, said[-1])}.values(), key=lambda m: m.seq)
-    return "\n".join(_short(m.text) for m in chosen)
+    return "\n".join(summary_of(m.text) for m in chosen)
 
 
-def _short(text: str) -> str:
+def summary_of(text: str) -> str:
+    """The beginning of a text, on one line of at most SAMPLE characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= SAMPLE else flat[: SAMPLE - 1].rsplit(" ", 1)[0] + "…"
+
+
+def shown(e: Evidence) -> dict[str, Any]:
+    """A piece of evidence as it is kept with a message."""
+    kept = {"source": e.source, "where": e.where, "text": e.text[:1000]}
+    return kept | ({"link": e.link} if e.link else {})
 
 
 def brief(
@@ -116,5 +123,5 @@ def brief(
     confidence: float | None = None, detail: str = "", queue: str = "general",
 ) -> Handoff:  # fmt: skip
     """What the agent gets."""
-    sources = tuple({"source": e.source, "where": e.where, "text": e.text[:1000]} for e in evidence)
+    sources = tuple(map(shown, evidence))
     return Handoff(reason, detail, summary(messages), suggestion, sources, confidence, queue)

@@ -15,6 +15,7 @@ from coterie.answer import Answerer
 from coterie.business import Business, Tell
 from coterie.desk import trained
 from coterie.desk.attachment import Attachments
+from coterie.desk.cases import Cases, standing
 from coterie.desk.conversation import Conversations
 from coterie.desk.crm import open_crm, profile_of
 from coterie.desk.desk import Desk, database_of
@@ -29,13 +30,16 @@ from coterie.grounding import Grounding
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.expert import WhenNeeded
 from coterie.privacy.house import House, open_house
-from coterie.privacy.rights import Room
+from coterie.privacy.rights import Noted, Room
 from coterie.privacy.tables import PseudonymRow
 from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
 from coterie.store.procedure import ActionRow, RunRow
+
+EXPIRED_AT_ONCE = 200  # conversations deleted in one transaction, which holds up who writes
 
 
 def house_of(business: Business) -> House:
@@ -50,7 +54,8 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
         tagger.open()  # customers are about to come: none of them waits for its training
     detector = Detector(tagger)
     crm = answerer.business.config.desk.crm
-    profile = profile_of(open_crm(crm), crm.fields) if crm else Parts().profile
+    record = open_crm(crm) if crm else None
+    profile = profile_of(record, crm.fields) if record and crm else Parts().profile
     vault = Vault(detector, house.database, house.keys)
     parts = Parts(mask=lambda customer, texts, known: vault.mask(customer, texts, _own(known)), profile=profile)
     if grounding.spec.sources:
@@ -59,6 +64,8 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
         answerer.business, house, profile, lambda texts: grounding.knowledge.embedder.embed(texts)
     )
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal, procedures=procedures)
+    if record and crm and (crm.case_on or crm.note_on):
+        desk.cases = Cases(record, crm, desk.conversations, _audited(house))
     desk.start()
     return desk
 
@@ -77,13 +84,18 @@ def procedures_of(
     found = declared(business)
     if not found:
         return None
+    actions = Actions(business.folder, business.folder / business.config.desk.procedures)
+    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=_audited(house))
+    return Procedures(runs, embed, profile)
+
+
+def _audited(house: House) -> Callable[[Session, str, str, str, Mapping[str, Any]], None]:
+    """Writes into the audit log in the transaction of the deed."""
 
     def told(session: Session, actor: str, action: str, customer: str, detail: Mapping[str, Any]) -> None:
         house.audit.record_in(session, actor, action, customer, **detail)
 
-    actions = Actions(business.folder, business.folder / business.config.desk.procedures)
-    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=told)
-    return Procedures(runs, embed, profile)
+    return told
 
 
 def _own(known: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -94,17 +106,22 @@ def _own(known: Mapping[str, Any]) -> dict[str, list[str]]:
 def rooms_of(house: House, business: Business) -> list[Room]:
     """Everything of this business that holds customers' data."""
     return [
+        Room("crm", lambda c: _in_crm(house, c), lambda c: _in_crm(house, c)),  # named, not deleted: it is the CRM's
         Room("files", lambda c: _files(house, c), Attachments(house).erase),  # before the conversations they hang on
         Room(
             "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
-            lambda before: _delete(
-                house, (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
-            ),
+            lambda before, noted: _expire(house, before, noted),
         ),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
         Room("consents", house.consents.of, house.consents.erase),
         trained.room_of(business),
     ]  # fmt: skip
+
+
+def _in_crm(house: House, customer: str) -> list[dict[str, Any]]:
+    """Cases and notes about a customer that the desk has written to the CRM."""
+    written = standing(Conversations(house.database, house.seal, house.unseal), customer)
+    return [{"kind": w["kind"], "id": w["id"]} for w in written if w["state"] == "sent"]
 
 
 def _export(house: House, customer: str) -> list[dict[str, Any]]:
@@ -160,12 +177,24 @@ def _delete(house: House, which: Any) -> int:
     return len(ids)
 
 
+def _expire(house: House, before: float, noted: Noted) -> int:
+    """Delete EXPIRED_AT_ONCE of the resolved conversations that are as old; the desk goes on meanwhile."""
+    old = (ConversationRow.state == "resolved") & (ConversationRow.changed_at < before)
+    with writing(house.database) as session:
+        query = select(ConversationRow.id).where(old).order_by(ConversationRow.changed_at).limit(EXPIRED_AT_ONCE)
+        ids = list(session.scalars(query.with_for_update()))
+        if ids:
+            _delete_all(session, ids)
+            noted(session, len(ids))
+    return len(ids)
+
+
 def _delete_all(session: Session, ids: list[str]) -> None:
     of = update(MailRow).where(MailRow.conversation_id.in_(ids))  # their marks stay: no mail is taken twice
     session.execute(of.values(conversation_id=None, sender="", message_id=""))
     runs = select(RunRow.id).where(RunRow.conversation_id.in_(ids))
     session.execute(delete(ActionRow).where(ActionRow.run_id.in_(runs)))
-    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, MessageRow):
+    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, CrmWriteRow, MessageRow):
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
 

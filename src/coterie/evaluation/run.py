@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from coterie.data.read import Example, Message
@@ -10,15 +11,22 @@ from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
 from coterie.errors import ContextTooLong, DataError
 from coterie.evaluation.metrics import summarise
+from coterie.experts.classifier import TOGETHER, asked
+from coterie.experts.kinds import Labeller
 
 
 def answer_each(
-    engine: Engine, prompts: Iterable[list[Message]], adapter: Adapter | None, sampling: Sampling
+    engine: Engine, prompts: Iterable[list[Message]], adapter: Adapter | Labeller | None, sampling: Sampling
 ) -> Iterator[str | None]:
     """The answer to each conversation, in order; None where it does not fit into the context.
 
-    As many are under way at once as the engine has slots.
+    As many are under way at once as the engine has slots. A classifier labels them TOGETHER at a time, without it.
     """
+    if isinstance(adapter, Labeller):
+        rest = map(asked, prompts)
+        while part := list(islice(rest, TOGETHER)):
+            yield from (v.label for v in adapter.judge(part))
+        return
     under_way: deque[Generation | None] = deque()
 
     def collect() -> str | None:
@@ -43,7 +51,7 @@ def answer_each(
 
 
 def answer_all(
-    engine: Engine, examples: Iterable[Example], adapter: Adapter | None, sampling: Sampling,
+    engine: Engine, examples: Iterable[Example], adapter: Adapter | Labeller | None, sampling: Sampling,
     tell: Callable[[int], None] = lambda _: None,
 ) -> list[str | None]:  # fmt: skip
     """The answer to each example's prompt, in order; None where the prompt does not fit into the context."""
@@ -55,7 +63,7 @@ def answer_all(
 
 
 def evaluate(
-    engine: Engine, examples: Sequence[Example], adapter: Adapter | None, choices: Sequence[str] = (),
+    engine: Engine, examples: Sequence[Example], adapter: Adapter | Labeller | None, choices: Sequence[str] = (),
     max_tokens: int = 128, tell: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Any], list[str | None]]:  # fmt: skip
     """Greedy answers to `examples`, restricted to `choices` where there are any: the figures, and the answers.

@@ -20,7 +20,7 @@ from coterie.evaluation.metrics import Perplexity, bootstrap, macro_f1, wilson
 from coterie.evaluation.run import answer_each
 from coterie.evaluation.significance import compare_scores
 from coterie.evaluation.task import Score, Splits, Task
-from coterie.experts import kinds
+from coterie.experts import classifier, kinds
 from coterie.experts.expert import Applied
 from coterie.experts.instruction import KIND, posed, weights_of
 from coterie.experts.library import ExpertFacts, Library
@@ -80,6 +80,8 @@ def measure(
     if len(kept) < len(rows):
         figures["rows_too_long"] = len(rows) - len(kept)
     answers = [""] * len(rows)
+    if likelihood and facts and facts.kind == classifier.KIND:
+        raise CoterieError(f"{who} is a classifier: it gives no likelihood of tokens; leave --likelihood out")
     applied = applied_of(engine.library, facts, base.decoder) if likelihood or task.perplexity else Applied()
     if likelihood:
         if not options:
@@ -95,7 +97,8 @@ def measure(
             figures["calibration"] = calibration(confidences, right)
     else:
         sampling = Sampling(task.max_tokens, constraint=choice_constraint(options) if options else None)
-        adapter = weights_of(facts) if facts and engine.library else None  # without one: a model of its own
+        library = engine.library  # without one: a model of its own
+        adapter = kinds.answering(library, facts, base) if facts and library else None
         said = answer_each(engine, (prompts[i] for i in kept), adapter, sampling)
         for done, (i, answer) in enumerate(zip(kept, said, strict=True), 1):
             answers[i] = answer or ""

@@ -39,7 +39,7 @@ def card(facts: "ExpertFacts", evaluation: dict[str, Any]) -> str:
     lines += ["", "## Evaluation", ""]
     for key, value in evaluation.items():
         what = key.replace("_", " ")
-        if isinstance(value, dict) and value.keys() == {"base", "expert"}:
+        if isinstance(value, dict) and value.keys() in ({"base", "expert"}, {"expert"}):
             lines += [f"- {what}, {who}, {f['rows']} rows: {in_words(f)}" for who, f in value.items()]
         else:
             lines.append(f"- {what}: {value}")

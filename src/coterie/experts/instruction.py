@@ -1,6 +1,7 @@
 """An expert without weights: an instruction, and worked examples shown to the base model before the conversation."""
 
 from coterie.data.read import Message
+from coterie.experts import classifier
 from coterie.experts.library import ExpertFacts
 
 KIND = "instruction"
@@ -25,5 +26,5 @@ def posed(facts: ExpertFacts, prompt: list[Message]) -> list[Message]:
 
 
 def weights_of(facts: ExpertFacts) -> tuple[str, int] | None:
-    """Name and version under which the engine finds its weights; None for an expert that has none."""
-    return None if facts.kind == KIND else (facts.name, facts.version)
+    """Name and version under which the engine finds its weights; None for an expert that has none there."""
+    return None if facts.kind in (KIND, classifier.KIND) else (facts.name, facts.version)

@@ -1,14 +1,18 @@
 """The kinds of expert, each in a file of its own, and the one door to them all."""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from coterie.errors import ModelError
-from coterie.experts import adapter, full, lora, prefix, prompt
+from coterie.experts import adapter, classifier, full, lora, prefix, prompt
 from coterie.experts.expert import CONFIG, Applied, Expert, read_config
-from coterie.experts.library import Library
+from coterie.experts.instruction import weights_of
+from coterie.experts.library import ExpertFacts, Library
 from coterie.model.decoder import Decoder, ModelConfig
+from coterie.model.load import BaseModel
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+")  # a model's name on the hub
 KINDS: dict[str, ModuleType] = {"lora": lora, "adapter": adapter, "prompt": prompt, "prefix": prefix, "full": full}
@@ -31,6 +35,8 @@ def load(folder: Path, model: ModelConfig) -> Expert:
     if (folder / "model").is_dir():
         raise ModelError(f"{folder}: a model of its own (kind full), which cannot share an engine with others; to "
                          f'serve it, name it in a coterie.toml: base = "{folder / "model"}"')  # fmt: skip
+    if (folder / classifier.FILE).exists():
+        raise ModelError(f"{folder}: a classifier, which changes nothing in the model; it cannot be used as weights")
     facts = read_config(folder)
     peft = facts.get("peft_type")
     if peft is None and "config" in facts:
@@ -57,10 +63,38 @@ def read(library: Library, name: str, version: int | None, decoder: Decoder) -> 
     Raises ModelError where they are damaged or were made for other weights; UnknownExpert.
     """
     facts = library.facts(name, version)
+    _check_mark(facts, decoder)
+    return load(library.folder(name, facts.version), decoder.config)
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A classifier and the base model that it reads with."""
+
+    learned: classifier.Classifier
+    base: BaseModel
+
+    def judge(self, texts: Sequence[str]) -> list[classifier.Verdict]:
+        """What each text is called, and why."""
+        return self.learned.judge(self.base, texts)
+
+
+def labeller(library: Library, facts: ExpertFacts, base: BaseModel) -> Labeller:
+    """A classifier of a library, ready to label. Raises ModelError where it is damaged or of another base."""
+    _check_mark(facts, base.decoder)
+    folder = library.folder(facts.name, facts.version)
+    return Labeller(classifier.load(folder, base.decoder.config.width), base)
+
+
+def answering(library: Library, facts: ExpertFacts, base: BaseModel) -> tuple[str, int] | Labeller | None:
+    """What answers for an expert: its weights in the engine, a classifier, or nothing but its words."""
+    return labeller(library, facts, base) if facts.kind == classifier.KIND else weights_of(facts)
+
+
+def _check_mark(facts: ExpertFacts, decoder: Decoder) -> None:
     if facts.base_mark and facts.base_mark != decoder.mark:
         raise ModelError(
-            f"{name}, version {facts.version}: made for {facts.base} with the weights {facts.base_mark}; the base "
-            f"model here has the weights {decoder.mark}, to which it does not belong: train it again with "
+            f"{facts.name}, version {facts.version}: made for {facts.base} with the weights {facts.base_mark}; the "
+            f"base model here has the weights {decoder.mark}, to which it does not belong: train it again with "
             "`coterie fit`, or name the base model that it was made for in coterie.toml"
         )
-    return load(library.folder(name, facts.version), decoder.config)

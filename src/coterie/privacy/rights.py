@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import Engine, delete, select
+from sqlalchemy.orm import Session
 
 from coterie.errors import CoterieError
 from coterie.privacy.audit import Audit
@@ -21,15 +22,19 @@ from coterie.store.database import reading, writing
 DAY_S = 86400.0
 
 
+Noted = Callable[[Session, int], None]
+
+
 @dataclass(frozen=True)
 class Room:
     """A place with customers' data. export: all of one customer, as JSON can hold it. erase: delete it, and say how
-    much that was. expire: delete what is older than a time (seconds since 1970), and say how much."""
+    much that was. expire: delete some of what is older than a time (seconds since 1970), call `Noted` in the same
+    transaction with how much that was, and say it; 0: nothing is left that old."""
 
     name: str
     export: Callable[[str], Any]
     erase: Callable[[str], Any]
-    expire: Callable[[float], int] | None = None
+    expire: Callable[[float, Noted], int] | None = None
 
 
 class NotErased(CoterieError):
@@ -64,9 +69,32 @@ def erase_customer(rooms: Iterable[Room], keys: Keys, audit: Audit, customer: st
 
 
 def keep_only(
-    rooms: Iterable[Room], days: Mapping[str, float], audit: Audit, now: float | None = None, by: str = "retention"
-) -> dict[str, int]:
-    """Delete what is older than its room's days: how much, by room. Raises CoterieError: a rule that fits no room."""
+    rooms: Iterable[Room], days: Mapping[str, float], audit: Audit, now: float | None = None, by: str = "retention",
+    hold: Callable[[Session], None] = lambda _: None,
+) -> dict[str, int]:  # fmt: skip
+    """Delete what is older than its room's days: how much, by room. Raises CoterieError: a rule that fits no room.
+
+    Part by part, each with its line in the audit log in one transaction, which `hold` may refuse: whatever stops it
+    midway, what is gone is on record, and what is not is still there.
+    """
+    by_name, now = check_rules(rooms, days), time.time() if now is None else now
+    done: dict[str, int] = {}
+    for name, limit in days.items():
+        expire = by_name[name].expire
+        assert expire, "checked above"
+
+        def noted(session: Session, count: int, name: str = name, limit: float = limit) -> None:
+            hold(session)
+            audit.record_in(session, by, "retention", "", room=name, days=limit, deleted=count)
+
+        done[name] = 0
+        while part := expire(now - limit * DAY_S, noted):
+            done[name] += part
+    return done
+
+
+def check_rules(rooms: Iterable[Room], days: Mapping[str, float]) -> dict[str, Room]:
+    """The rooms by name. Raises CoterieError for a rule that fits none, or is no time."""
     by_name = {room.name: room for room in rooms}
     for name, limit in days.items():
         if name not in by_name or by_name[name].expire is None:
@@ -74,15 +102,7 @@ def keep_only(
             raise CoterieError(f"retention: {name!r} keeps nothing that expires; there are: {can}")
         if not limit > 0:
             raise CoterieError(f"retention: {name} = {limit}: days must be more than 0")
-    now = time.time() if now is None else now
-    done: dict[str, int] = {}
-    for name, limit in days.items():
-        expire = by_name[name].expire
-        assert expire, "checked above"
-        done[name] = expire(now - limit * DAY_S)
-        if done[name]:
-            audit.record(by, "retention", "", room=name, days=limit, deleted=done[name])
-    return done
+    return by_name
 
 
 What = Literal["told", "agreed", "withdrawn"]

@@ -30,6 +30,7 @@ from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.grounding import Grounding
+from coterie.privacy.access import LOCAL, PASSER
 from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
@@ -74,9 +75,11 @@ def create_app(
     app.include_router(experts_router(business, pages))
 
     @app.get("/", response_class=HTMLResponse)
-    def page() -> str:
+    def page(request: Request) -> str:
+        person = request.state.person
         return pages.get_template("chat.html").render(
             business=business.config.business,
+            person=None if person in (LOCAL, PASSER) else person,
             base=answerer.engine.base.name,
             experts=business.library.shelf(),
             knowledge=shelf.declared,
@@ -208,14 +211,13 @@ async def _reply(
         "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
                     "similarity": answer.similarity,
                     "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts],
-                    **(ground.head() if ground else {})},
+                    **(ground.head() if ground else {}), **(answer.verdict.json() if answer.verdict else {})},
     }  # fmt: skip
     shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts)  # a list, as in RFC 8941
     who = {"X-Coterie-Experts": shares or '"base"'}
 
-    def usage() -> dict[str, int]:
-        asked, said = len(generation.prompt), len(generation.generated)
-        return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    def usage() -> dict[str, Any]:
+        return _usage([generation])
 
     async def events() -> AsyncIterator[str]:
         def event(choices: list[dict[str, Any]], **more: Any) -> str:
@@ -263,6 +265,16 @@ async def _reply(
     return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()}, headers=who)
 
 
+def _usage(generations: list[Generation]) -> dict[str, Any]:
+    """Tokens read and written, and those of the prompts that were found read: in all layers, or in the trunk only."""
+    asked, said, cached, trunk = (
+        sum(counted) for counted in zip(*((len(g.prompt), len(g.generated), g.cached, g.trunk) for g in generations),
+                                        strict=True)
+    )  # fmt: skip
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said,
+            "prompt_tokens_details": {"cached_tokens": cached, "trunk_tokens": trunk}}  # fmt: skip
+
+
 def _channel(request: Request) -> str:
     """Where a request came from, for the rules of coterie.toml."""
     return request.headers.get("x-coterie-channel", "")
@@ -290,8 +302,7 @@ async def _reply_all(request: Request, starts: list[Start], shape: _TextShape) -
         watch.cancel()
         for answer in answers:
             answer.generation.cancel()
-    asked, said = (sum(len(getattr(a.generation, part)) for a in answers) for part in ("prompt", "generated"))
-    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    usage = _usage([a.generation for a in answers])
     return JSONResponse({"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "object": shape.whole,
                          "model": answers[0].expert or "base", "choices": choices, "usage": usage})  # fmt: skip
 
@@ -332,6 +343,8 @@ class _EngineMetrics:
             ("requests", "Requests accepted", s.requests), ("rejected", "Requests refused with 429", s.rejected),
             ("prompt_tokens", "Tokens read", s.prompt_tokens),
             ("generated_tokens", "Tokens written", s.generated_tokens),
+            ("cached_tokens", "Tokens of prompts found read in all layers", s.cached_tokens),
+            ("trunk_tokens", "Tokens of prompts found read in the trunk only", s.trunk_tokens),
             ("decode_steps", "Steps of the engine", s.steps), ("busy_seconds", "Seconds computing", s.busy_seconds),
         ):  # fmt: skip
             yield CounterMetricFamily(f"coterie_{name}", about, value)

@@ -17,12 +17,12 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from coterie.desk.conversation import Seal, Unseal, from_the_clear, in_the_clear
 from coterie.desk.message import Changed, Conversation, Message, NotAllowed
 from coterie.desk.procedures.actions import FOUND, ActionFailed, OutcomeUnknown, Perform
 from coterie.desk.procedures.guide import Guide, Planned, State
 from coterie.desk.procedures.spec import ActionSpec, Procedure
 from coterie.desk.procedures.values import Value, kept, shown, typed
+from coterie.desk.record import Seal, Unseal, from_the_clear, in_the_clear
 from coterie.errors import Stopped
 from coterie.store.conversation import ConversationRow
 from coterie.store.database import reading, writing

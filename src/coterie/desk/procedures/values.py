@@ -55,7 +55,7 @@ def read(
 def _read(kind: Kind, text: str, today: date, pattern: str, choices: Sequence[str]) -> Value:
     if kind == "money":
         named = {Decimal(str(a)) for a in amounts(text)}
-        return _one(named or _numbers(text), "I need one amount, such as 24.90.")
+        return _one({_cents(n) for n in named or _numbers(text)}, "I need one amount, such as 24.90.")
     if kind == "number":
         return _one(_numbers(text), "I need one number.")
     if kind == "date":
@@ -100,6 +100,11 @@ def _dates(text: str, today: date) -> set[date]:
     return found
 
 
+def _cents(amount: Decimal) -> Decimal:
+    """With at least two places, as amounts are written: databases give 349 for 349.00."""
+    return amount if int(amount.as_tuple().exponent) <= -2 else amount.quantize(Decimal("0.01"))
+
+
 def typed(kind: Kind, raw: Any) -> Value:
     """A value that an action gave, or that was kept. Raises NotOne where it is not of the kind."""
     if raw is None:
@@ -111,7 +116,7 @@ def typed(kind: Kind, raw: Any) -> Value:
             number = Decimal(str(raw))
             if not number.is_finite() or abs(number) > Decimal(10) ** 15:
                 raise ValueError
-            return number
+            return _cents(number) if kind == "money" else number
         if kind == "date":
             if isinstance(raw, datetime):
                 return raw.date()

@@ -1,0 +1,161 @@
+"""What is kept of conversations, read: as they stand, what was said in them, and how many there are of which kind.
+
+Notable: nothing here changes anything. Texts are unsealed as they are read, so what is looked for in them is looked for
+here and not in the database.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import cast
+
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from coterie.desk.message import Conversation, Kind, Message, NoConversation, State
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.database import reading
+
+PUBLIC = ("message", "event")
+SEALED = "sealed"  # the only field of data that is
+Seal = Callable[[str, str], bytes]  # customer, text -> what is kept
+Unseal = Callable[[str, bytes], str]
+
+
+def in_the_clear(_customer: str, text: str) -> bytes:
+    """The seal of a business without encryption at rest."""
+    return text.encode()
+
+
+def from_the_clear(_customer: str, kept: bytes) -> str:
+    return kept.decode()
+
+
+class Record:
+    """All conversations of one business, in its database. unseal: what decrypts a text of its customer's."""
+
+    def __init__(self, database: Engine, unseal: Unseal = from_the_clear) -> None:
+        self.database, self._unseal = database, unseal
+
+    def get(self, id: str, customer: str | None = None) -> Conversation:
+        """As it stands. Raises NoConversation; also where it is another customer's, and `customer` is given."""
+        with reading(self.database) as session:
+            row = session.get(ConversationRow, id)
+            if row is None or customer not in (None, row.customer):
+                raise NoConversation(f"there is no conversation {id!r}")
+            return plain(row)
+
+    def messages(self, id: str, after: int = 0, kinds: Sequence[str] = PUBLIC) -> list[Message]:
+        """Entries numbered above `after`, in order; by default those that the customer may see."""
+        with reading(self.database) as session:
+            row = self._row(session, id, lock=False)
+            return list(self._messages(session, row, kinds, after))
+
+    def listed(
+        self, states: Sequence[State] = (), owner: str = "", customer: str = "", limit: int = 200
+    ) -> list[Conversation]:
+        """Conversations, those that wait longest first, then the latest changed."""
+        wanted = select(ConversationRow).order_by(
+            func.coalesce(ConversationRow.waiting_since, 9e12), ConversationRow.changed_at.desc()
+        )
+        if states:
+            wanted = wanted.where(ConversationRow.state.in_(states))
+        if owner:
+            wanted = wanted.where(ConversationRow.owner == owner)
+        if customer:
+            wanted = wanted.where(ConversationRow.customer == customer)
+        with reading(self.database) as session:
+            return [plain(row) for row in session.scalars(wanted.limit(limit))]
+
+    def search(self, words: str, newest: int = 5000, limit: int = 50) -> list[tuple[Conversation, Message]]:
+        """The newest message of each conversation that holds all `words`, among the `newest` messages.
+
+        Texts are sealed in the database, so they are opened here and looked through.
+        """
+        wanted = [w.casefold() for w in words.split()]
+        found: dict[str, tuple[Conversation, Message]] = {}
+        with reading(self.database) as session:
+            pairs = (
+                select(MessageRow, ConversationRow)
+                .join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
+                .where(MessageRow.kind != "event")
+            )
+            for message, row in session.execute(pairs.order_by(MessageRow.id.desc()).limit(newest)):
+                if row.id in found:
+                    continue
+                opened = self.opened(row, message)
+                text = f"{opened.text} {row.customer}".casefold()
+                if all(w in text for w in wanted):
+                    found[row.id] = (plain(row), opened)
+                    if len(found) == limit:
+                        break
+        return list(found.values())
+
+    def last_messages(self, ids: Sequence[str]) -> dict[str, Message]:
+        """The latest message of each of these conversations."""
+        newest = (
+            select(func.max(MessageRow.id)).where(MessageRow.conversation_id.in_(ids), MessageRow.kind == "message")
+            .group_by(MessageRow.conversation_id)
+        )  # fmt: skip
+        pairs = (
+            select(MessageRow, ConversationRow).join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
+            .where(MessageRow.id.in_(newest))
+        )  # fmt: skip
+        with reading(self.database) as session:
+            return {row.id: self.opened(row, message) for message, row in session.execute(pairs)}
+
+    def reasons(self, since: float) -> dict[str, int]:
+        """Why conversations that changed since then were handed over, the last time for each; commonest first."""
+        grouped = (
+            select(ConversationRow.reason, func.count()).where(
+                ConversationRow.reason != "", ConversationRow.changed_at >= since
+            ).group_by(ConversationRow.reason).order_by(func.count().desc())
+        )  # fmt: skip
+        with reading(self.database) as session:
+            return {reason: int(n) for reason, n in session.execute(grouped)}
+
+    def ratings(self, since: float) -> dict[str, int]:
+        """Thumbs since then: how many up and how many down."""
+        with reading(self.database) as session:
+            grouped = select(RatingRow.good, func.count()).where(RatingRow.at >= since).group_by(RatingRow.good)
+            found = {bool(good): int(n) for good, n in session.execute(grouped)}
+        return {"up": found.get(True, 0), "down": found.get(False, 0)}
+
+    def counts(self) -> dict[str, int]:
+        """How many conversations are in each state."""
+        with reading(self.database) as session:
+            grouped = select(ConversationRow.state, func.count()).group_by(ConversationRow.state)
+            return {state: int(n) for state, n in session.execute(grouped)}
+
+    def disliked(self, id: str) -> dict[int, str]:
+        """The messages that the customer put a thumb down on, and the reasons they gave."""
+        with reading(self.database) as session:
+            customer = self._row(session, id, lock=False).customer
+            rows = session.scalars(select(RatingRow).filter_by(conversation_id=id, good=False))
+            return {row.seq: self._unseal(customer, row.reason) for row in rows}
+
+    def _messages(
+        self, session: Session, row: ConversationRow, kinds: Sequence[str], after: int = 0
+    ) -> Iterator[Message]:
+        wanted = select(MessageRow).where(
+            MessageRow.conversation_id == row.id, MessageRow.seq > after, MessageRow.kind.in_(kinds)
+        )
+        return (self.opened(row, m) for m in session.scalars(wanted.order_by(MessageRow.seq)))
+
+    def opened(self, row: ConversationRow, m: MessageRow) -> Message:
+        """An entry with its text unsealed."""
+        data = m.data
+        if SEALED in data:
+            data = json.loads(self._unseal(row.customer, base64.b64decode(data[SEALED])))
+        return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, data)
+
+    def _row(self, session: Session, id: str, lock: bool = True) -> ConversationRow:
+        row = session.get(ConversationRow, id, with_for_update=lock)
+        if row is None:
+            raise NoConversation(f"there is no conversation {id!r}")
+        return row
+
+
+def plain(row: ConversationRow) -> Conversation:
+    return Conversation(**{f.name: getattr(row, f.name) for f in fields(Conversation)})
