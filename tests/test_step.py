@@ -20,13 +20,15 @@ from coterie.engine.engine import Engine
 from coterie.engine.guess import continuation
 from coterie.engine.pages import Pages
 from coterie.engine.request import Blend, Sampling, TokenChoice
+from coterie.engine.shelf import Shelf
 from coterie.engine.step import Prepared, Step
+from coterie.experts import lora
 from coterie.experts.expert import Expert
 from coterie.experts.kinds import save
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
 from coterie.experts.mixture import lay, mixed
-from coterie.model.decoder import Decoder, KVCache, attend_packed
+from coterie.model.decoder import SITES, Decoder, KVCache, attend_packed
 from coterie.model.load import BaseModel, load
 from support import random_rows, reference_model, train_tokenizer, trained
 from test_experts import ALL, CONFIGS, ROWS
@@ -219,6 +221,15 @@ def shelf(models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory) ->
             lambda folder, e=expert: save(e, folder, "x", model.exact.config),  # type: ignore[misc]
         )
     return library
+
+
+def test_an_expert_is_worked_out_once_for_both_ways_of_computing(models: dict[str, Model], shelf: Library) -> None:
+    """The norms of DoRA read every matrix of the base: once for each site that the expert changes."""
+    decoder = models["Llama"].base.decoder
+    with patch.object(lora, "_row_norms", wraps=lora._row_norms) as norms:
+        loaded = Shelf(shelf, decoder, models["Llama"].step, 2**30, frozenset()).open(("e1", 1))
+    assert loaded.prepared is not None
+    assert norms.call_count == len(loaded.laid.low_rank) == decoder.config.layers * len(SITES)
 
 
 def test_right_guesses_save_steps(models: dict[str, Model]) -> None:

@@ -11,6 +11,7 @@ from coterie.errors import CoterieError, UnknownExpert
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply, read
 from coterie.experts.library import Library
+from coterie.experts.lora import sites_of
 from coterie.experts.mixture import Laid, lay
 from coterie.model.decoder import Decoder
 from coterie.model.threads import give_back_pool
@@ -82,8 +83,9 @@ class Shelf:
         assert self._library, "open has asked"
         expert = read(self._library, *adapter, self._decoder)
         before = expert.config.kind in ("prompt", "prefix")
-        prepared = self._step.prepare(expert) if self._step else None
+        sites = sites_of(expert, self._decoder)  # once for both ways: norms of DoRA read the base's matrices
+        prepared = self._step.prepare(expert, sites) if self._step else None
         applied = apply(expert, self._decoder) if before else Applied()
-        loaded = Loaded(expert, applied, lay(expert, self._decoder), prepared, key)
+        loaded = Loaded(expert, applied, lay(expert, self._decoder, sites), prepared, key)
         give_back_pool()
         return loaded

@@ -18,6 +18,7 @@ from coterie.engine.pages import PAGE, Pages
 from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
+from coterie.experts.mixture import Sites
 from coterie.model.decoder import BLOCKS, SITES, Decoder
 from coterie.model.native import built
 
@@ -105,29 +106,29 @@ class Step:
     def _wide(self, weight: Tensor | None) -> int | None:
         return None if weight is None else self._kept(weight.float().contiguous())
 
-    def prepare(self, expert: Expert) -> Prepared:
-        """`expert` as `run` wants it. Soft prompts and prefixes change no product: theirs is empty."""
+    def prepare(self, expert: Expert, sites: Sites | None = None) -> Prepared:
+        """`expert` as `run` wants it. Soft prompts and prefixes change no product: theirs is empty.
+
+        sites: of `lora.sites_of`, where the caller has them.
+        """
         config, model = expert.config, self.decoder.config
         updates = (_LowRank * (model.layers * len(PROJECTIONS)))()
         bottlenecks = (_Bottleneck * (model.layers * len(BLOCKS)))()
         ready = Prepared(
             _Expert(ctypes.addressof(updates), ctypes.addressof(bottlenecks), LANES), [updates, bottlenecks]
         )
-        for layer in range(getattr(config, "first_layer", 0), model.layers):
-            if config.kind == "lora":
-                for site in SITES:
-                    self._prepare_site(expert, layer, site, updates, ready)
-            if config.kind == "adapter":
-                for block in adapter.PLACES[config.placement]:
-                    place = layer * len(BLOCKS) + BLOCKS.index(block)
-                    bottlenecks[place] = _bottleneck(expert, layer, block, ready)
+        for (layer, site), found in (lora.sites_of(expert, self.decoder) if sites is None else sites).items():
+            self._prepare_site(config, layer, site, found, updates, ready)
+        for layer in range(config.first_layer, model.layers) if config.kind == "adapter" else ():
+            for block in adapter.PLACES[config.placement]:
+                place = layer * len(BLOCKS) + BLOCKS.index(block)
+                bottlenecks[place] = _bottleneck(expert, layer, block, ready)
         return ready
 
-    def _prepare_site(self, expert: Expert, layer: int, site: str, updates: Any, ready: Prepared) -> None:
-        found = lora.site_of(expert, self.decoder, layer, site)
-        if found is None:
-            return
-        owned = torch.tensor(lora.columns(expert.config, self.decoder.config, site))
+    def _prepare_site(
+        self, config: lora.LoraConfig, layer: int, site: str, found: lora.Site, updates: Any, ready: Prepared
+    ) -> None:
+        owned = torch.tensor(lora.columns(config, self.decoder.config, site))
         start = 0
         for part, (projection, size) in enumerate(self.decoder.config.site_outputs(site)):
             span = slice(start, start + size)

@@ -124,6 +124,13 @@ def site_of(expert: Expert, decoder: Decoder, layer: int, site: str, dtype: torc
     return Site(down, up, torch.where(magnitude == 0, 1.0, magnitude / norms).to(like))
 
 
+def sites_of(expert: Expert, decoder: Decoder) -> dict[tuple[int, str], Site]:
+    """A LoRA expert at every site that it changes, by layer and site; empty for the other kinds. Differentiable."""
+    layers = range(expert.config.first_layer, decoder.config.layers) if expert.config.kind == "lora" else ()
+    found = {(layer, site): site_of(expert, decoder, layer, site) for layer in layers for site in SITES}
+    return {place: one for place, one in found.items() if one is not None}
+
+
 def columns(config: LoraConfig, model: ModelConfig, site: str) -> list[int]:
     """For each row of a fused site's `down`, (R), which of the site's projections it belongs to."""
     parts = enumerate(model.site_outputs(site))
@@ -178,10 +185,7 @@ def apply(expert: Expert, decoder: Decoder, training: bool = False) -> Applied:
 
 def _dora(expert: Expert, decoder: Decoder, training: bool) -> Change:
     config: LoraConfig = expert.config
-    sites = {
-        (layer, site): site_of(expert, decoder, layer, site)
-        for layer in range(config.first_layer, decoder.config.layers) for site in SITES
-    }  # fmt: skip
+    sites = sites_of(expert, decoder)
 
     def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
         found = sites.get((layer, site))

@@ -14,10 +14,11 @@ from torch import Tensor
 from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
-from coterie.model.decoder import BLOCKS, SITES, Change, Decoder
+from coterie.model.decoder import BLOCKS, Change, Decoder
 
 # layer, site, x (N, in), shares (N, R), expert and projection of each column (R) -> shares (N, R)
 Gates = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], Tensor]
+Sites = dict[tuple[int, str], lora.Site]
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,15 @@ class Laid:
     bottlenecks: dict[tuple[int, str], Bottleneck]
 
 
-def lay(expert: Expert, decoder: Decoder) -> Laid:
-    """`expert` in the base's precision, its matrices packed. Soft prompts and prefixes have none."""
+def lay(expert: Expert, decoder: Decoder, sites: Sites | None = None) -> Laid:
+    """`expert` in the base's precision, its matrices packed. Soft prompts and prefixes have none.
+
+    sites: of `lora.sites_of`, where the caller has them.
+    """
     laid, config = Laid({}, {}), expert.config
-    for layer in range(decoder.config.layers) if config.kind == "lora" else ():
-        for site in SITES:
-            found = lora.site_of(expert, decoder, layer, site)
-            if found is not None:
-                parts = torch.tensor(lora.columns(config, decoder.config, site), device=decoder.device)
-                laid.low_rank[layer, site] = LowRank(
-                    decoder.pack(found.down), decoder.pack(found.up), found.gain, parts
-                )
+    for (layer, site), found in (lora.sites_of(expert, decoder) if sites is None else sites).items():
+        parts = torch.tensor(lora.columns(config, decoder.config, site), device=decoder.device)
+        laid.low_rank[layer, site] = LowRank(decoder.pack(found.down), decoder.pack(found.up), found.gain, parts)
     for layer in range(config.first_layer, decoder.config.layers) if config.kind == "adapter" else ():
         for block in adapter.PLACES[config.placement]:
 
