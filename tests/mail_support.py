@@ -1,13 +1,16 @@
 """Mail servers for tests: a real IMAP server in a process of its own, a real SMTP server that keeps what it gets."""
 
+import ipaddress
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage, Message
 from email.parser import BytesParser
 from email.policy import default
@@ -16,6 +19,9 @@ from typing import Any
 
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP as Server
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from imap_tools import MailBoxUnencrypted
 
 from coterie.config import EmailSpec
@@ -31,6 +37,65 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def self_signed(folder: Path, host: str = "127.0.0.1") -> tuple[Path, Path]:
+    """The files of a certificate of a host, that it signed itself, and of its key."""
+    key, today = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    numbered = host.replace(".", "").isdigit()
+    shown = x509.IPAddress(ipaddress.ip_address(host)) if numbered else x509.DNSName(host)
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(today - timedelta(1)).not_valid_after(today + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([shown]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ))  # fmt: skip
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@contextmanager
+def tls_before(port: int, certificate: tuple[Path, Path]) -> Iterator[int]:
+    """A port where TLS is spoken from the first byte, before a plain server's `port`."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*certificate)
+
+    def pass_on(one: socket.socket, other: socket.socket) -> None:
+        try:
+            while got := one.recv(65536):
+                other.sendall(got)
+        except OSError:
+            pass
+        finally:
+            for line in (one, other):
+                line.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                caller = listener.accept()[0]
+            except OSError:
+                return  # closed
+            try:
+                outer = context.wrap_socket(caller, server_side=True)
+            except OSError:  # the caller does not believe the certificate
+                continue
+            inner = socket.create_connection(("127.0.0.1", port))
+            for pair in ((outer, inner), (inner, outer)):
+                threading.Thread(target=pass_on, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield int(listener.getsockname()[1])
+    finally:
+        listener.close()
 
 
 @contextmanager
@@ -106,9 +171,9 @@ def spec(**more: Any) -> EmailSpec:
     return EmailSpec(**{"address": US, "imap": "imap://127.0.0.1", "smtp": "smtp://127.0.0.1", **more})
 
 
-def mail_desk(folder: Path, send: Send, now: list[float] | None = None, **more: Any) -> MailDesk:
-    """A channel over a house of its own; `now[0]`: what its clock says."""
-    house: House = open_house(folder, open_database(f"sqlite:///{folder}/desk.db"), {})
+def mail_desk(folder: Path, send: Send, now: list[float] | None = None, url: str = "", **more: Any) -> MailDesk:
+    """A channel over a house of its own, or over the database at `url`; `now[0]`: what its clock says."""
+    house: House = open_house(folder, open_database(url or f"sqlite:///{folder}/desk.db"), {})
     clock = (lambda: now[0]) if now else time.time
     talks = Conversations(house.database, house.seal, house.unseal, clock)
     return MailDesk(spec(**more), house, talks, send, "You are talking to an AI.", "The Shop", clock=clock)

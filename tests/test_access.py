@@ -313,6 +313,37 @@ def test_the_last_owner_stays(house: House) -> None:
             deed()
 
 
+def test_a_disabled_account_is_nobody_until_it_is_enabled(house: House, staff: dict[Role, str]) -> None:
+    accounts = house.accounts
+    accounts.login_oidc("https://id.example agent-7", "agent")
+    token = accounts.token("agent", "x", ["ask"], 1).secret
+    accounts.change("agent", disabled=True)
+    assert [accounts.who(secret) for secret in (staff["agent"], token)] == [None, None]
+    with pytest.raises(NotSignedIn, match=f"^{accounts_module.WRONG}$"):
+        accounts.login("agent", WORD)
+    with pytest.raises(NotSignedIn):
+        accounts.login_oidc("https://id.example agent-7", "agent")
+    with pytest.raises(AccountError, match="is disabled"):
+        accounts.token("agent", "x", ["ask"], 1)
+    assert [a.name for a in accounts.all() if a.disabled] == ["agent"]
+    accounts.change("agent", disabled=False)
+    assert accounts.who(accounts.login("agent", WORD).secret)
+    assert accounts.who(token) is None, "what has ended stays ended"
+
+
+def test_an_owner_who_is_disabled_is_no_owner_to_fall_back_on(house: House) -> None:
+    for name in ("anna", "bea"):
+        house.accounts.add(name, "owner", WORD)
+    house.accounts.change("bea", disabled=True)
+    for deed in (
+        lambda: house.accounts.remove("anna"), lambda: house.accounts.change("anna", role="viewer"),
+        lambda: house.accounts.change("anna", disabled=True),
+    ):  # fmt: skip
+        with pytest.raises(AccountError, match="last owner"):
+            deed()
+    house.accounts.remove("bea")
+
+
 def test_an_admin_cannot_make_or_change_an_owner(app: FastAPI, staff: dict[Role, str]) -> None:
     admin = client(app, staff["admin"])
     admin.headers["Sec-Fetch-Site"] = "same-origin"
@@ -321,8 +352,10 @@ def test_an_admin_cannot_make_or_change_an_owner(app: FastAPI, staff: dict[Role,
         admin.post("/v1/accounts", json=body), admin.delete("/v1/accounts/owner"),
         admin.patch("/v1/accounts/owner", json={"password": WORD}),
         admin.patch("/v1/accounts/admin", json={"role": "owner"}),
+        admin.patch("/v1/accounts/owner", json={"disabled": True}),
+        admin.delete("/v1/accounts/owner/second-factor"),
     ]  # fmt: skip
-    assert [r.status_code for r in replies] == [403] * 4
+    assert [r.status_code for r in replies] == [403] * 6
 
 
 def test_too_many_tries_from_one_address_are_slowed(app: FastAPI, staff: dict[Role, str]) -> None:

@@ -11,9 +11,9 @@ from sqlalchemy import create_engine, text
 from coterie.config import CrmSpec
 from coterie.desk.cases import GIVE_UP_S, Cases, standing
 from coterie.desk.conversation import Conversations, Handoff
-from coterie.desk.crm import Crm, CrmError, open_crm
+from coterie.desk.crm import Crm, open_crm
 from coterie.desk.rights import rooms_of
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, CrmError
 from coterie.privacy.house import House, open_house
 from coterie.privacy.rights import erase_customer
 from coterie.store.database import open_database

@@ -28,6 +28,7 @@ from desk_support import Script, ScriptedAnswerer, open_desk, scripted
 AXE = "4.14.1"
 CANNED = {"Greeting": "Hello, I am looking into it."}
 SURE = Confidence((0.5, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.0, 0.0), 3.0, 0.8, 0.02, 100, 0.9, 0.01)
+HELP = "https://help.shop.example/delivery"
 HTML = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
 expect.set_options(timeout=20_000)  # ms, for busy machines
 
@@ -66,7 +67,7 @@ class Shop:
         self.files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(site)))
         threading.Thread(target=self.files.serve_forever, daemon=True).start()
         self.site = f"http://127.0.0.1:{self.files.server_port}"
-        found = [Evidence("faq", "policies.md#delivery", "Standard delivery takes three days.", 0.8)]
+        found = [Evidence("faq", "policies.md#delivery", "Standard delivery takes three days.", 0.8, link=HELP)]
 
         def ground(question: str, _reader: Reader) -> list[Evidence]:
             return found if "delivery" in question else []
@@ -189,6 +190,7 @@ def test_a_visitor_asks_reads_sources_and_gives_a_reason(site: Page, shop: Shop)
     expect(site.locator(".entry.customer .words")).to_have_text("How long is delivery?")
     answer.get_by_text("Sources (1)").click()
     expect(answer.get_by_text("Standard delivery takes three days.")).to_be_visible()
+    expect(answer.get_by_role("link", name="policies.md#delivery")).to_have_attribute("href", HELP)
     answer.get_by_role("button", name="Not helpful", exact=True).click()
     site.get_by_label("What was wrong?").fill("I meant Scotland")
     site.get_by_label("What was wrong?").press("Enter")
@@ -295,6 +297,7 @@ def test_on_a_phone_in_arabic_it_fills_the_screen_from_right_to_left(browser: Br
         write_in.press("Enter")
         mine = page.locator(".entry.customer article")
         expect(mine).to_be_visible()
+        expect(page.locator(".entry.bot:not(.draft)")).to_have_count(1)  # until then, entries are drawn anew
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         box = mine.bounding_box()
         assert box

@@ -428,7 +428,7 @@ def test_the_scan_of_bytes_finds_what_an_exact_search_finds(source: Source) -> N
     source.learn()
     search = Documents("source", source.spec, source.folder, source.embedder).searching
     search.refresh()
-    whole = search._vectors.numpy() * search._scales[:, None]
+    whole = search._vectors.of(np.arange(len(search._of_row)))
     asked = source.embedder.embed([" ".join(rng.choice(words, 8)) for _ in range(20)])
     for vector, (ids, scores) in zip(asked, search.by_vectors(asked, [1], 10), strict=True):
         exact = np.sort(whole @ vector)[::-1][:10]

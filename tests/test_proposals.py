@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,19 @@ def test_what_was_decided_is_not_asked_again_and_the_file_says_who(pending: Pend
     decided = pending.read()[0]
     assert (decided.state, decided.by) == ("rejected", "ada")
     assert pending.decide([first.id], True, "bob") == 1  # a person may change their mind
-    pending.file.write_text(pending.file.read_text() + "{\n")
-    with pytest.raises(DataError, match=r"pending.jsonl:4: not a proposal"):
-        pending.read()
+    whole = pending.file.read_text()
+    for line, said in (("{", "not valid JSON"), ('{"x": 1}', "not a proposal")):
+        pending.file.write_text(f"{whole}{line}\n")
+        with pytest.raises(DataError, match=rf"pending.jsonl:4: {said}"):
+            pending.read()
+
+
+def test_a_line_separator_inside_a_document_ends_no_proposal(pending: Pending) -> None:
+    """Python's splitlines() takes U+2028 and U+0085 for ends of lines; JSON leaves them as they are."""
+    first, *rest = pending.read()
+    odd = replace(first, subject="Acme\u2028Works\u0085", state="waiting")
+    pending.add([odd])
+    assert pending.read() == [first, *rest, odd]
 
 
 def fact(relation: str, to: Term, back: bool = False) -> Fact:

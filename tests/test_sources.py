@@ -112,6 +112,43 @@ def test_a_source_that_cannot_be_read_is_told_and_the_others_are_learned(folder:
     assert listed["music"]["passages"] > 0
 
 
+def test_a_table_whose_file_cannot_be_read_is_named_to_those_who_may_read_it(folder: Path) -> None:
+    toml = folder / "coterie.toml"
+    toml.write_text(
+        toml.read_text().replace("files = { stock =", 'files = { more = "more.csv", gone = "gone.csv", stock =')
+    )
+    (folder / "more.csv").write_text("thing\nlamp\n")
+    (folder / "stock.csv").write_bytes(b"\xff\xfe\x00\xd8")
+    business, staff = Business.open(folder), Reader("eve", frozenset({"staff"}))
+    (done,) = learn(business, ["stock"])
+    assert {file for file, _ in done.errors} == {"stock.csv", "gone.csv"}
+    assert done.passages == 1
+    strangers, of_staff = (overview(business, who)[3]["errors"] for who in (Reader("ada"), staff))
+    assert [("gone.csv" in e, "stock.csv" in e) for e in strangers] == [(True, False)]
+    assert len(of_staff) == 2
+    (folder / "more.csv").unlink()
+    (done,) = learn(business, ["stock"])
+    assert {file for file, _ in done.errors} == {"more.csv", "stock.csv", "gone.csv"}
+    assert not any("stock.csv" in e for e in overview(business, Reader("ada"))[3]["errors"])
+
+
+@pytest.mark.parametrize(("declared", "readers"), [
+    ('readers = ["staff"]', {"eve": 1, "ada": 0}),
+    ('endpoint_graphs = { "urn:open" = "*", "urn:deals" = "staff" }', {"eve": 2, "ada": 1}),
+])  # fmt: skip
+def test_an_endpoint_is_listed_for_those_who_may_ask_it(folder: Path, declared: str, readers: dict[str, int]) -> None:
+    (folder / "coterie.toml").write_text(
+        f'[knowledge.far]\nkind = "graph"\nendpoint = "http://far.invalid/sparql"\n{declared}\n'
+    )
+    business = Business.open(folder)
+    groups = {"eve": frozenset({"staff"}), "ada": frozenset[str]()}
+    for name, count in readers.items():
+        listed = overview(business, Reader(name, groups[name]))
+        assert len(listed[0]["files"]) == count
+        assert ("far.invalid" in json.dumps(listed)) == bool(count)
+        assert name == "eve" or "deals" not in json.dumps(listed)
+
+
 def test_the_command_line_lists_them_all(folder: Path) -> None:
     list(learn(Business.open(folder), by=WordEmbedder()))
     said = CliRunner().invoke(app, ["sources", str(folder), "--json"])

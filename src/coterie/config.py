@@ -283,6 +283,11 @@ class KnowledgeSpec(_Strict):
         "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
     )
     embeddings_model: str = Field("", description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY")
+    vectors: str = Field(
+        "",
+        pattern=r"^(|postgres(ql)?(\+psycopg)?://.+)$",
+        description="address of a PostgreSQL with pgvector that keeps the vectors of documents; empty: files here",
+    )
     sources: dict[str, SourceSpec] = {}
 
     @model_validator(mode="before")

@@ -71,6 +71,13 @@ class Stopped(CoterieError):
     code = "stopped"
 
 
+class CrmError(CoterieError):
+    """The CRM is down, slow, full of nonsense, or refuses us."""
+
+    status = 502
+    code = "crm_unavailable"
+
+
 class StorageError(CoterieError):
     """The disk is full or cannot be written."""
 

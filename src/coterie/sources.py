@@ -12,8 +12,9 @@ from coterie.business import Business
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts.instruction import weights_of
-from coterie.knowledge import documents
+from coterie.knowledge import articles, documents
 from coterie.knowledge.asksql import open_sql
+from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.embed import Embedder, Endpoint, MiniLM
@@ -22,7 +23,7 @@ from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
-from coterie.knowledge.tables import open_tabular
+from coterie.knowledge.tables import open_tables
 from coterie.model.pull import EMBEDDER, pull
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
@@ -84,16 +85,27 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
     spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
     if isinstance(spec, DocumentsSpec):
         assert by, "made for documents"
-        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count)
+        if spec.salesforce:
+            articles.fetch(name, spec.salesforce, business.folder / spec.path, articles.open_org(name, spec.salesforce))
+        vectors = business.config.knowledge.vectors
+        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count, vectors)
     if isinstance(spec, GraphSpec):
         if spec.endpoint:
             return Learned(name, 0, 0, 1, 0, ())  # it has its own data, and is asked when a question comes
         done = learn_graph(spec, business.folder, folder)
         triples = sum(source.triples for source in Graph(folder, spec.timeout_s).sources())
         return Learned(name, len(done.changed), len(done.removed), done.kept, triples, tuple(done.problems.items()))
-    found = open_tabular(name, spec, business.folder).tables()
-    missing = tuple((table, "there is no such table") for table in spec.tables if table.lower() not in found)
-    return Learned(name, 0, 0, len(found), len(found), missing)
+    if isinstance(spec, TablesSpec):
+        database, files = open_tables(name, spec, business.folder)
+        files.connection()
+        found = database.tables() if len(files.problems) < len(set(spec.files.values())) else {}
+        wrong = list(files.problems.items())
+        missing = [table for table in spec.tables if table not in spec.files]
+    else:
+        found, wrong = open_database(name, spec, business.folder).tables(), []
+        missing = [table for table in spec.tables if table.lower() not in found]
+    wrong += [(table, "there is no such table") for table in missing]
+    return Learned(name, 0, 0, len(found), len(found), tuple(wrong))
 
 
 class Knowledge:
@@ -148,7 +160,8 @@ class Knowledge:
     def _opened(self, name: str, spec: DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec) -> Source:
         folder = index_folder(self.business, name)
         if isinstance(spec, DocumentsSpec):
-            return Documents(name, spec, folder, self.embedder, self.business.folder)
+            vectors = self.business.config.knowledge.vectors
+            return Documents(name, spec, folder, self.embedder, self.business.folder, vectors)
         if isinstance(spec, GraphSpec):
             return open_graph(name, spec, folder, self.embedder.embed)
         adapter = weights_of(self.business.library.facts(spec.expert)) if spec.expert else None
@@ -193,25 +206,33 @@ def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:
             continue
         head: dict[str, Any] = {"name": name, "kind": spec.kind, "description": spec.description, "indexed": None}
         try:
-            files = _parts(business, name, reader)
-            errors = []
+            files, errors = _parts(business, name, reader)
         except CoterieError as error:
             files, errors = [], [str(error)]
         out.append(head | {"files": files, "passages": sum(f["passages"] for f in files), "errors": errors})
     return out
 
 
-def _parts(business: Business, name: str, reader: Reader) -> list[dict[str, Any]]:
-    """The named graphs of a graph, or the tables of a database, that the reader may see; triples and columns count."""
+def _parts(business: Business, name: str, reader: Reader) -> tuple[list[dict[str, Any]], list[str]]:
+    """The named graphs of a graph, or the tables of a database, that the reader may see; triples and columns count.
+    And what is wrong with those that they may see."""
     spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
     if isinstance(spec, GraphSpec):
         if spec.endpoint:
-            return [_part(spec.endpoint, "SPARQL endpoint", 0, spec.readers)]
+            graphs = spec.endpoint_graphs or {spec.endpoint: spec.readers}
+            mine = {graph: readers for graph, readers in graphs.items() if set(readers) & reader.may}
+            return [_part(graph, f"at {spec.endpoint}", 0, sorted(readers)) for graph, readers in mine.items()], []
         sources = Graph(folder, spec.timeout_s).sources()
-        return [_part(s.name, "triples", s.triples, sorted(s.readers)) for s in sources if s.readers & reader.may]
+        return [_part(s.name, "triples", s.triples, sorted(s.readers)) for s in sources if s.readers & reader.may], []
     assert not isinstance(spec, DocumentsSpec), "documents have an overview of their own"
-    seen = open_tabular(name, spec, business.folder).views(reader)
-    return [_part(table, ", ".join(view.columns), len(view.columns), []) for table, view in seen.items()]
+    problems: list[str] = []
+    if isinstance(spec, TablesSpec):
+        database, loaded = open_tables(name, spec, business.folder)
+        problems = loaded.problems_for(reader)
+        seen = database.views(reader) if len(loaded.problems) < len(set(spec.files.values())) else {}
+    else:
+        seen = open_database(name, spec, business.folder).views(reader)
+    return [_part(table, ", ".join(view.columns), len(view.columns), []) for table, view in seen.items()], problems
 
 
 def _part(path: str, title: str, passages: int, readers: list[str]) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def ask(
                 cited = {s.cites for s in grounded.sentences}
                 for row in _rows(grounded.evidence):
                     if int(row[0]) in cited:
-                        tell(f"  [{row[0]}] {row[1]}: {row[2]}")
+                        link = grounded.evidence[int(row[0]) - 1].link
+                        tell(f"  [{row[0]}] {row[1]}: {row[2]}{f' ({link})' if link else ''}")
             else:
                 shown: dict[str, Any] = {
                     "text": said.strip(), "known": grounded.known, "sources": grounded.sources(),

@@ -80,7 +80,10 @@ def list_accounts(folder: Folder = Path(), as_json: Json = False) -> None:
     """List all accounts."""
     with _house(folder) as house:
         found = house.accounts.all()
-    rows = [[a.name, a.role, "yes" if a.second_factor else "no", "locked" if a.locked else ""] for a in found]
+    rows = [
+        [a.name, a.role, "yes" if a.second_factor else "no", "disabled" if a.disabled else "locked" if a.locked else ""]
+        for a in found
+    ]
     result([vars(a) for a in found], as_json, table(["name", "role", "second factor", ""], rows))
 
 
@@ -90,12 +93,15 @@ def change_account(
     role: Annotated[str | None, typer.Option(help="Another role.")] = None,
     password: Annotated[bool, typer.Option("--password", help="Another password, from the terminal or stdin.")] = False,
     drop_second_factor: Annotated[bool, typer.Option("--drop-second-factor", help="Ask for no code any more.")] = False,
+    disabled: Annotated[
+        bool | None, typer.Option("--disable/--enable", help="Whether it may sign in.", show_default=False)
+    ] = None,
     folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
     """Change an account; its sessions and tokens end."""
     with _house(folder) as house:
-        house.accounts.change(name, role, _password("New password") if password else None)
+        house.accounts.change(name, role, _password("New password") if password else None, disabled=disabled)
         if drop_second_factor:
             house.accounts.drop_second_factor(name)
     result({"name": name}, as_json, f"{name}: changed")

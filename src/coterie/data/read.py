@@ -141,6 +141,14 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str
                 yield _example({"prompt": ask, "completion": said}, {}, where, system)
 
 
+def read_objects(path: Path) -> Iterator[tuple[str, Row]]:
+    """Place and row of each line of a file of JSON objects, one a line. Raises DataError, naming file and line."""
+    try:
+        yield from _jsonl(path, None)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def check_file(path: Path) -> None:
     """Raises DataError where `path` is no file of a known kind."""
     if not path.exists():

@@ -18,8 +18,9 @@ from sqlalchemy.orm import Session
 from coterie.config import CrmSpec
 from coterie.desk import handoff
 from coterie.desk.conversation import Conversations
-from coterie.desk.crm import Case, Crm, CrmError
+from coterie.desk.crm import Case, Crm
 from coterie.desk.message import Message
+from coterie.errors import CrmError
 from coterie.store.conversation import ConversationRow, MessageRow
 from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing

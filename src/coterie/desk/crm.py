@@ -16,17 +16,10 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.exc import ArgumentError
 
 from coterie.config import CrmSpec
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, CrmError
 
 DEADLINE_S, REST_S, FAILURES = 3.0, 30.0, 3
 T = TypeVar("T")
-
-
-class CrmError(CoterieError):
-    """The CRM is down, slow, full of nonsense, or refuses us."""
-
-    status = 502
-    code = "crm_unavailable"
 
 
 @dataclass(frozen=True)

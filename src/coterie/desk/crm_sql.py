@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from coterie.desk.crm import Case, Contact, CrmError
+from coterie.desk.crm import Case, Contact
+from coterie.errors import CrmError
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,7 @@ def _record(running: Answer, words: _Words, evidence: Sequence[Evidence]) -> dic
     return {
         "expert": running.expert, "version": running.version,
         "similarity": _rounded(signals.similarity), "logprob": _rounded(signals.logprob),
-        "sources": [{"source": e.source, "where": e.where, "text": e.text[:1000]} for e in evidence],
+        "sources": [handoff.shown(e) for e in evidence],
     }  # fmt: skip
 
 

@@ -112,10 +112,16 @@ def summary_of(text: str) -> str:
     return flat if len(flat) <= SAMPLE else flat[: SAMPLE - 1].rsplit(" ", 1)[0] + "…"
 
 
+def shown(e: Evidence) -> dict[str, Any]:
+    """A piece of evidence as it is kept with a message."""
+    kept = {"source": e.source, "where": e.where, "text": e.text[:1000]}
+    return kept | ({"link": e.link} if e.link else {})
+
+
 def brief(
     reason: str, messages: Sequence[Message], evidence: Sequence[Evidence] = (), suggestion: str = "",
     confidence: float | None = None, detail: str = "", queue: str = "general",
 ) -> Handoff:  # fmt: skip
     """What the agent gets."""
-    sources = tuple({"source": e.source, "where": e.where, "text": e.text[:1000]} for e in evidence)
+    sources = tuple(map(shown, evidence))
     return Handoff(reason, detail, summary(messages), suggestion, sources, confidence, queue)

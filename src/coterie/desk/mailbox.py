@@ -104,12 +104,18 @@ class Post:
 
     def _line(self) -> smtplib.SMTP:
         s, context = self.server, ssl.create_default_context()
+        line: smtplib.SMTP
         if s.scheme == "smtps":
-            return smtplib.SMTP_SSL(s.host, s.port, timeout=TIMEOUT_S, context=context)
-        line = smtplib.SMTP(s.host, s.port, timeout=TIMEOUT_S)
-        if s.scheme == "smtp+starttls":
-            line.starttls(context=context)
-        line.ehlo_or_helo_if_needed()
+            line = smtplib.SMTP_SSL(s.host, s.port, timeout=TIMEOUT_S, context=context)
+        else:
+            line = smtplib.SMTP(s.host, s.port, timeout=TIMEOUT_S)
+        try:
+            if s.scheme == "smtp+starttls":
+                line.starttls(context=context)
+            line.ehlo_or_helo_if_needed()  # only now is it known whether the server wants us to sign in
+        except BaseException:
+            line.close()
+            raise
         return line
 
 

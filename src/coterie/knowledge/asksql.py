@@ -5,7 +5,6 @@ again: further statements are drawn, and values that stand in no row are replace
 likeliest one that finds rows answers. The database is the judge of what can be run, never of what is right.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +16,7 @@ from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
 from coterie.data.features import TfIdf
-from coterie.data.read import Message
+from coterie.data.read import Message, read_objects
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError, QueryRefused, SourceError
@@ -186,17 +185,11 @@ def open_sql(
 
 def read_examples(file: Path) -> list[tuple[str, str]]:
     """Pairs of question and SQL, a JSON object a line. Raises DataError, naming file and line."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
     out = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            out.append((str(row["question"]), str(row["sql"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}:{number}: needs question and sql, as JSON ({error})") from error
+    for where, row in read_objects(file):
+        if not isinstance(row.get("question"), str) or not isinstance(row.get("sql"), str):
+            raise DataError(f"{where}: needs question and sql, both texts")
+        out.append((row["question"], row["sql"]))
     return out
 
 

@@ -6,7 +6,7 @@ and keeps its place in the list, and the rest is indexed.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from coterie.data.read import read_objects
 from coterie.errors import CoterieError, DataError
 from coterie.experts.library import alone
+from coterie.knowledge.articles import link_of
 from coterie.knowledge.chunk import Chunk, chunks
 from coterie.knowledge.documents_spec import KINDS, DocumentsSpec
 from coterie.knowledge.embed import Embedder, Floats
@@ -73,13 +75,13 @@ def permissions_mark(spec: DocumentsSpec) -> str:
 
 def learn(
     name: str, spec: DocumentsSpec, root: Path, folder: Path, embedder: Embedder, tell: Tell = lambda _: None,
-    count: Count = lambda _w, _d, _t: None,
+    count: Count = lambda _w, _d, _t: None, vectors: str = "",
 ) -> Learned:  # fmt: skip
     """Bring the index in `folder` up to date with the files in `root`. Raises DataError (root), StorageError."""
     todo = list(listed(root, spec))
     indexed = dropped = 0
     with alone(folder.with_suffix(".lock"), f"{folder.name}: another `coterie learn` is at work on it; let it end"):
-        store = Store(folder, embedder.width, embedder.name)
+        store = Store(folder, embedder.width, embedder.name, vectors)
         try:
             known = {f.path: f for f in store.files()}
             gone = known.keys() - {path for path, _ in todo}
@@ -156,10 +158,12 @@ def _read(path: str, place: Path, before: File | None, spec: DocumentsSpec) -> t
 class Documents:
     """A learned source, opened for asking."""
 
-    def __init__(self, name: str, spec: DocumentsSpec, folder: Path, embedder: Embedder, base: Path = Path()) -> None:
+    def __init__(
+        self, name: str, spec: DocumentsSpec, folder: Path, embedder: Embedder, base: Path = Path(), vectors: str = ""
+    ) -> None:
         """Raises CoterieError where it is not indexed yet, or its readers have changed since."""
         self.name, self.spec = name, spec
-        self.searching = Search(folder, embedder)
+        self.searching = Search(folder, embedder, vectors)
         self.judged = Judged(base / spec.judged, embedder) if spec.judged else None
 
     def close(self) -> None:
@@ -174,13 +178,16 @@ class Documents:
         self._check()
         gains = self.judged.gains if self.judged else lambda _: {}
         found = self.searching.find(question, reader.may, limit, gains)
-        return [Evidence(self.name, p.where, p.text, score) for p, score in found]
+        return [Evidence(self.name, p.where, p.text, score, link=self._link(p.path)) for p, score in found]
 
     def open(self, where: str, reader: Reader) -> Evidence | None:
         """The passage that a citation names, where the reader may read it."""
         self._check()
         found = self.searching.passage(where, reader.may)
-        return Evidence(self.name, found.where, found.text, 0.0) if found else None
+        return Evidence(self.name, found.where, found.text, 0.0, link=self._link(found.path)) if found else None
+
+    def _link(self, path: str) -> str:
+        return link_of(self.spec.salesforce, path) if self.spec.salesforce else ""
 
 
 class Judged:
@@ -193,15 +200,12 @@ class Judged:
     def __init__(self, file: Path, embedder: Embedder) -> None:
         self.paths: list[list[str]] = []
         questions = []
-        for number, line in enumerate(_lines(file), 1):
+        for where, row in read_objects(file):
             try:
-                row = json.loads(line)
                 questions.append(str(row["question"]))
                 self.paths.append([str(p) for p in row["documents"]])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f'{file}:{number}: must be {{"question": ..., "documents": [...]}} ({error})'
-                ) from error
+            except (KeyError, TypeError) as error:
+                raise DataError(f'{where}: must be {{"question": ..., "documents": [...]}} ({error})') from error
         self.vectors = embedder.embed(questions)
 
     def gains(self, question: Floats) -> dict[str, float]:
@@ -214,13 +218,6 @@ class Judged:
             for path in self.paths[i] if like[i] > 0 else ():
                 missed[path] = missed.get(path, 1.0) * (1 - float(like[i]))
         return {path: GAIN * (1 - m) for path, m in missed.items()}
-
-
-def _lines(file: Path) -> Iterable[str]:
-    try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
 
 
 def overview(name: str, spec: DocumentsSpec, folder: Path, reader: Reader) -> dict[str, Any]:

@@ -22,6 +22,25 @@ class ReadersSpec(_Strict):
     readers: Several = Field(description="groups that may read them; none: nobody")
 
 
+class ArticlesSpec(_Strict):
+    """[knowledge.NAME.salesforce]: Salesforce Knowledge; `coterie learn` keeps its published articles in the folder."""
+
+    url: str = Field(pattern="^https?://", description="https://NAME.my.salesforce.com")
+    client_id_env: str = Field("SALESFORCE_CLIENT_ID", description="the environment variable of the id")
+    client_secret_env: str = Field("SALESFORCE_CLIENT_SECRET", description="and of the secret")
+    fields: list[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]] = Field(
+        ["Summary"], description="fields of an article that hold its text, in order, such as `Answer__c`"
+    )
+    language: str = Field("en_US", pattern=r"^[A-Za-z_]+$", description="of the articles")
+    channel: Literal["Pkb", "Csp", "Prm", "App"] = Field(
+        "Pkb",
+        description="articles that the public sees (Pkb), or customers (Csp), partners (Prm), colleagues (App)",
+    )
+    link: str = Field(
+        "", pattern=r"^(https?://.*)?$", description="where an article is read, with `{name}` for its URL name"
+    )
+
+
 class DocumentsSpec(_Strict):
     """[knowledge.NAME]: a folder of documents, with `kind = "documents"`."""
 
@@ -31,6 +50,7 @@ class DocumentsSpec(_Strict):
     files: Several = Field(["*"], description="which of its files, as in `*.md`; `*` stands for `/` too")
     readers: Several = Field(["*"], description='groups that may read it; `"*"`: everyone')
     permissions: list[ReadersSpec] = Field([], description="other readers for some of the files")
+    salesforce: ArticlesSpec | None = Field(None, description="articles that are kept in the folder")
     max_mb: float = Field(50, gt=0, description="larger files are reported, and not read")
     judged: str = Field(
         "", description='a .jsonl of `{"question": ..., "documents": [...]}`: what served which question before'

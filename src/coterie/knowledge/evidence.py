@@ -12,6 +12,7 @@ class Evidence:
     source: its name in coterie.toml. where: the address within it that a citation opens (a file and its heading, a
     table and its row, a triple). text: what goes before the model, and what is shown. score: higher is nearer, and
     comparable within one source only. query: the SQL or SPARQL that found it, "" where it was searched for by words.
+    link: where a person reads it on the web, "" for nowhere.
     """
 
     source: str
@@ -19,6 +20,7 @@ class Evidence:
     text: str
     score: float
     query: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`coterie learn` of a graph: its files and tables as named graphs, only what changed, and the path finder."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,17 @@ from typing import Any
 import pyoxigraph as ox
 from sqlalchemy import Engine, create_engine
 
+from coterie.data.read import read_objects
 from coterie.errors import CoterieError, DataError, SourceError
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import EXTRACTED, Graph
-from coterie.knowledge.graph_source import TYPE, GraphSource
+from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.mapping import csv_rows, map_rows, relation, table_rows
 from coterie.knowledge.paths import COUNT, LIST, Asked, Finder, mask
 from coterie.knowledge.rdf import check_shapes, read_rdf
+from coterie.knowledge.shape import TYPE
 from coterie.knowledge.specs import GraphSpec
 from coterie.store.database import located
 
@@ -166,16 +167,7 @@ def read_asked(file: Path, base: str) -> Iterator[Asked]:
     """Questions with their paths. A line has `question`, `names` (the words of it that name the thing), `path`, a list
     of relations ("^" before one that is followed backwards; plain words stand for a relation under `base`, and
     "^rdf:type" leads from a type to its things), and may have `count`: true. Raises DataError, naming file and line."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}:{number}: not JSON ({error})") from error
-        yield asked_of(row, base, f"{file}:{number}")
+    return (asked_of(row, base, where) for where, row in read_objects(file))
 
 
 def asked_of(row: Any, base: str, where: str) -> Asked:

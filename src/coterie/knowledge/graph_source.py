@@ -3,16 +3,17 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from coterie.errors import QueryRefused, SourceError
 from coterie.knowledge.entities import NAMES, Embed, Entities, Mention
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.graph import Askable, source_of
 from coterie.knowledge.paths import COUNT, Finder, RelationPath, mask, split_words
+from coterie.knowledge.shape import TYPE, shape_of
 from coterie.knowledge.sparql import Term, iri
+from coterie.knowledge.totals import Reading, asks, read
 
-TYPE = "http://www.w3.org/1999/02/22-rdf-syntax-ns#type"
 STARTS = 8  # things that a question may name, tried one by one
 RELATIONS = 500  # of one step
 FRONTIER = 200  # things at the end of a path whose relations are looked at
@@ -72,6 +73,16 @@ def ends(start: str, relations: Sequence[str]) -> str:
     return f"{inner} BIND({at} AS ?x)"
 
 
+@dataclass(frozen=True)
+class Total:
+    """What a question over all things of a kind led to. `values`: one number, or the things that share the first
+    place, with the `numbers` they are ranked by."""
+
+    reading: Reading
+    values: tuple[Term, ...]
+    numbers: tuple[Term, ...]
+
+
 class GraphSource:
     """A graph that questions are put to. `finder` None: relations are found by their own words."""
 
@@ -80,9 +91,12 @@ class GraphSource:
     ) -> None:  # fmt: skip
         self.name, self.graph, self.finder, self.embed, self.named = name, graph, finder, embed, named
         self._known = lru_cache(maxsize=8)(self._read_known)  # by what a reader sees, which changes with the content
+        self._shape = lru_cache(maxsize=8)(lambda _, reader: shape_of(graph, reader, lambda t: self.names(t, reader)))
 
     def search(self, question: str, reader: Reader) -> list[Evidence]:
         """Evidence for `question` among what `reader` may see, best first; none where it names nothing here."""
+        if total := self.total(question, reader):
+            return self._say_total(total, reader)
         out: list[Evidence] = []
         answers, sure = self.answers(question, reader), 0.0
         for answer in answers:
@@ -117,6 +131,51 @@ class GraphSource:
         if failed and not found:
             raise failed[0]
         return [a for a in found if a.values]
+
+    def total(self, question: str, reader: Reader) -> Total | None:
+        """What a question over all things of a kind asks for, where it is one; see totals.py. Nothing is guessed."""
+        if not asks(question):
+            return None
+        _, _, kinds = self._known(self.graph.seen(reader), reader)
+        mentions = [m for m in self._entities(reader).link(question) if not kinds & set(m.iris)]
+        try:
+            shape = self._shape(self.graph.seen(reader), reader)
+            having, leading = partial(self._having, reader), partial(self._leading, reader)
+            reading = read(question, shape, mentions, having, leading)
+            if reading is None:
+                return None
+            rows = self.graph.select(reading.sparql, reader).rows
+        except SourceError:  # too large to be looked over, or to be added up, in time
+            return None
+        if not reading.ranks:
+            values = tuple(t for row in rows for t in row if t)
+            return Total(reading, values, values) if values else None
+        first = tuple((x, n) for x, n in rows if x and n and rows[0][1] and n.plain == rows[0][1].plain)
+        return Total(reading, tuple(x for x, _ in first), tuple(n for _, n in first)) if first else None
+
+    def _having(self, reader: Reader, kind: str, texts: Sequence[str]) -> list[tuple[str, Term]]:
+        """Properties of things of a kind, and their values, that are one of some texts but for case."""
+        said = ", ".join(Term("literal", text).sparql() for text in texts)
+        hidden = ", ".join(f"<{n}>" for n in NAMES)
+        query = (
+            f"SELECT DISTINCT ?p ?v {{ ?x a {iri(kind)} ; ?p ?v "
+            f"FILTER(ISLITERAL(?v) && LCASE(STR(?v)) IN ({said})) FILTER(?p NOT IN ({hidden})) }}"
+        )
+        return [(p.value, v) for p, v in self.graph.select(query, reader).rows if p and v]
+
+    def _leading(self, reader: Reader, kind: str, thing: str) -> list[str]:
+        query = f"SELECT DISTINCT ?p {{ ?x a {iri(kind)} ; ?p {iri(thing)} }}"
+        return [p.value for p in self.graph.select(query, reader).column("p")]
+
+    def _say_total(self, total: Total, reader: Reader) -> list[Evidence]:
+        names = self.names(total.values, reader)
+        said, query = total.reading.said, total.reading.sparql
+        if not total.reading.ranks:
+            return [Evidence(self.name, said, f"{said}: {total.values[0].value}", 1.0, query)]
+        return [
+            Evidence(self.name, said, f"{said}: {names.get(v.value, v.value)} ({n.value})", 1.0, query)
+            for v, n in zip(total.values, total.numbers, strict=True)
+        ]
 
     def around(self, thing: str, reader: Reader, most: int = 50) -> list[Fact]:
         """Triples that begin or end at a thing, its names left out."""

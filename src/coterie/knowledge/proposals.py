@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pyoxigraph as ox
 
+from coterie.data.read import read_objects
 from coterie.engine.constrain import Constraint, json_schema
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
@@ -120,16 +121,14 @@ class Pending:
 
     def read(self) -> list[Proposal]:
         """In the order they came. Raises DataError, naming file and line."""
-        try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+        if not self.file.exists():
             return []
         out = []
-        for number, line in enumerate(lines, 1):
+        for where, row in read_objects(self.file):
             try:
-                out.append(Proposal(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{self.file}:{number}: not a proposal ({error})") from error
+                out.append(Proposal(**row))
+            except TypeError as error:
+                raise DataError(f"{where}: not a proposal ({error})") from error
         return out
 
     def add(self, proposals: Iterable[Proposal]) -> int:

@@ -17,22 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import tantivy
-import torch
 from numpy.typing import NDArray
 
 from coterie.errors import CoterieError
 from coterie.knowledge.embed import Embedder
 from coterie.knowledge.names import pairs
 from coterie.knowledge.series import Series
-from coterie.knowledge.store import FORMAT, allowed, meta, open_db, open_words
+from coterie.knowledge.store import allowed, meta, open_db, open_words, space_of
+from coterie.knowledge.vectors import open_vectors
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 WORDS_MOST = 400  # different words of one question that are searched for
 CLAUSES_MOST = 48
 CLAUSE = 9  # characters: less says nothing by itself
-BLOCK = 1 << 16  # rows scored at once
-SPARE = 2  # times as many rows as wanted are scored again with the question vector as it is
 WHOLE, EACH = 200, 100  # candidates by the whole question, and by each clause
 TITLE = 2.0  # a word in title or heading counts as so many in the text
 FEEDBACK, FEEDBACK_WEIGHT = 10, 0.8  # passages like one of the first ten gain
@@ -66,18 +64,21 @@ def clauses(question: str) -> list[str]:
 class Search:
     """An index opened for reading. Several threads may ask it at once; a writer's commits are seen at once."""
 
-    def __init__(self, folder: Path, embedder: Embedder) -> None:
-        """Raises CoterieError where nothing is indexed yet, or by another embedding model."""
+    def __init__(self, folder: Path, embedder: Embedder, vectors: str = "") -> None:
+        """`vectors`: address of the PostgreSQL that has the vectors. Raises CoterieError where nothing is indexed yet,
+        or by another embedding model, or with its vectors elsewhere."""
         self.folder, self.embedder = folder, embedder
         self.db = open_db(folder, writing=False)
-        held, own = meta(self.db, "space"), f"{FORMAT} {embedder.width} {embedder.name}"
+        held, own = meta(self.db, "space"), space_of(embedder.width, embedder.name, vectors)
         if held != own:
             raise CoterieError(f"{folder.name}: indexed as {held!r}, and now {own!r} is declared; run `coterie learn`")
         self._words = open_words(folder)
+        self._vectors = open_vectors(folder, embedder.width, vectors, meta(self.db, "vectors"))
         self._lock = threading.Lock()
         self._seen = ("", -1, -1)
 
     def close(self) -> None:
+        self._vectors.close()
         self.db.close()
 
     def refresh(self) -> None:
@@ -107,10 +108,7 @@ class Search:
         files = np.array(found.fetchall(), np.int64).reshape(-1, 4)
         self._files, self._document = files, np.searchsorted(files[:, 0], table[:, 3])  # the place in it of each id's
         self._series: dict[tuple[int, ...], Series] = {}
-        if rows:  # mode "c", as torch wants memory that could be written to; nothing is
-            mapped = np.memmap(self.folder / "vectors.i8", np.int8, "c", shape=(rows, self.embedder.width))
-            self._vectors = torch.from_numpy(mapped)
-            self._scales = np.fromfile(self.folder / "scales.f32", np.float32, rows)
+        self._vectors.open(rows)
         self._seen = mark
 
     def by_words(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
@@ -143,40 +141,10 @@ class Search:
     def by_vectors(self, vectors: Floats, classes: Sequence[int], limit: int) -> list[tuple[Ints, Floats]]:
         """For each question vector, the nearest passages and their cosines; the mask comes before the choice."""
         may = np.isin(self._access, list(classes))
-        count = min(limit, int(may.sum()))
-        if not count:
+        if not may.any():
             return [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in vectors]
-        scores = self._scan(vectors)
-        out = []
-        rows = np.flatnonzero(may)
-        everything = len(rows) == len(may)
-        for vector, of_rows in zip(vectors, scores, strict=True):
-            near = of_rows if everything else of_rows[rows]
-            some = min(count * SPARE, len(rows))
-            best = np.argpartition(near, -some)[-some:] if some < len(rows) else np.arange(len(rows))
-            best = rows[best]
-            exact = self._dot(best, vector[None])[:, 0]
-            order = np.argsort(-exact, kind="stable")[:count]
-            out.append((self._of_row[best[order]], exact[order]))
-        return out
-
-    def _scan(self, vectors: Floats) -> Floats:
-        """Cosines, nearly, (questions, rows): bytes by bytes, in the rows' scale."""
-        scale = np.maximum(np.abs(vectors).max(axis=1, keepdims=True), 1e-9) / 127
-        columns = max(8, len(vectors))  # oneDNN's kernel wants a few
-        asked = np.zeros((columns, vectors.shape[1]), np.int8)
-        asked[: len(vectors)] = np.round(vectors / scale)
-        by = torch.from_numpy(asked).t().contiguous()
-        out = np.empty((len(vectors), len(self._of_row)), np.float32)
-        for start in range(0, len(self._of_row), BLOCK):
-            block = torch._int_mm(self._vectors[start : start + BLOCK], by)[:, : len(vectors)]
-            out[:, start : start + BLOCK] = block.t().numpy()
-        return out * self._scales
-
-    def _dot(self, rows: Ints, vectors: Floats) -> Floats:
-        """Cosines (rows, vectors) with the whole vectors of some rows."""
-        whole: Floats = self._vectors[torch.from_numpy(rows)].numpy() * self._scales[rows, None]
-        return whole @ vectors.T
+        found = self._vectors.nearest(vectors, may, classes, limit)
+        return [(self._of_row[lines], cosines) for lines, cosines in found]
 
     def find(
         self, question: str, groups: Iterable[str], limit: int,
@@ -220,14 +188,14 @@ class Search:
     ) -> tuple[Floats, Floats]:  # fmt: skip
         """The scores of candidates, and what their series lend to each. asked: vectors (1 + clauses, width)."""
         rows = self._row[np.searchsorted(self._ids, ids)]
-        cosines = self._dot(rows, asked)
+        vectors = self._vectors.of(rows)
+        cosines = vectors @ asked.T
         parts = np.maximum(cosines[:, 1:] if len(asked) > 1 else cosines, 0)
         best = np.max([_on(ids, *one) for one in each], axis=0)
         signals = (_on(ids, *whole), best, cosines[:, 0], (parts**4).sum(axis=1))
         score = sum((_scaled(s) for s in signals), start=np.zeros(len(ids), np.float32))
         if len(ids) > FEEDBACK:  # else every one is among the first, and as like as can be
-            first = rows[np.argsort(-score, kind="stable")[:FEEDBACK]]
-            like = self._dot(rows, self._vectors[torch.from_numpy(first)].numpy() * self._scales[first, None])
+            like = vectors @ vectors[np.argsort(-score, kind="stable")[:FEEDBACK]].T
             score = _scaled(score) + FEEDBACK_WEIGHT * _scaled(like.max(axis=1))
         documents, at = np.unique(self._place(ids), return_inverse=True)
         of = np.full((2, len(documents)), -np.inf, np.float32)  # the best score of each document, and its pairs

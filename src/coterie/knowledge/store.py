@@ -1,4 +1,4 @@
-"""The index of one folder of documents: passages in SQLite, words in tantivy, vectors in a memory-mapped file.
+"""The index of one folder of documents: passages in SQLite, words in tantivy, vectors as vectors.py keeps them.
 
 SQLite says what holds. A batch is written in this order: vectors are appended, tantivy commits, SQLite commits with
 tantivy's stamp. Whoever is killed in between leaves vectors that SQLite does not know, which the next writer cuts off,
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sqlite3
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from coterie.errors import CoterieError, StorageError
 from coterie.knowledge.chunk import Chunk
 from coterie.knowledge.names import pairs, series_of
 from coterie.knowledge.near import bands, normalise, repeats
+from coterie.knowledge.vectors import drop_table, open_vectors
 
 Floats = NDArray[np.float32]
 HEAP = 64 << 20  # bytes that tantivy may hold while it writes
 FORMAT = "2"
+IN_POSTGRES = " in PostgreSQL"
 
 TABLES = """
 create table if not exists meta(key text primary key, value text);
@@ -81,6 +84,11 @@ def open_db(folder: Path, writing: bool) -> sqlite3.Connection:
     return db
 
 
+def space_of(width: int, space: str, vectors: str) -> str:
+    """What an index must have been made with, to be searched or gone on with."""
+    return f"{FORMAT} {width} {space}{IN_POSTGRES if vectors else ''}"
+
+
 def meta(db: sqlite3.Connection, key: str) -> str:
     """A fact about the index, "" where it is not there."""
     row = db.execute("select value from meta where key = ?", (key,)).fetchone()
@@ -108,40 +116,48 @@ def stamp_of(folder: Path) -> str:
 class Store:
     """The one writer of an index. `batch()` holds what is put and dropped until it ends, and then all of it counts."""
 
-    def __init__(self, folder: Path, width: int, space: str) -> None:
-        """Open or begin the index; put right what a killed writer left. An index of another `space` is begun anew."""
+    def __init__(self, folder: Path, width: int, space: str, vectors: str = "") -> None:
+        """Open or begin the index; put right what a killed writer left. An index of another `space` is begun anew.
+        `vectors`: address of a PostgreSQL that is to have the vectors; "": files have them."""
         self.folder, self.width = folder, width
-        held = f"{FORMAT} {width} {space}"
+        held = space_of(width, space, vectors)
         if (folder / "index.db").exists():
             db = open_db(folder, writing=True)
-            other = meta(db, "space") not in ("", held)
+            before, table = meta(db, "space"), meta(db, "vectors")
             db.close()
-            if other:
+            if before not in ("", held):
+                if vectors and before.endswith(IN_POSTGRES):
+                    drop_table(vectors, table)
                 old = folder.with_name(f".old-{folder.name}-{os.getpid()}")
                 folder.rename(old)  # a reader may still have files open in it
                 shutil.rmtree(old, ignore_errors=True)
         self.db = open_db(folder, writing=True)
         self.set("space", held)
+        if not meta(self.db, "vectors"):  # no two indexes share a table, whatever their folders are called
+            self.set("vectors", f"coterie_vectors_{uuid.uuid4().hex}")
         self.rows = int(meta(self.db, "rows") or 0)
-        for name, size in (("vectors.i8", width), ("scales.f32", 4)):
-            file = folder / name
-            file.touch()
-            if file.stat().st_size < self.rows * size:
-                raise StorageError(f"{file}: is cut short; delete {folder} and run `coterie learn`")
-            os.truncate(file, self.rows * size)
+        self._vectors = open_vectors(folder, width, vectors, meta(self.db, "vectors"))
+        self._vectors.cut(self._lines, self.rows)
         self._index = open_words(folder)
         if stamp_of(folder) != meta(self.db, "stamp"):
             self._rebuild_words()
         self._words = self._index.writer(HEAP)
         self._classes: dict[tuple[str, ...], int] = {}
         self._new: list[tuple[int, int, str, str, str]] = []  # see `_words_of`: without vectors yet
+        self._gone: list[int] = []  # rows of the vectors that nobody will know after this batch
 
     def close(self) -> None:
         self._words.wait_merging_threads()
+        self._vectors.close()
         self.db.close()
 
     def set(self, key: str, value: str) -> None:
         self.db.execute("insert or replace into meta values(?, ?)", (key, value))
+
+    def _lines(self) -> NDArray[np.int64]:
+        """The rows of the vectors that passages have."""
+        found = self.db.execute("select line from chunks where line is not null").fetchall()
+        return np.array(found, np.int64).ravel()
 
     def _rebuild_words(self) -> None:
         writer = self._index.writer(HEAP)
@@ -166,19 +182,20 @@ class Store:
         try:
             yield self
             assert not self._new, "passages were put, and have no vectors"
-            for name in ("vectors.i8", "scales.f32"):
-                with (self.folder / name).open("rb") as f:
-                    os.fsync(f.fileno())
+            self._vectors.commit()
             self._words.commit()
             self.set("stamp", stamp_of(self.folder))
             self.set("rows", str(self.rows))
             self.db.execute("commit")
         except BaseException:
             self.db.execute("rollback")
+            self._vectors.rollback()
             self._words.rollback()
-            self._new, self._classes = [], {}
+            self._new, self._gone, self._classes = [], [], {}
             self.rows = int(meta(self.db, "rows") or 0)
             raise
+        gone, self._gone = self._gone, []
+        self._vectors.forget(gone)
 
     def put(self, file: File, passages: Sequence[Chunk]) -> None:
         """Index a file in place of what it said before. A passage that nearly repeats one of other files with the
@@ -230,7 +247,8 @@ class Store:
         row = self.db.execute("select id from documents where path = ?", (path,)).fetchone()
         if row is None:
             return
-        for (chunk,) in self.db.execute("select id from chunks where document = ?", row).fetchall():
+        for chunk, line in self.db.execute("select id, line from chunks where document = ?", row).fetchall():
+            self._gone += [line] if line is not None else []
             self.db.execute(
                 "update documents set sha256 = '', changed = 0 where id in "
                 "(select document from chunks where repeats = ?)", (chunk,),
@@ -245,14 +263,9 @@ class Store:
         return [f"{title}\n{text}" for _, _, title, text, _ in self._new]
 
     def finish(self, vectors: Floats) -> None:
-        """Vectors (pending, width) of length 1 of the pending passages: bytes, and a scale for each row."""
-        scales = (np.maximum(np.abs(vectors).max(axis=1, initial=0), 1e-9) / 127).astype(np.float32)
-        numbers = np.round(vectors / scales[:, None]).astype(np.int8)
-        for name, size, part in (("vectors.i8", self.width, numbers), ("scales.f32", 4, scales)):
-            with (self.folder / name).open("r+b") as f:
-                f.truncate(self.rows * size)
-                f.seek(self.rows * size)
-                f.write(part.tobytes())
+        """Vectors (pending, width) of length 1 of the pending passages."""
+        if self._new:
+            self._vectors.append(self.rows, vectors, [access for _, access, *_ in self._new])
         for one in self._new:
             self._words.add_document(_words_of(*one))
         self.rows += len(self._new)

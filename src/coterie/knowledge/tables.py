@@ -13,6 +13,7 @@ import duckdb
 
 from coterie.errors import SourceError, first_line
 from coterie.knowledge.database import Database, open_database
+from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import Column, TableSchema
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 
@@ -47,6 +48,12 @@ class Files:
                     connection.execute(f"SET {setting}")
                 self._loaded = now, connection
             return self._loaded[1]
+
+    def problems_for(self, reader: Reader) -> list[str]:
+        """Why files are not among the tables, of those that `reader` may read."""
+        self.connection()
+        mine = [f for t, f in self.spec.files.items() if set(rows_of(self.spec, t).readers) & reader.may]
+        return [why for file, why in self.problems.items() if file in mine]
 
     def tables(self) -> dict[str, TableSchema]:
         out = {}
@@ -85,8 +92,13 @@ class Files:
 def open_tables(name: str, spec: TablesSpec, root: Path) -> tuple[Database, Files]:
     """The tables that `spec` declares; a file that cannot be read is among the problems of the second."""
     files = Files(name, spec, root)
-    specs = {table: spec.tables.get(table, RowsSpec.model_validate({})) for table in spec.files}
+    specs = {table: rows_of(spec, table) for table in spec.files}
     return Database(name, "duckdb", files.tables, specs, files.fetch, spec.rows), files
+
+
+def rows_of(spec: TablesSpec, table: str) -> RowsSpec:
+    """Who may read a table, and what of it: everyone all, where the declaration does not say."""
+    return spec.tables.get(table, RowsSpec.model_validate({}))
 
 
 def open_tabular(name: str, spec: DatabaseSpec | TablesSpec, root: Path) -> Database:

@@ -50,6 +50,7 @@ class Account:
     role: Role
     second_factor: bool
     locked: bool
+    disabled: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Accounts:
         if not NAME.fullmatch(name):
             raise AccountError(f"{name!r}: a name has 1 to 120 letters, digits, '.', '@', '+', '-', '_'")
         row = AccountRow(name=name, role=_role(role), password=_hashed(password) if password else "", totp=b"",
-                         totp_last=0, subject="", failures=0, locked_until=0.0, made_at=self.clock())  # fmt: skip
+                         totp_last=0, subject="", failures=0, locked_until=0.0, made_at=self.clock(),
+                         disabled=False)  # fmt: skip
         try:
             with writing(self.database) as session:
                 first = session.scalars(select(AccountRow.name).limit(1)).first() is None
@@ -98,8 +100,12 @@ class Accounts:
             session.execute(delete(LoginRow).where(LoginRow.account == name))
             self.audit.record_in(session, by, "account.remove", name)
 
-    def change(self, name: str, role: str | None = None, password: str | None = None, by: str = "cli") -> None:
-        """Another role or password; every session and token of the account ends. Raises AccountError."""
+    def change(
+        self, name: str, role: str | None = None, password: str | None = None, by: str = "cli",
+        disabled: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Another role or password, or nobody signs in with it any more; every session and token of the account ends.
+        Raises AccountError."""
         with writing(self.database) as session:
             row = _row(session, name)
             if role is not None:
@@ -108,16 +114,29 @@ class Accounts:
                 row.role = _role(role)
             if password is not None:
                 row.password, row.failures, row.locked_until = _hashed(password), 0, 0.0
+            if disabled is not None:
+                if disabled:
+                    _not_the_last(session, row)
+                row.disabled = disabled
             session.execute(delete(LoginRow).where(LoginRow.account == name))
-            self.audit.record_in(session, by, "account.change", name, role=row.role, password=password is not None)
+            self.audit.record_in(
+                session, by, "account.change", name, role=row.role, password=password is not None, disabled=row.disabled
+            )
 
     def all(self) -> list[Account]:
         """All accounts, by name."""
         with reading(self.database) as session:
-            return [
-                Account(r.name, cast(Role, r.role), bool(r.totp), r.locked_until > self.clock())
-                for r in session.scalars(select(AccountRow).order_by(AccountRow.name))
-            ]
+            return [self._shown(row) for row in session.scalars(select(AccountRow).order_by(AccountRow.name))]
+
+    def get(self, name: str) -> Account | None:
+        """One account."""
+        with reading(self.database) as session:
+            row = session.get(AccountRow, name)
+        return self._shown(row) if row else None
+
+    def _shown(self, row: AccountRow) -> Account:
+        locked = row.locked_until > self.clock()
+        return Account(row.name, cast(Role, row.role), bool(row.totp), locked, row.disabled)
 
     # Signing in
 
@@ -131,7 +150,8 @@ class Accounts:
         step = self._step(row, code) if row else None
         with writing(self.database) as session:
             row = session.get(AccountRow, name)
-            if row is None or not known or row.locked_until > now or not right or step is None or step < row.totp_last:
+            shut = row is None or row.disabled or row.locked_until > now
+            if row is None or shut or not known or not right or step is None or step < row.totp_last:
                 if row is not None and row.locked_until <= now:
                     row.failures += 1
                     late = row.failures - FREE_FAILURES
@@ -164,7 +184,7 @@ class Accounts:
                 row = session.get(AccountRow, email)
                 if row is not None and row.subject:
                     row = None  # it belongs to another identity
-            if row is None:
+            if row is None or row.disabled:
                 raise NotSignedIn("there is no account for this identity; an owner adds it with its e-mail address")
             row.subject = subject
             return self._begin(session, row.name)
@@ -188,6 +208,8 @@ class Accounts:
         login = Login("ct_" + secrets.token_urlsafe(32), "", now + days * 86400)
         with writing(self.database) as session:
             row = _row(session, name)
+            if row.disabled:
+                raise AccountError(f"{name!r} is disabled")
             if beyond := [s for s in wanted if s not in MAY[cast(Role, row.role)]]:
                 raise AccountError(f"scope {beyond[0]!r}: the role {row.role} does not have it")
             session.add(_login_row(login, name, "token", label[:80], " ".join(wanted), now))
@@ -220,7 +242,7 @@ class Accounts:
             if row is None or row.until < now or idle:
                 return None
             account = session.get(AccountRow, row.account)
-        if account is None:
+        if account is None or account.disabled:
             return None
         if row.used_at < now - 60:
             with writing(self.database) as session:
@@ -318,6 +340,7 @@ def _row(session: Session, name: str) -> AccountRow:
 
 
 def _not_the_last(session: Session, row: AccountRow) -> None:
-    owners = session.scalar(select(func.count()).select_from(AccountRow).where(AccountRow.role == "owner"))
-    if row.role == "owner" and owners == 1:
+    owner = (AccountRow.role == "owner") & AccountRow.disabled.is_(False)
+    owners = session.scalar(select(func.count()).select_from(AccountRow).where(owner))
+    if row.role == "owner" and not row.disabled and owners == 1:
         raise AccountError(f"{row.name!r} is the last owner; make another one first")

@@ -84,6 +84,7 @@ class AccountRow(Base):
     failures: Mapped[int]  # wrong passwords in a row
     locked_until: Mapped[float] = mapped_column(Float)
     made_at: Mapped[float] = mapped_column(Float)
+    disabled: Mapped[bool] = mapped_column(default=False)  # keeps its name and its lines in the audit log
 
 
 class LoginRow(Base):

@@ -16,8 +16,8 @@ from pydantic import BaseModel as Record
 from pydantic import Field
 
 from coterie.knowledge.evidence import Reader
-from coterie.privacy.access import LOCAL, PASSER, VISITOR, Forbidden, Limit, NotSignedIn, Permission, Person
-from coterie.privacy.accounts import Login
+from coterie.privacy.access import LOCAL, PASSER, ROLES, VISITOR, Forbidden, Limit, NotSignedIn, Permission, Person
+from coterie.privacy.accounts import SHORTEST, Login
 from coterie.privacy.house import House
 from coterie.privacy.oidc import Attempt, Provider, provider
 from coterie.privacy.rights import Room, erase_customer, export_customer
@@ -37,13 +37,15 @@ ROUTES: dict[str, Permission | str] = {
     "POST /v1/me/password": SELF, "POST /v1/me/second-factor": SELF, "PUT /v1/me/second-factor": SELF,
     "GET /v1/me/tokens": SELF, "POST /v1/me/tokens": SELF, "DELETE /v1/me/tokens/{id}": SELF,
     "GET /v1/accounts": "accounts", "POST /v1/accounts": "accounts", "PATCH /v1/accounts/{name}": "accounts",
-    "DELETE /v1/accounts/{name}": "accounts", "GET /v1/audit": "audit",
+    "DELETE /v1/accounts/{name}": "accounts", "DELETE /v1/accounts/{name}/second-factor": "accounts",
+    "GET /v1/audit": "audit", "GET /account": SELF,
     "GET /v1/customers/{customer}/export": "export", "DELETE /v1/customers/{customer}": "erase",
     "GET /login/oidc": OPEN, "GET /login/oidc/return": OPEN,
     "GET /widget.js": OPEN, "GET /desk": OWN,
     "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
     "GET /knowledge/search": "ask",
 }  # fmt: skip
+PAGES = ("/", "/account")  # where a visitor is shown the way to sign in
 UNGATED = {"/static", "/widget", "/openapi.json"}  # what the gate does not see: files, and the widget's own door
 OWN_DOOR = ("/desk/",)  # of the desk, which has agents of its own
 
@@ -78,12 +80,12 @@ class Gate:
             return
         if self.closed():
             self._calls.count(person.name if person is not VISITOR else _address(request))
+        if template in PAGES and person is VISITOR:
+            raise HTTPException(303, "sign in first", {"Location": "/login"})
         if rule == SELF:
             if person.name == VISITOR.name or person is PASSER:
                 raise NotSignedIn("sign in first")
             return
-        if template == "/" and person is VISITOR:
-            raise HTTPException(303, "sign in first", {"Location": "/login"})
         person.must(rule)  # type: ignore[arg-type] # the table has permissions beside OPEN, OWN and SELF
 
     def person(self, request: Request) -> Person:
@@ -158,6 +160,7 @@ class NewAccount(Record):
 class Changed(Record):
     role: str | None = None
     password: str | None = None
+    disabled: bool | None = None
 
 
 def session_reply(request: Request, login: Login) -> Response:
@@ -200,6 +203,13 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
                 pages.get_template("login.html").render(wrong=str(error), oidc=provider() is not None), 401
             )
 
+    @router.get("/account", response_class=HTMLResponse)
+    def account_page(person: Me) -> str:
+        roles = [r for r in ROLES if r != "visitor" and (r != "owner" or person.role == "owner")]
+        return pages.get_template("account.html").render(
+            person=person, may=sorted(person.may), roles=roles, shortest=SHORTEST, signed_in=person is not LOCAL
+        )
+
     @router.post("/logout")
     def logout(request: Request) -> Response:
         if house and (secret := request.cookies.get(COOKIE)):
@@ -211,7 +221,9 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
     @router.get("/v1/me")
     def me(request: Request, person: Me) -> dict[str, Any]:
         csrf = house.accounts.csrf(request.cookies.get(COOKIE, "")) if house else ""
-        return {"name": person.name, "role": person.role, "may": sorted(person.may), "csrf": csrf}
+        own = house.accounts.get(person.name) if house else None
+        return {"name": person.name, "role": person.role, "may": sorted(person.may), "csrf": csrf,
+                "second_factor": bool(own and own.second_factor)}  # fmt: skip
 
     if house:
         _of_provider(router, house)
@@ -296,12 +308,17 @@ def _of_accounts(router: APIRouter, house: House) -> None:
     @router.patch("/v1/accounts/{name}", status_code=204)
     def change(name: str, body: Changed, person: Me) -> None:
         _no_owner_but_by_owners(house, person, body.role, name)
-        accounts.change(name, body.role, body.password, by=person.name)
+        accounts.change(name, body.role, body.password, person.name, body.disabled)
 
     @router.delete("/v1/accounts/{name}", status_code=204)
     def remove(name: str, person: Me) -> None:
         _no_owner_but_by_owners(house, person, None, name)
         accounts.remove(name, by=person.name)
+
+    @router.delete("/v1/accounts/{name}/second-factor", status_code=204)
+    def drop(name: str, person: Me) -> None:
+        _no_owner_but_by_owners(house, person, None, name)
+        accounts.drop_second_factor(name, by=person.name)
 
     @router.get("/v1/audit")
     def audit(person: Me, subject: str = "", actor: str = "", limit: int = 100) -> list[dict[str, Any]]:

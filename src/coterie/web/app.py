@@ -30,6 +30,7 @@ from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.grounding import Grounding
+from coterie.privacy.access import LOCAL, PASSER
 from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
@@ -74,9 +75,11 @@ def create_app(
     app.include_router(experts_router(business, pages))
 
     @app.get("/", response_class=HTMLResponse)
-    def page() -> str:
+    def page(request: Request) -> str:
+        person = request.state.person
         return pages.get_template("chat.html").render(
             business=business.config.business,
+            person=None if person in (LOCAL, PASSER) else person,
             base=answerer.engine.base.name,
             experts=business.library.shelf(),
             knowledge=shelf.declared,

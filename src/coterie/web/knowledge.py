@@ -126,7 +126,8 @@ def router(shelf: Shelf, business: Business, pages: Environment) -> APIRouter:
         found = shelf.grounding().knowledge.open(source, where, reader_of(request))
         if found is None:
             raise NoPassage(f"{source}: there is no passage {where!r} that you may read")
-        return {"source": found.source, "where": found.where, "text": found.text, "query": found.query}
+        return {"source": found.source, "where": found.where, "text": found.text, "query": found.query,
+                "link": found.link}  # fmt: skip
 
     @routes.get("/knowledge/search")
     def search(q: str, request: Request) -> dict[str, Any]:

@@ -161,7 +161,10 @@ def public(m: Message) -> dict[str, Any]:
     shown: dict[str, Any] = {"seq": m.seq, "kind": m.kind, "author": m.author.partition(":")[0], "at": m.at}
     if m.kind == "event":
         return shown | {"state": m.data.get("state"), "with": _name(m.data.get("to", ""))}
-    sources = [{"source": s["source"], "where": s["where"], "text": s["text"]} for s in m.data.get("sources", [])]
+    sources = [
+        {"source": s["source"], "where": s["where"], "text": s["text"], "link": s.get("link", "")}
+        for s in m.data.get("sources", [])
+    ]
     shown |= {"text": m.text, "name": _name(m.author), "sources": sources, "stopped": "stopped" in m.data}
     return shown | ({"procedure": m.data["procedure"]} if "procedure" in m.data else {})
 

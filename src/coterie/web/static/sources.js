@@ -17,6 +17,11 @@ function item(source) {
   const passage = document.createElement("blockquote");
   passage.textContent = source.text;
   details.append(summary, passage);
+  if (source.link) {
+    const link = document.createElement("a");
+    Object.assign(link, { href: source.link, target: "_blank", rel: "noopener noreferrer", textContent: source.link });
+    details.append(link);
+  }
   if (source.query) {
     const query = document.createElement("pre");
     query.textContent = source.query;

@@ -13,8 +13,9 @@ let sending = null; // key of the text that is being sent, so that a second try 
 const drafts = new Map(); // conversation -> what was being written
 
 async function list() {
-  const query = find("#q").value.trim();
-  const found = query ? await get(`search?q=${encodeURIComponent(query)}`) : await get(`conversations?view=${view}`);
+  const [query, wanted] = [find("#q").value.trim(), view];
+  const found = query ? await get(`search?q=${encodeURIComponent(query)}`) : await get(`conversations?view=${wanted}`);
+  if (query !== find("#q").value.trim() || wanted !== view) return; // another list has been asked for meanwhile
   listed = found.conversations;
   const focused = document.activeElement.dataset.id; // a list that is brought up to date keeps the focus where it was
   find("#list").replaceChildren(...listed.map(row));

@@ -112,5 +112,6 @@ function brief(entries) {
   const evidence = note?.data.evidence ?? [];
   find("#evidence").hidden = !evidence.length;
   find("#sources").replaceChildren(...evidence.map((e) =>
-    element("li", {}, element("details", {}, element("summary", {}, e.where), element("p", { dir: "auto" }, e.text)))));
+    element("li", {}, element("details", {}, element("summary", {}, e.where), element("p", { dir: "auto" }, e.text),
+      ...(e.link ? [element("a", { href: e.link, target: "_blank", rel: "noopener noreferrer" }, e.link)] : [])))));
 }

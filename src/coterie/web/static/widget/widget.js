@@ -202,7 +202,7 @@ class Panel {
       parts.splice(1, 0, element("p", { class: "note" }, `${m.procedure.title} · ${say("step", `${m.procedure.step}/${m.procedure.of}`)}`));
     if (m.stopped) parts.push(element("p", { class: "note" }, say("stopped")));
     if (m.sources?.length) {
-      const list = m.sources.map((s, n) => element("li", {}, element("cite", {}, `[${n + 1}] ${s.where}`), element("p", { dir: "auto" }, s.text)));
+      const list = m.sources.map((s, n) => element("li", {}, element("cite", {}, `[${n + 1}] `, s.link ? element("a", { href: s.link, target: "_blank", rel: "noopener noreferrer" }, s.where) : s.where), element("p", { dir: "auto" }, s.text)));
       parts.push(element("details", {}, element("summary", {}, `${say("sources")} (${m.sources.length})`), element("ol", {}, ...list)));
     }
     if (m.author !== "customer") parts.push(this.thumbs(m.seq));
