@@ -2,17 +2,21 @@
 
 Notable: on SQLite a transaction that will write takes the write lock at its beginning (BEGIN IMMEDIATE). Without
 that, two readers that both turn into writers block each other and one of them fails at once, busy timeout or not.
+Threads of one process wait for that lock in a queue of their own: SQLite lets whoever waits sleep and ask again, longer
+each time, so that under load some come last again and again.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
@@ -20,6 +24,7 @@ from coterie.errors import CoterieError, StorageError
 
 BUSY_TIMEOUT_S = 30
 MIGRATING = 0x636F7465  # of PostgreSQL's advisory lock: one process migrates, the others wait
+_turns_lock, _turns = threading.Lock(), WeakKeyDictionary[Dialect, "threading.RLock"]()
 _WRITES = "coterie_writes"  # execution option of a connection that begins with the write lock
 
 
@@ -89,12 +94,21 @@ def _begin_sqlite(connection: Connection) -> None:
 def writing(engine: Engine) -> Iterator[Session]:
     """A session in one transaction that writes: all of it, or nothing where the block raises."""
     with (
+        _turn(engine),
         engine.execution_options(**{_WRITES: True}).connect() as connection,
         connection.begin(),
         Session(connection, expire_on_commit=False) as session,
     ):
         yield session
         session.flush()
+
+
+def _turn(engine: Engine) -> AbstractContextManager[Any]:
+    """This thread's turn to write, where one at a time can. The same thread may write in two databases."""
+    if engine.dialect.name != "sqlite":
+        return nullcontext()
+    with _turns_lock:
+        return _turns.setdefault(engine.dialect, threading.RLock())
 
 
 @contextmanager
