@@ -1,6 +1,7 @@
 """Questions over all things of a kind: read under a grammar into SPARQL, or not at all."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.sparql import check
 from coterie.knowledge.specs import GraphSpec
+from coterie.knowledge.totals import TIED
 
 ANYONE, STAFF = Reader(), Reader("ada", frozenset({"staff"}))
 FILES = {
@@ -61,7 +63,8 @@ ASKED = [
     ("How many bridges does Oslo have?", ["2"]),
     ("What is the number of repairs of the Old Bridge?", ["2"]),
     ("Which town has the most bridges?", ["Oslo"]),
-    ("Which town has the fewest bridges?", ["Bergen", "Lund"]),  # all that share the place; of those that have any
+    ("Which town has the fewest bridges?", ["Ghent"]),  # it has none
+    ("Which town has the fewest repairs?", ["Bergen", "Ghent"]),  # all that share the place
     ("Which town has the most repairs?", ["Oslo"]),  # over two relations
     ("Which country has the most towns?", ["Norway"]),
     ("Which bridge is the longest?", ["High Bridge", "Sea Bridge"]),
@@ -115,6 +118,18 @@ def test_only_what_the_reader_may_see_is_counted(bridges: GraphSource) -> None:
     ):
         assert told(bridges, question, STAFF) == answer
         assert told(bridges, question) is None
+
+
+def test_a_first_place_that_too_many_share_is_not_answered_by_some_of_them(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{5 + (i > TIED)}\n" for i in range(2 * TIED + 2))
+    (tmp_path / "lamps.csv").write_text("id,height\n" + rows)
+    lamp = {"file": "lamps.csv", "id": "lamp/{id}", "type": "lamp", "properties": {"height": "height"}}
+    spec = GraphSpec.model_validate({"base": "urn:l:", "tables": [lamp]})
+    learn_graph(spec, tmp_path, tmp_path / "graph")
+    source = open_graph("lamps", spec, tmp_path / "graph")
+    assert told(source, "How many lamps are there?") == [str(2 * TIED + 2)]
+    assert source.total("Which lamp has the lowest height?", ANYONE) is None
+    source.graph.close()  # type: ignore[attr-defined]
 
 
 def test_the_evidence_shows_answer_and_sparql(bridges: GraphSource) -> None:

@@ -12,7 +12,7 @@ from coterie.knowledge.graph import Askable, source_of
 from coterie.knowledge.paths import COUNT, Finder, RelationPath, mask, split_words
 from coterie.knowledge.shape import TYPE, shape_of
 from coterie.knowledge.sparql import Term, iri
-from coterie.knowledge.totals import Reading, asks, read
+from coterie.knowledge.totals import TIED, Reading, asks, read
 
 STARTS = 8  # things that a question may name, tried one by one
 RELATIONS = 500  # of one step
@@ -151,7 +151,9 @@ class GraphSource:
             values = tuple(t for row in rows for t in row if t)
             return Total(reading, values, values) if values else None
         first = tuple((x, n) for x, n in rows if x and n and rows[0][1] and n.plain == rows[0][1].plain)
-        return Total(reading, tuple(x for x, _ in first), tuple(n for _, n in first)) if first else None
+        if not first or len(first) > TIED:  # some of those that share the place would be a wrong answer
+            return None
+        return Total(reading, tuple(x for x, _ in first), tuple(n for _, n in first))
 
     def _having(self, reader: Reader, kind: str, texts: Sequence[str]) -> list[tuple[str, Term]]:
         """Properties of things of a kind, and their values, that are one of some texts but for case."""

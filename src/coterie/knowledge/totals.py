@@ -247,7 +247,7 @@ def _ranked(
         if prop is None or where is None:
             return None
         query = (f"SELECT DISTINCT ?x ?value WHERE {{ ?x a {iri(t)} ; {iri(prop)} ?v . {where[0]} "
-                 f"BIND({number('?v')} AS ?value) }} ORDER BY {order}(?value) LIMIT {TIED}")  # fmt: skip
+                 f"BIND({number('?v')} AS ?value) }} ORDER BY {order}(?value) LIMIT {TIED + 1}")  # fmt: skip
         return Reading(query, f"{shape.words[t]} with the {first} {shape.words[prop]}{where[1]}", ranks=True)
     if len(counted) != 1 or len(others) > 1:
         return None
@@ -258,7 +258,7 @@ def _ranked(
         ways = said if len(ways) > 1 else ways
         if len(ways) != 1:
             return None
-        name, pattern = shape.words[others[0]], _chain(ways[0]) + f" ?x a {iri(others[0])} ."
+        name, pattern = shape.words[others[0]], _chain(ways[0])
     else:
         prop = _property(asked, u, shape, numbers=False)
         if prop is None:
@@ -267,8 +267,12 @@ def _ranked(
     where = _filters(asked, shape, u, mentions, values, near, "?u")
     if where is None:
         return None
-    query = (f"SELECT ?x (COUNT(DISTINCT ?u) AS ?value) WHERE {{ ?u a {iri(u)} . {pattern} {where[0]} }} "
-             f"GROUP BY ?x ORDER BY {order}(?value) LIMIT {TIED}")  # fmt: skip
+    things = f"?u a {iri(u)} . {pattern} {where[0]}"
+    if others:
+        kind = f"?x a {iri(others[0])} ."  # what has none of them has the fewest
+        things = f"{kind} {things}" if rising else f"{kind} OPTIONAL {{ {things} }}"
+    query = (f"SELECT ?x (COUNT(DISTINCT ?u) AS ?value) WHERE {{ {things} }} "
+             f"GROUP BY ?x ORDER BY {order}(?value) LIMIT {TIED + 1}")  # fmt: skip
     return Reading(query, f"{name} with the {first} {shape.words[u]}{where[1]}", ranks=True)
 
 
