@@ -123,36 +123,48 @@ def main() -> None:
 
 def tell(report: common.Report, found: dict[str, dict[str, Any]], quick: bool) -> None:
     """Gains, and a table of every task and method."""
-    gains = {}
+    gains, plain = {}, {}
     for name, methods in found.items():
         others = {m: r["score"] for m, r in methods.items() if m != "base"}
         if "base" in methods and others:
             best = max(others, key=lambda m: others[m])
             gains[name] = 100 * (others[best] - methods["base"]["score"])
             report.figures[f"{name}, gain of {best}, points"] = gains[name]
+            if "LoRA" in others:
+                plain[name] = 100 * (others["LoRA"] - methods["base"]["score"])
     counted = [gains[name] for name in GAINING if name in gains]
     if counted:
         report.figures["mean_gain"] = statistics.mean(counted)
     rows = [
         [name, method, 100 * r["score"], f"{100 * r['low']:.1f} to {100 * r['high']:.1f}", r["metric"],
-         f"{r['parameters']:,}", r["minutes"], r["peak_mib"], r["mib_on_disk"]]
+         f"{r['parameters']:,}", r["cpu_minutes"], r["peak_mib"], r["mib_on_disk"]]
         for name, methods in found.items() for method, r in methods.items()
     ]  # fmt: skip
-    head = ["task", "method", "score, %", "95% interval", "metric", "trained parameters", "minutes", "peak MiB",
+    head = ["task", "method", "score, %", "95% interval", "metric", "trained parameters", "CPU minutes", "peak MiB",
             "MiB on disk"]  # fmt: skip
     report.table("Tasks by method", head, rows)
     sizes = "; ".join(f"{n}: {next(iter(m.values()))['rows']} and {next(iter(m.values()))['answered']}"
                       for n, m in found.items())  # fmt: skip
     report.say(
         f"SmolLM2-135M-Instruct; rows to learn from and to answer: {sizes}. {1 if quick else EPOCHS} epochs, batch 16, "
-        "the default learning rate of each kind. Minutes are of training with its evaluation, peak memory of the whole "
-        "process. Tasks of choices are answered with one of the choices by all, the base model too."
+        "the default learning rate of each kind. CPU minutes are of both cores together, training with its evaluation "
+        "on held-out rows; peak memory is of the whole process. Tasks of choices are answered with one of the choices "
+        "by all, the base model too."
     )
+    for name, methods in found.items():
+        known = {m: r["perplexity"] for m, r in methods.items() if r["perplexity"]}
+        if known:
+            each = ", ".join(f"{m} {value:.2f}" for m, value in known.items())
+            report.say(f"Perplexity of {name}'s wanted answers, per token: {each}.")
     missing = [n for n in GAINING if n not in gains]
     note = f" ({', '.join(missing)} not measured)" if missing else ""
     if counted:
         report.say(f"Mean gain of the best expert over classification and SQL{note}: {report.figures['mean_gain']:.1f} "
                    "points (`mean_gain`).")  # fmt: skip
+    always = [plain[name] for name in GAINING if name in plain]
+    if always:
+        report.figures["mean_gain_lora"] = statistics.mean(always)
+        report.say(f"Of LoRA in all layers, without choosing by the outcome: {statistics.mean(always):.1f} points.")
 
 
 if __name__ == "__main__":
