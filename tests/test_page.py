@@ -456,7 +456,7 @@ def test_everything_can_be_done_with_the_keyboard(page: Page, answerer: HeldAnsw
     for _ in range(8):
         page.keyboard.press("Tab")
         stations.append(focused())
-    in_order = ["Skip to your message", "New conversation", "auto", *SUGGESTIONS]
+    in_order = ["Skip to your message", "New conversation", "auto", "How good the experts are", *SUGGESTIONS]
     assert [s for s in stations if s] == in_order, "and Send, the address bar and the message itself, which say nothing"
 
     page.locator("input[value=auto]").focus()

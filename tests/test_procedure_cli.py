@@ -88,8 +88,8 @@ def test_one_is_tried_in_the_terminal_and_writes_only_where_told_to(
     typed = "LW-10001\nada@example.com\nBroken\nyes\n"
     code, out, err = run("desk", "procedures", "return_order", "-f", shop, "--try", *options, typed=typed)
     assert code == 0
-    assert "Shall I refund 24.9 for the order LW-10001?\n[Yes, do it] [No]" in out
-    assert "You get 24.9 back" in out
+    assert "Shall I refund 24.90 for the order LW-10001?\n[Yes, do it] [No]" in out
+    assert "You get 24.90 back" in out
     assert ("doing" if options else "would do") + ": refund (order = LW-10001, amount = 24.9, why = Broken)" in err
     assert err.strip().endswith("done")
     assert refunds(shop) == kept
@@ -121,7 +121,7 @@ def test_the_example_at_the_desk_is_sealed_audited_exported_and_erased(shop: Pat
         c.say("LW-10001")
         c.say("ada@example.com")
         c.press("Broken")
-        assert c.press("Yes, do it") == "Done. You get 24.9 back within five days."
+        assert c.press("Yes, do it") == "Done. You get 24.90 back within five days."
         assert refunds(shop) == [("LW-10001", 24.9)]
         raw = (shop / ".coterie" / "desk.db").read_bytes() + (shop / ".coterie" / "desk.db-wal").read_bytes()
         assert b"LW-10001" not in raw
