@@ -71,7 +71,7 @@ class Business:
         b = self.config.business
         sizes: dict[str, Any] = {
             "slots": b.slots, "context": b.context, "queue": b.queue, "expert_memory": b.expert_memory << 20,
-            "pinned": frozenset(b.pinned), "cache_memory": b.cache_memory << 20, **options,
+            "pinned": frozenset(b.pinned), "cache_memory": b.cache_memory << 20, "weights": b.weights, **options,
         }  # fmt: skip
         return Engine(self.base(tell), library or self.library, **sizes)
 
@@ -80,7 +80,9 @@ class Business:
         if facts.kind != "full":
             return None
         b, folder = self.config.business, (library or self.library).folder(facts.name, facts.version)
-        sizes: dict[str, Any] = {"slots": b.slots, "context": b.context, "queue": b.queue, **options}
+        sizes: dict[str, Any] = {
+            "slots": b.slots, "context": b.context, "queue": b.queue, "weights": b.weights, **options
+        }  # fmt: skip
         return Engine(load(folder / "model", packed=True), None, **sizes)
 
     def spec(self, name: str) -> ExpertSpec:

@@ -137,6 +137,11 @@ class BusinessSpec(_Strict):
         description="MiB that what was read may take after its request; texts that begin alike share it",
     )
     pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
+    weights: Literal["exact", "int8"] = Field(
+        "exact",
+        description="the base model's weights while answers are written: as they are, or rounded to 8 bits where that is "
+        "faster here, which changes some answers",
+    )
 
 
 class RuleSpec(_Strict):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from coterie.engine.constrain import Grammars, failure
 from coterie.engine.guess import continuation
 from coterie.engine.pages import PAGE, Pages, Part
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
+from coterie.engine.rounded import rounded
 from coterie.engine.running import Running, Turn, batch
 from coterie.engine.sampling import sample
 from coterie.engine.shelf import Loaded, Shelf
@@ -73,14 +75,17 @@ class Engine:
     def __init__(
         self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64,
         expert_memory: int = EXPERT_MEMORY, pinned: frozenset[str] = frozenset(), cache_memory: int = CACHE_MEMORY,
+        weights: Literal["exact", "int8"] = "exact",
     ) -> None:  # fmt: skip
         """`expert_memory`: bytes that experts in memory may take, those `pinned` by name never leave it;
-        `cache_memory`: bytes that keys and values may take after their requests have ended."""
+        `cache_memory`: bytes that keys and values may take after their requests have ended; `weights`: what the base
+        model's matrices may be while answers are written (rounded.py)."""
         config = base.decoder.config
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.stats = Stats()
         self.step = Step.open(base.decoder)  # None where PyTorch has to do it
+        self.rounded = rounded(base.decoder, slots) if weights == "int8" and not self.step else None
         dtype, device = base.decoder.dtype, base.decoder.device
         self.pages = Pages(config, slots, self.context, dtype, cache_memory) if self.step else None
         self.cache = self.pages or KVCache(config, slots, self.context, dtype, device)
@@ -359,9 +364,11 @@ class Engine:
             self._room(row, row.length + 1)
             row.length += 1
         attend = self.cache.attend_decode(slots, positions)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
+        light = self.rounded if self.rounded and len(rows) <= self.rounded.most else None
+        decoder = light.decoder if light else self.base.decoder
+        hidden = decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
         self.stats.steps += 1
-        return [(row, []) for row in rows], self.base.decoder.logits(hidden)
+        return [(row, []) for row in rows], decoder.logits(hidden)
 
     def _change(self, rows: list[Running], repeats: Tensor) -> Change | None:
         """What the experts of `rows` make of `repeats` (rows) tokens of each."""

@@ -17,11 +17,12 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 log = logging.getLogger(__name__)
 
 
-def built(source: Path) -> Any | None:
-    """`source` as a shared library; None where it cannot be built or this processor lacks AVX512-BF16."""
+def built(source: Path, needs: tuple[str, ...] = ("avx512_bf16",)) -> Any | None:
+    """`source` as a shared library; None where it cannot be built or this processor lacks what it `needs`, by the names
+    of /proc/cpuinfo."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     flags = Path("/proc/cpuinfo")
-    if not compiler or not flags.exists() or "avx512_bf16" not in flags.read_text():
+    if not compiler or not flags.exists() or not set(needs) <= set(flags.read_text().split()):
         return None
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
