@@ -139,8 +139,8 @@ class BusinessSpec(_Strict):
     pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
     weights: Literal["exact", "int8"] = Field(
         "exact",
-        description="the base model's weights while answers are written: as they are, or rounded to 8 bits where that is "
-        "faster here, which changes some answers",
+        description="the base model's weights while answers are written: as they are, or rounded to 8 bits where that "
+        "is faster on this machine, which changes some answers",
     )
 
 

@@ -1,7 +1,7 @@
-"""Decoding from weights in 8 bits, where that is faster than from the exact ones: measured once, when the engine starts.
+"""Decoding from weights in 8 bits, where that is faster than from the exact ones: measured when the engine starts.
 
-Notable: only tokens that are being written are computed with rounded weights. Prompts are read with the exact ones: many
-rows at once wait for arithmetic and not for memory, and what a router, a classifier or training reads stays exact.
+Notable: only tokens that are being written are computed with rounded weights. Prompts are read with the exact ones:
+many rows at once wait for arithmetic and not for memory. What routers, classifiers and training read stays exact too.
 """
 
 import logging

@@ -340,7 +340,9 @@ class _EngineMetrics:
         yield GaugeMetricFamily("coterie_requests_running", "Requests being generated", running)
         yield GaugeMetricFamily("coterie_requests_waiting", "Requests in the queue", waiting)
         light = self.engine.rounded
-        yield GaugeMetricFamily("coterie_int8_rows", "Rows up to which 8-bit weights decode", light.most if light else 0)
+        yield GaugeMetricFamily(
+            "coterie_int8_rows", "Rows up to which 8-bit weights decode", light.most if light else 0
+        )
         yield GaugeMetricFamily("coterie_int8_bytes", "Memory that 8-bit weights take", light.nbytes if light else 0)
         for name, about, value in (
             ("requests", "Requests accepted", s.requests), ("rejected", "Requests refused with 429", s.rejected),
