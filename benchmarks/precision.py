@@ -49,7 +49,7 @@ def texts(base: BaseModel, most: int) -> dict[str, list[list[int]]]:
 
 
 def quality(exact: Decoder, light: Decoder, rows: list[list[int]]) -> tuple[float, float, float, int]:
-    """Perplexity with exact and with rounded weights, share of tokens after which both find the same likeliest, tokens."""
+    """Perplexity exact and rounded, the share of tokens after which both find the same one likeliest, and tokens."""
     loss, same, count = [0.0, 0.0], 0, 0
     for ids in rows:
         tokens = torch.tensor(ids)

@@ -33,7 +33,7 @@ class Rounded:
 def rounded(exact: Decoder, slots: int) -> Rounded | None:
     """`exact` in 8 bits, for batches of up to `slots` rows; None where it is faster for none. Takes a second or two."""
     if exact.device.type != "cpu" or not int8.computes(exact.dtype):
-        log.warning("weights = int8 changes nothing here: it needs a processor with AVX2, and a C compiler")
+        log.warning("weights = int8 changes nothing here: it needs float32, AVX2 and a C compiler")
         return None
     light = exact.in_int8()
     names, read = list[str](), 0

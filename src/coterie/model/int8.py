@@ -1,9 +1,11 @@
-"""Matrices rounded to whole numbers in 8 bits, a scale for each output: a quarter of the bytes that few rows wait for.
+"""Matrices rounded to whole numbers in 8 bits, a scale and an offset for every 32 of a row: a third of float32's bytes.
 
-Notable: only weights are rounded; inputs and sums keep the base's precision. In float32 the product is int8.c, in which
-a row comes out the same, to the bit, whatever else is in the batch; in bfloat16 it is PyTorch's. Whether a product with
-the rounded matrices is faster than with the exact ones is a fact of the machine and of the number of rows: `wins_up_to`
-measures it.
+Notable: only weights are rounded; inputs and sums stay in float32 (int8.c), and a row of a product comes out the same,
+to the bit, whatever else is in the batch. A group is rounded in the better of two ways: evenly about zero, or evenly
+from its least to its largest number. That is how GGUF's Q8_0 and Q4_1 have stored theirs, in groups of 32 as well: what
+was read from those is kept as it is, up to float32's own rounding (1e-7).
+Whether a product with rounded matrices is faster than with the exact ones is a fact of the machine and of the number
+of rows: `wins_up_to` measures it.
 """
 
 import ctypes
@@ -20,13 +22,13 @@ from coterie.model.native import built
 
 SOURCE = Path(__file__).with_name("int8.c")
 LANES = 16  # outputs in a block of int8.c
-LARGEST = 127
+GROUP = 32  # inputs that share a scale, in int8.c too
 PASSES = 3  # of each way of computing, in turns; the shortest counts
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [("inputs", _N), ("outputs", _N), ("w", _P), ("scale", _P)]
+    _fields_ = [("inputs", _N), ("outputs", _N), ("w", _P), ("scales", _P)]
 
 
 @cache
@@ -40,43 +42,50 @@ def _library() -> Any | None:
 
 def computes(dtype: torch.dtype) -> bool:
     """Whether products of `dtype` by rounded matrices can be computed on this machine's processor."""
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and _library() is not None)
+    return dtype == torch.float32 and _library() is not None
 
 
 class Int8Matrix:
-    """A matrix (out, in) in 8 bits. The largest number of each row becomes 127, so that zero stays zero."""
+    """A matrix (out, in) in 8 bits."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.shape, self.dtype = weight.shape, weight.dtype
-        largest = weight.abs().amax(1).float()
-        self.scale = torch.where(largest > 0, largest / LARGEST, 1.0).to(weight.dtype)  # (out)
-        rounded = (weight.float() / self.scale.float()[:, None]).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
-        if weight.dtype == torch.bfloat16:
-            self.values = rounded  # (out, in), as PyTorch wants it
-            return
+        self.shape = weight.shape
         out, wide = weight.shape
-        blocks = -(-out // LANES)
-        padded = torch.zeros(blocks * LANES, wide, dtype=torch.int8)
-        padded[:out] = rounded
-        self.values = padded.view(blocks, LANES, wide).transpose(1, 2).contiguous()  # as int8.c wants it
-        self.scale = torch.cat([self.scale, torch.zeros(blocks * LANES - out)])
-        self._struct = _Matrix(wide, out, self.values.data_ptr(), self.scale.data_ptr())
+        blocks, groups = -(-out // LANES), -(-wide // GROUP)
+        padded = weight.new_zeros(blocks * LANES, groups * GROUP)
+        padded[:out, :wide] = weight
+        values, scales = _round(padded.view(-1, groups, GROUP))
+        values = values.view(blocks, LANES, -1)[:, :, :wide]
+        self.values = values.transpose(1, 2).contiguous()  # (blocks, in, 16)
+        self.scales = scales.view(blocks, LANES, groups, 2).permute(0, 2, 3, 1).contiguous()  # (blocks, groups, 2, 16)
+        self._struct = _Matrix(wide, out, self.values.data_ptr(), self.scales.data_ptr())
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
+        return self.values.nbytes + self.scales.nbytes
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (N, in) by the matrix, (N, out)."""
-        if self.dtype == torch.bfloat16:
-            out: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.values, self.scale)
-        else:
-            x, out = x.contiguous(), x.new_empty(len(x), self.shape[0])
-            library: Any = _library()
-            library.coterie_int8(
-                ctypes.byref(self._struct), len(x), x.data_ptr(), out.data_ptr(), torch.get_num_threads()
-            )
+        x, out = x.contiguous(), x.new_empty(len(x), self.shape[0])
+        library: Any = _library()
+        library.coterie_int8(ctypes.byref(self._struct), len(x), x.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out if bias is None else out.add_(bias)
+
+
+def _round(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers in 8 bits for groups (out, G, 32) of a matrix, and the scale and offset of each (out, G, 2)."""
+    least, largest = groups.aminmax(dim=2, keepdim=True)
+    around = torch.maximum(-least, largest) / 127
+    between = (largest - least) / 255
+    errors, ways = [], []
+    for scale, offset in ((around, torch.zeros_like(around)), (between, least + 128 * between)):
+        scale = torch.where(scale > 0, scale, 1.0)
+        values = ((groups - offset) / scale).round_().clamp_(-128, 127)
+        errors.append((torch.addcmul(offset, values, scale) - groups).square_().sum(2, keepdim=True))
+        ways.append((values.to(torch.int8), scale, offset))
+    even = errors[0] <= errors[1]
+    values, scale, offset = (torch.where(even, first, second) for first, second in zip(*ways, strict=True))
+    return values, torch.cat([scale, offset], dim=2)
 
 
 def wins_up_to(exact: Callable[[int], None], rounded: Callable[[int], None], rows: Sequence[int]) -> int:
