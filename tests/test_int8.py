@@ -21,7 +21,7 @@ from coterie.experts.lora import LoraConfig
 from coterie.model import int8
 from coterie.model.decoder import Decoder, KVCache
 from coterie.model.int8 import Int8Matrix
-from coterie.model.load import BaseModel
+from coterie.model.load import BaseModel, load
 from support import random_rows, trained
 
 SHAPES = [(1, 1), (5, 7), (16, 64), (17, 33), (70, 64), (130, 96)]  # outputs, inputs; int8.c takes 16 and 64 together
@@ -144,6 +144,13 @@ def test_the_measurement_runs_both_ways_for_every_size_of_batch(
     assert size <= found.nbytes < 1.3 * size  # a byte a number, and 8 for 32 of them
     monkeypatch.setattr(int8, "wins_up_to", lambda *_: 0)
     assert choice.rounded(tiny_base.decoder, slots) is None
+
+
+def test_where_they_cannot_be_computed_the_weights_stay_exact_and_the_log_says_so(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert choice.rounded(load(tiny, torch.bfloat16).decoder, 4) is None
+    assert "weights = int8 changes nothing here" in caplog.text
 
 
 def test_the_exact_decoder_and_its_mark_stay_as_they_are(tiny_base: BaseModel) -> None:

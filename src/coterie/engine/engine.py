@@ -85,7 +85,7 @@ class Engine:
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.stats = Stats()
         self.step = Step.open(base.decoder)  # None where PyTorch has to do it
-        self.rounded = rounded(base.decoder, slots) if weights == "int8" and not self.step else None
+        self.rounded = rounded(base.decoder, slots) if weights == "int8" else None
         dtype, device = base.decoder.dtype, base.decoder.device
         self.pages = Pages(config, slots, self.context, dtype, cache_memory) if self.step else None
         self.cache = self.pages or KVCache(config, slots, self.context, dtype, device)

