@@ -34,7 +34,9 @@ from support import random_rows, reference_model, train_tokenizer, trained
 from test_experts import ALL, CONFIGS, ROWS
 
 if native._library() is None:
-    pytest.skip("needs a processor with AVX512-BF16 and a C compiler", allow_module_level=True)
+    pytest.skip("needs a processor with AVX2 and a C compiler", allow_module_level=True)
+
+DTYPE = native.dtype()
 
 FAMILIES: dict[str, Any] = {
     "Llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
@@ -47,7 +49,7 @@ TOKENS = 22  # more than the 16 that a vector holds
 
 @dataclass(frozen=True)
 class Model:
-    """A base in bfloat16, the same weights computed in float32, and its step in C."""
+    """A base as the step takes it, the same weights computed in float32 by PyTorch, and the step in C."""
 
     base: BaseModel
     exact: Decoder
@@ -70,7 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
                 torch.nn.init.normal_(weight, float(name.endswith("norm.weight")), 0.2)
         model.save_pretrained(folder)
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
-        base = load(folder, torch.bfloat16, packed=True)
+        base = load(folder, DTYPE, packed=True)
         step = Step.open(base.decoder)
         assert step is not None
         wide = {name: weight.float() for name, weight in base.decoder.weights.items()}
@@ -86,7 +88,7 @@ def experts_of(model: Model) -> list[Expert]:
 
 def cache_of(decoder: Decoder, slots: int, length: int) -> Pages:
     """Room for `slots` sequences of `length` tokens."""
-    cache = Pages(decoder.config, slots, length, torch.bfloat16)
+    cache = Pages(decoder.config, slots, length, decoder.dtype)
     for slot in range(slots):
         cache.make_room(cache.begin(slot, cache.parts(None, decoder.config.layers), []), slot, length)
     return cache
@@ -120,7 +122,7 @@ def wanted(
 def test_every_kind_of_expert_and_the_base_get_the_scores_that_pytorch_gives(
     family: str, models: dict[str, Model]
 ) -> None:
-    """Nearer to float32 than PyTorch in bfloat16 comes, for each row."""
+    """Nearer to float32 than PyTorch in bfloat16 comes, for each row; in float32 all but the same."""
     model = models[family]
     experts = experts_of(model)
     owners = torch.tensor([-1, *sorted([*range(len(experts)), 0, 0])])
@@ -139,7 +141,7 @@ def test_every_kind_of_expert_and_the_base_get_the_scores_that_pytorch_gives(
         for one, other in ((found, exact), (plain, exact), (base, exact))
     )
     assert (effect[1:] > 5 * error[1:]).all(), "an expert whose effect does not show proves nothing"
-    assert (error < theirs).all()
+    assert (error < (theirs if DTYPE == torch.bfloat16 else 1e-4 * effect[1:].mean())).all()
 
 
 @given(
@@ -185,7 +187,7 @@ def test_a_prompt_read_in_any_stretches_gives_the_same_bits(cuts: list[int], mod
 def test_the_engine_writes_the_same_alone_in_any_batch_in_any_chunks_and_with_any_guesses(
     lengths: list[int], chunk: int, guessed: int, repeats: int, models: dict[str, Model], shelf: Library
 ) -> None:
-    """In bfloat16, bit for bit: the log-probabilities too, of those that ask for them."""
+    """Bit for bit: the log-probabilities too, of those that ask for them."""
     prompts = [(row * repeats)[:40] for row in random_rows(models["Llama"].base, lengths)]
     adapters = [None, *[(name, 1) for name in sorted(shelf.names())]]
 
@@ -257,12 +259,12 @@ def prepared(models: dict[str, Model]) -> list[Prepared]:
     return [models["Llama"].step.prepare(expert) for expert in experts_of(models["Llama"])]
 
 
-def test_smollm2_in_bfloat16_chooses_the_token_that_transformers_chooses_in_float32(
+def test_smollm2_chooses_the_token_that_transformers_chooses_in_float32(
     smol_path: Path, public_data: Callable[[str], Path]
 ) -> None:
-    """Over all tokens, near ties too. Of 6,258 of customers' questions it is 99.6%; of 5,760 of Shakespeare 99.0%,
-    and PyTorch in bfloat16 comes to 97%."""
-    base = load(smol_path, torch.bfloat16, packed=True)
+    """Over all tokens, near ties too. In bfloat16, of 6,258 of customers' questions it is 99.6%; of 5,760 of
+    Shakespeare 99.0%, and PyTorch in bfloat16 comes to 97%."""
+    base = load(smol_path, DTYPE, packed=True)
     step = Step.open(base.decoder)
     assert step is not None
     asked = read(public_data("banking77/test.csv"), {"prompt": "text", "completion": "category"}, "")
@@ -357,10 +359,16 @@ def test_other_models_are_left_to_pytorch(tiny: Path) -> None:
     assert Step.open(load(tiny, torch.float32).decoder) is None
 
 
+def test_a_base_in_what_the_step_does_not_compute_from_is_left_to_pytorch(models: dict[str, Model]) -> None:
+    other = {name: weight.to(torch.float16) for name, weight in models["Llama"].exact.weights.items()}
+    assert Step.open(Decoder(models["Llama"].exact.config, other)) is None
+
+
 def test_packed_matrices_hold_every_number_where_step_c_reads_it() -> None:
     weight = torch.arange(20 * 7, dtype=torch.float32).view(20, 7).bfloat16()
-    found = native.pack(weight)
+    found = native.pack(weight, torch.bfloat16)
     assert found.shape == (2, 4, 16, 2)
     for out, wide in ((0, 0), (3, 4), (17, 6), (19, 5)):
         assert found[out // 16, wide // 2, out % 16, wide % 2] == weight[out, wide]
     assert found.float().sum() == weight.float().sum()
+    assert native.pack(weight, torch.float32).shape == (2, 7, 16, 1)

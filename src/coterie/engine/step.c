@@ -5,9 +5,10 @@
 // more than the arithmetic. Here the threads stay together for the whole step and share each product by columns.
 // Every weight is read once for all rows. A row's sum runs in the same order whatever else is in the batch, so a
 // request's tokens do not depend on its neighbours.
-// Weights, cache and inputs of products are bfloat16; sums, residual stream, norms and softmax are float32.
+// Weights, cache and inputs of products are bfloat16 where the processor multiplies it, else float32 (vector.h); sums,
+// residual stream, norms and softmax are float32.
 //
-// Layout of a matrix (out, in): blocks of 16 outputs; within one, pairs of inputs: [out/16][in/2][16][2]
+// Layout of a matrix (out, in): blocks of 16 outputs, [out/16][in][16]; in bfloat16 pairs of inputs, [out/16][in/2][16][2]
 // (step.py packs it), so that one instruction multiplies a pair of inputs by 16 outputs.
 #include <math.h>
 #include <omp.h>
@@ -26,7 +27,7 @@ enum { AHEAD = 4096 };  // numbers of a matrix asked of memory before their turn
 // Of one layer. Biases, q_norm and k_norm may be NULL. Norm weights and biases are float32.
 typedef struct {
     const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *qkv_bias, *o_bias;
-    const bf16 *qkv, *o, *gate_up, *down;
+    const num *qkv, *o, *gate_up, *down;
 } Layer;
 
 typedef struct {
@@ -34,20 +35,20 @@ typedef struct {
     float eps;
     const Layer *layer;
     const float *final_norm, *cos, *sin;  // tables (context, head_dim / 2)
-    const bf16 *head;                     // (vocab, width)
+    const num *head;                     // (vocab, width)
 } Model;
 
 // A low-rank update of one projection: a (rank, in), b (out, rank), rank a multiple of 16. Where a is NULL, none.
 // gain (out) is DoRA's, or NULL.
 typedef struct {
-    const bf16 *a, *b;
+    const num *a, *b;
     const float *gain;
     int64_t rank;
 } LowRank;
 
 // A bottleneck adapter after one block: down (size, width), up (width, size), size a multiple of 16.
 typedef struct {
-    const bf16 *down, *up;
+    const num *down, *up;
     const float *down_bias, *up_bias;
     int64_t size, activation, reads_sum;
 } Bottleneck;
@@ -69,7 +70,7 @@ typedef struct {
 // span) says which block holds the tokens [b * page, ...) of a sequence; `entries`, of the same shape, which block of
 // `streams` (blocks, page, width) holds their residual stream before that layer, -1 where nobody keeps it.
 typedef struct {
-    bf16 *keys, *values;
+    num *keys, *values;
     float *streams;
     const int32_t *table, *entries;
     int64_t layers, span, page;  // page is a multiple of 4
@@ -77,20 +78,28 @@ typedef struct {
 
 static void activate(float *x, int64_t n, int64_t kind) {  // n is a multiple of 16
     for (int64_t i = 0; i < n; i += 16) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        if (kind == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
+        Wide v = load16(x + i);
+        if (kind == RELU) v = max16(v, set16(0));
         if (kind == SILU) v = silu16(v);
-        _mm512_storeu_ps(x + i, v);
+        store16(x + i, v);
     }
     if (kind == GELU)
         for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
 }
 
+#ifdef __AVX512BF16__
+enum { TILE = 16 };  // rows, as registers allow
+#else
+enum { TILE = 6 };
+#endif
+
 // out (m, 16), rows `step` apart, += x (m, in), rows `stride` apart, by one block of a packed matrix.
 static inline __attribute__((always_inline)) void
-tile(const int m, float *out, int64_t step, const bf16 *x, int64_t stride, const bf16 *w, int64_t in) {
-    __m512 sum[16];
-    for (int i = 0; i < m; i++) sum[i] = _mm512_loadu_ps(out + i * step);
+tile(const int m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in) {
+    Wide sum[TILE];
+#pragma GCC unroll 16
+    for (int i = 0; i < m; i++) sum[i] = load16(out + i * step);
+#ifdef __AVX512BF16__
     for (int64_t k = 0; k < in; k += 2) {
         __m512bh pair = (__m512bh)_mm512_loadu_si512(w + k * 16);
         _mm_prefetch((const char *)(w + k * 16 + AHEAD), _MM_HINT_T0);
@@ -100,30 +109,41 @@ tile(const int m, float *out, int64_t step, const bf16 *x, int64_t stride, const
             sum[i] = _mm512_dpbf16_ps(sum[i], pair, (__m512bh)_mm512_set1_epi32(two));
         }
     }
-    for (int i = 0; i < m; i++) _mm512_storeu_ps(out + i * step, sum[i]);
+#else
+    for (int64_t k = 0; k < in; k++) {
+        Wide one = load16(w + k * 16);
+        _mm_prefetch((const char *)(w + k * 16 + AHEAD), _MM_HINT_T0);
+#pragma GCC unroll 6
+        for (int i = 0; i < m; i++) sum[i] = fma16(set16(x[i * stride + k]), one, sum[i]);
+    }
+#endif
+#pragma GCC unroll 16
+    for (int i = 0; i < m; i++) store16(out + i * step, sum[i]);
 }
 
 // The same for any number of rows.
-static void block(int64_t m, float *out, int64_t step, const bf16 *x, int64_t stride, const bf16 *w, int64_t in) {
-    for (; m > 0; m -= 16, out += 16 * step, x += 16 * stride) {
+static void block(int64_t m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in) {
+    for (; m > 0; m -= TILE, out += TILE * step, x += TILE * stride) {
 #define ROWS(n) case n: tile(n, out, step, x, stride, w, in); break;
-        switch (m < 16 ? m : 16) {
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
-            ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
+        switch (m < TILE ? m : TILE) {
+            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#if __AVX512BF16__
+            ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
+#endif
         }
 #undef ROWS
     }
 }
 
 static void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
-    __m512 sum = _mm512_setzero_ps();
+    Wide sum = set16(0);
     for (int64_t i = 0; i < n; i += 16) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        sum = _mm512_fmadd_ps(v, v, sum);
+        Wide v = load16(x + i);
+        sum = fma16(v, v, sum);
     }
-    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / n + eps));
+    Wide scale = set16(1.0f / sqrtf(sum16(sum) / n + eps));
     for (int64_t i = 0; i < n; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
+        store16(out + i, mul16(mul16(load16(x + i), scale), load16(weight + i)));
 }
 
 // A meeting of the threads, hundreds of times in a step. OpenMP's own spins for milliseconds where another process
@@ -153,7 +173,7 @@ typedef struct {
     const int64_t *positions, *slots;
     int64_t rows, n_groups, widest, longest;
     float *hidden, *qkv, *added;           // added: a block's output
-    bf16 *x, *mixed, *fed, *low;           // low: (groups, PROJECTIONS, rows, widest) x A^T
+    num *x, *mixed, *fed, *low;           // low: (groups, PROJECTIONS, rows, widest) x A^T
     float *scores;                         // (threads, longest)
 } Step;
 
@@ -169,16 +189,16 @@ static void norm_rows(const Step *s, const float *weight, int64_t count, const i
     for (int64_t n = first; n < end; n++) {
         float out[width];
         rms_norm(out, s->hidden + (chosen ? chosen[n] : n) * width, weight, width, s->model->eps);
-        for (int64_t i = 0; i < width; i += 16) narrow(s->x + n * width + i, _mm512_loadu_ps(out + i));
+        for (int64_t i = 0; i < width; i += 16) narrow(s->x + n * width + i, load16(out + i));
     }
 }
 
-static bf16 *low_of(const Step *s, int64_t g, int projection) {
+static num *low_of(const Step *s, int64_t g, int projection) {
     return s->low + (g * PROJECTIONS + projection) * s->rows * s->widest;
 }
 
 // x A^T of every group, for some projections of a layer; ends in a barrier, so that all threads see all of it.
-static void lower(const Step *s, int64_t layer, int from, int to, const bf16 *x, int64_t in, int thread, int threads) {
+static void lower(const Step *s, int64_t layer, int from, int to, const num *x, int64_t in, int thread, int threads) {
     if (!s->n_groups) return;
     int64_t turn = 0;
     for (int64_t g = 0; g < s->n_groups; g++) {
@@ -193,7 +213,7 @@ static void lower(const Step *s, int64_t layer, int from, int to, const bf16 *x,
                     float out[16 * 16] = {0};
                     block(m, out, 16, x + (group->first + n) * in, in, update->a + b * 16 * in, in);
                     for (int64_t i = 0; i < m; i++) {
-                        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(out + i * 16), _mm512_set1_ps(group->share));
+                        Wide v = mul16(load16(out + i * 16), set16(group->share));
                         narrow(low_of(s, g, p) + (n + i) * s->widest + b * 16, v);
                     }
                 }
@@ -213,46 +233,33 @@ static void raise_(const Step *s, int64_t layer, int projection, int64_t column,
         block(group->count, here, 16, low_of(s, g, projection), s->widest, update->b + column * update->rank, update->rank);
         if (update->gain)
             for (int64_t i = 0; i < group->count; i++)
-                _mm512_storeu_ps(here + i * 16, _mm512_mul_ps(_mm512_loadu_ps(here + i * 16), _mm512_loadu_ps(update->gain + column)));
+                store16(here + i * 16, mul16(load16(here + i * 16), load16(update->gain + column)));
     }
 }
 
 // 16 columns of a projection with its updates and its bias: out (rows, 16). `column` counts within the projection.
-static void project(const Step *s, int64_t layer, int projection, int64_t column, const bf16 *w, const bf16 *x,
+static void project(const Step *s, int64_t layer, int projection, int64_t column, const num *w, const num *x,
                     int64_t in, const float *bias, float *out) {
     memset(out, 0, s->rows * 16 * sizeof(float));
     block(s->rows, out, 16, x, in, w, in);
     raise_(s, layer, projection, column, out);
     if (bias)
         for (int64_t n = 0; n < s->rows; n++)
-            _mm512_storeu_ps(out + n * 16, _mm512_add_ps(_mm512_loadu_ps(out + n * 16), _mm512_loadu_ps(bias)));
+            store16(out + n * 16, add16(load16(out + n * 16), load16(bias)));
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
     for (int64_t i = 0; i < half; i += 16) {
-        __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + half + i);
-        __m512 c = _mm512_loadu_ps(cos + i), d = _mm512_loadu_ps(sin + i);
-        _mm512_storeu_ps(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, d)));
-        _mm512_storeu_ps(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, d)));
+        Wide a = load16(x + i), b = load16(x + half + i);
+        Wide c = load16(cos + i), d = load16(sin + i);
+        store16(x + i, fms16(a, c, mul16(b, d)));
+        store16(x + half + i, fma16(b, c, mul16(a, d)));
     }
 }
 
-// The products of two vectors, `dim` a multiple of 32, in 16 sums.
-static inline __m512 dot(const bf16 *a, const bf16 *b, int64_t dim) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < dim; i += 32)
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-    return sum;
-}
-
 // The scalar products of `b` and four vectors that lie one behind the other.
-static inline __m128 four_dots(const bf16 *a, const bf16 *b, int64_t dim) {
-    __m512 s0 = dot(a, b, dim), s1 = dot(a + dim, b, dim), s2 = dot(a + 2 * dim, b, dim), s3 = dot(a + 3 * dim, b, dim);
-    __m512 s01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
-    __m512 s23 = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
-    __m512 all = _mm512_add_ps(_mm512_shuffle_ps(s01, s23, 0x44), _mm512_shuffle_ps(s01, s23, 0xEE));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+static inline __m128 four_dots(const num *a, const num *b, int64_t dim) {
+    return four_sums(dot(a, b, dim), dot(a + dim, b, dim), dot(a + 2 * dim, b, dim), dot(a + 3 * dim, b, dim));
 }
 
 // Which block of each kind holds the tokens of a row's sequence before a layer, from `table` or `entries`.
@@ -266,8 +273,8 @@ static int64_t head_of(const Step *s, int64_t block, int64_t kv) {
 }
 
 // Have memory bring `n` numbers.
-static inline void ask(const bf16 *x, int64_t n) {
-    for (int64_t i = 0; i < n; i += 32) _mm_prefetch((const char *)(x + i), _MM_HINT_T0);
+static inline void ask(const num *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / sizeof(num)) _mm_prefetch((const char *)(x + i), _MM_HINT_T0);
 }
 
 // Where the residual stream of a row before a layer is kept, or NULL.
@@ -279,19 +286,19 @@ static float *entry_of(const Step *s, int64_t layer, int64_t row) {
 
 // out (16 n) = share * the sum of the values of `seen` tokens, from `column` of a head on, each by its score.
 static inline __attribute__((always_inline)) void
-weigh(const int n, bf16 *out, const Step *s, const int32_t *blocks, int64_t kv, int64_t column, const float *score,
+weigh(const int n, num *out, const Step *s, const int32_t *blocks, int64_t kv, int64_t column, const float *score,
       int64_t seen, float share) {
     int64_t dim = s->model->head_dim, page = s->cache->page;
-    __m512 sum[4];
-    for (int i = 0; i < n; i++) sum[i] = _mm512_setzero_ps();
+    Wide sum[4];
+    for (int i = 0; i < n; i++) sum[i] = set16(0);
     for (int64_t t = 0; t < seen; t += page) {
-        const bf16 *values = s->cache->values + head_of(s, blocks[t / page], kv) + column;
+        const num *values = s->cache->values + head_of(s, blocks[t / page], kv) + column;
         int64_t here = seen - t < page ? seen - t : page;
         for (int64_t j = 0; j < here; j++)
             for (int i = 0; i < n; i++)
-                sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(score[t + j]), widen(values + j * dim + i * 16), sum[i]);
+                sum[i] = fma16(set16(score[t + j]), widen(values + j * dim + i * 16), sum[i]);
     }
-    for (int i = 0; i < n; i++) narrow(out + i * 16, _mm512_mul_ps(sum[i], _mm512_set1_ps(share)));
+    for (int i = 0; i < n; i++) narrow(out + i * 16, mul16(sum[i], set16(share)));
 }
 
 // One row and key-value head: rotate its queries and its key, and store key and value in the cache.
@@ -311,8 +318,8 @@ static void store(const Step *s, int64_t layer, int64_t row, int64_t kv) {
     int64_t page = s->cache->page, block = blocks_of(s, s->cache->table, layer, row)[at / page];
     int64_t place = head_of(s, block, kv) + at % page * dim;
     for (int64_t i = 0; i < dim; i += 16) {
-        narrow(s->cache->keys + place + i, _mm512_loadu_ps(k + i));
-        narrow(s->cache->values + place + i, _mm512_loadu_ps(v + i));
+        narrow(s->cache->keys + place + i, load16(k + i));
+        narrow(s->cache->values + place + i, load16(v + i));
     }
 }
 
@@ -324,11 +331,11 @@ static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float 
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
         const float *query = s->qkv + (row * (m->heads + 2 * m->kv_heads) + h) * dim;
         float scale = 1.0f / sqrtf(dim), most = -INFINITY;
-        bf16 narrowed[dim];
-        for (int64_t i = 0; i < dim; i += 16) narrow(narrowed + i, _mm512_loadu_ps(query + i));
+        num narrowed[dim];
+        for (int64_t i = 0; i < dim; i += 16) narrow(narrowed + i, load16(query + i));
         int64_t t = 0;
         for (int64_t start = 0; start < seen; start += page) {
-            const bf16 *keys = s->cache->keys + head_of(s, blocks[start / page], kv) - start * dim;
+            const num *keys = s->cache->keys + head_of(s, blocks[start / page], kv) - start * dim;
             int64_t end = seen - start < page ? seen : start + page;
             if (h == kv * group) {  // blocks lie apart: ask for what comes next
                 ask(s->cache->values + head_of(s, blocks[start / page], kv), page * dim);
@@ -336,18 +343,18 @@ static void attend(const Step *s, int64_t layer, int64_t row, int64_t kv, float 
             }
             for (; t + 4 <= end; t += 4)
                 _mm_storeu_ps(score + t, _mm_mul_ps(four_dots(keys + t * dim, narrowed, dim), _mm_set1_ps(scale)));
-            for (; t < end; t++) score[t] = _mm512_reduce_add_ps(dot(keys + t * dim, narrowed, dim)) * scale;
+            for (; t < end; t++) score[t] = sum16(dot(keys + t * dim, narrowed, dim)) * scale;
         }
         for (t = 0; t < seen; t++) most = score[t] > most ? score[t] : most;
-        __m512 total = _mm512_setzero_ps();
+        for (t = seen; t % 16; t++) score[t] = -INFINITY;  // the last 16 are whole
+        Wide total = set16(0);
         for (t = 0; t < seen; t += 16) {
-            __mmask16 in = seen - t < 16 ? (__mmask16)((1u << (seen - t)) - 1) : 0xFFFF;
-            __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, score + t), _mm512_set1_ps(most)));
-            _mm512_mask_storeu_ps(score + t, in, e);
-            total = _mm512_mask_add_ps(total, in, total, e);
+            Wide e = exp16(sub16(load16(score + t), set16(most)));
+            store16(score + t, e);
+            total = add16(total, e);
         }
-        float share = 1.0f / _mm512_reduce_add_ps(total);
-        bf16 *out = s->mixed + (row * m->heads + h) * dim;
+        float share = 1.0f / sum16(total);
+        num *out = s->mixed + (row * m->heads + h) * dim;
         for (int64_t i = 0; i < dim; i += 64)
             if (dim - i >= 64) weigh(4, out + i, s, blocks, kv, i, score, seen, share);
             else weigh(2, out + i, s, blocks, kv, i, score, seen, share);
@@ -371,18 +378,18 @@ static void adapt(const Step *s, int64_t layer, int which, int thread, int threa
         for (int64_t n = 0; n < group->count; n++) {
             if (turn++ % threads != thread) continue;
             int64_t row = group->first + n;
-            bf16 read[width];
+            num read[width];
             for (int64_t i = 0; i < width; i += 16) {
-                __m512 v = _mm512_loadu_ps(s->added + row * width + i);
-                if (b->reads_sum) v = _mm512_add_ps(v, _mm512_loadu_ps(s->hidden + row * width + i));
+                Wide v = load16(s->added + row * width + i);
+                if (b->reads_sum) v = add16(v, load16(s->hidden + row * width + i));
                 narrow(read + i, v);
             }
             float inner[b->size];
             memcpy(inner, b->down_bias, sizeof inner);
             for (int64_t c = 0; c < b->size; c += 16) block(1, inner + c, 16, read, width, b->down + c * width, width);
             activate(inner, b->size, b->activation);
-            bf16 *low = low_of(s, g, 0) + n * s->widest;
-            for (int64_t c = 0; c < b->size; c += 16) narrow(low + c, _mm512_loadu_ps(inner + c));
+            num *low = low_of(s, g, 0) + n * s->widest;
+            for (int64_t c = 0; c < b->size; c += 16) narrow(low + c, load16(inner + c));
         }
     }
     meet(s->meeting, threads);
@@ -396,16 +403,16 @@ static void adapt(const Step *s, int64_t layer, int which, int thread, int threa
             float *out = s->added + group->first * width + column;
             block(group->count, out, width, low_of(s, g, 0), s->widest, b->up + column * b->size, b->size);
             for (int64_t i = 0; i < group->count; i++)
-                _mm512_storeu_ps(out + i * width, _mm512_add_ps(_mm512_loadu_ps(out + i * width), _mm512_loadu_ps(b->up_bias + column)));
+                store16(out + i * width, add16(load16(out + i * width), load16(b->up_bias + column)));
         }
     meet(s->meeting, threads);
     share_of(s->rows * width / 16, thread, threads, &first, &end);
     for (int64_t i = first * 16; i < end * 16; i += 16)
-        _mm512_storeu_ps(s->hidden + i, _mm512_add_ps(_mm512_loadu_ps(s->hidden + i), _mm512_loadu_ps(s->added + i)));
+        store16(s->hidden + i, add16(load16(s->hidden + i), load16(s->added + i)));
 }
 
 // A block's last projection, into the residual stream, or into `added` where adapters come after it.
-static void close_block(const Step *s, int64_t layer, int projection, const bf16 *w, const bf16 *x, int64_t in,
+static void close_block(const Step *s, int64_t layer, int projection, const num *w, const num *x, int64_t in,
                         const float *bias, int which, int thread, int threads) {
     int64_t width = s->model->width, first, end;
     int more = adapted(s, layer, which);
@@ -414,9 +421,9 @@ static void close_block(const Step *s, int64_t layer, int projection, const bf16
     for (int64_t c = first * 16; c < end * 16; c += 16) {
         project(s, layer, projection, c, w + c * in, x, in, bias ? bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) {
-            __m512 v = _mm512_loadu_ps(out + n * 16);
-            if (!more) v = _mm512_add_ps(v, _mm512_loadu_ps(s->hidden + n * width + c));
-            _mm512_storeu_ps((more ? s->added : s->hidden) + n * width + c, v);
+            Wide v = load16(out + n * 16);
+            if (!more) v = add16(v, load16(s->hidden + n * width + c));
+            store16((more ? s->added : s->hidden) + n * width + c, v);
         }
     }
     if (more) adapt(s, layer, which, thread, threads);
@@ -437,14 +444,14 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
         int p = c < q ? Q : c < q + kv ? K : V;
         int64_t column = c - (p == Q ? 0 : p == K ? q : q + kv);
         project(s, layer, p, column, l->qkv + c * width, s->x, width, l->qkv_bias ? l->qkv_bias + c : NULL, out);
-        for (int64_t n = 0; n < s->rows; n++) _mm512_storeu_ps(s->qkv + n * all + c, _mm512_loadu_ps(out + n * 16));
+        for (int64_t n = 0; n < s->rows; n++) store16(s->qkv + n * all + c, load16(out + n * 16));
     }
     meet(s->meeting, threads);
     for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads) store(s, layer, i / m->kv_heads, i % m->kv_heads);
     meet(s->meeting, threads);
     for (int64_t i = thread; i < s->rows * m->kv_heads; i += threads) {
         int64_t next = i + threads < s->rows * m->kv_heads ? i + threads : i;
-        const bf16 *keys = s->cache->keys + head_of(s, *blocks_of(s, s->cache->table, layer, next / m->kv_heads), next % m->kv_heads);
+        const num *keys = s->cache->keys + head_of(s, *blocks_of(s, s->cache->table, layer, next / m->kv_heads), next % m->kv_heads);
         ask(keys, s->cache->page * m->head_dim);
         attend(s, layer, i / m->kv_heads, i % m->kv_heads, s->scores + thread * s->longest);
     }
@@ -461,7 +468,7 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
         project(s, layer, GATE, c, l->gate_up + c * width, s->x, width, NULL, out);
         project(s, layer, UP, c, l->gate_up + (m->ffn + c) * width, s->x, width, NULL, up);
         for (int64_t n = 0; n < s->rows; n++)
-            narrow(s->fed + n * m->ffn + c, _mm512_mul_ps(silu16(_mm512_loadu_ps(out + n * 16)), _mm512_loadu_ps(up + n * 16)));
+            narrow(s->fed + n * m->ffn + c, mul16(silu16(load16(out + n * 16)), load16(up + n * 16)));
     }
     meet(s->meeting, threads);
     lower(s, layer, DOWN, DOWN, s->fed, m->ffn, thread, threads);
@@ -482,12 +489,15 @@ static void run_rows(const Step *all, int64_t rows, int64_t layer, int64_t layer
 
 static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
+// The bytes of a number in weights and cache.
+int coterie_num(void) { return sizeof(num); }
+
 // Go on with every row: `embedded` (rows, width) are the tokens' embeddings, `positions` where they stand, `slots` where
 // their sequences lie in the cache, `starts` (rows, ascending) the layers at which they begin: a row that begins above 0
 // takes its residual stream from the cache, and a group's rows begin at one layer. Groups lie in the rows' order.
 // Writes the scores (scored, vocab) after the rows `wanted` (scored), and where `stream` is not NULL the residual stream
 // after the first `layers` (rows, width). Returns 0, or 1 where memory ran out.
-int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *embedded, const int64_t *positions,
+int coterie_step(const Model *m, const Cache *cache, int64_t rows, const num *embedded, const int64_t *positions,
                  const int64_t *slots, const int64_t *starts, int64_t n_groups, const Group *groups, int64_t scored,
                  const int64_t *wanted, float *logits, int64_t layers, float *stream, int threads) {
     int64_t width = m->width, q = m->heads * m->head_dim, all = q + 2 * m->kv_heads * m->head_dim;
@@ -501,8 +511,9 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *e
     s.longest = (s.longest + 15) / 16 * 16;
     void *rooms[] = {
         s.hidden = room(rows * width * 4), s.qkv = room(rows * all * 4), s.added = room(rows * width * 4),
-        s.x = room(rows * width * 2), s.mixed = room(rows * q * 2), s.fed = room(rows * m->ffn * 2),
-        s.low = room((n_groups + 1) * PROJECTIONS * rows * s.widest * 2), s.scores = room(threads * s.longest * 4),
+        s.x = room(rows * width * sizeof(num)), s.mixed = room(rows * q * sizeof(num)),
+        s.fed = room(rows * m->ffn * sizeof(num)),
+        s.low = room((n_groups + 1) * PROJECTIONS * rows * s.widest * sizeof(num)), s.scores = room(threads * s.longest * 4),
     };
     int failed = 0, count = sizeof rooms / sizeof *rooms;
     for (int i = 0; i < count; i++) failed |= !rooms[i];
@@ -510,7 +521,7 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const bf16 *e
         for (int64_t n = 0; n < rows; n++) {
             float *hidden = s.hidden + n * width;
             if (starts[n]) memcpy(hidden, entry_of(&s, starts[n], n), width * sizeof(float));
-            else for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(hidden + i, widen(embedded + n * width + i));
+            else for (int64_t i = 0; i < width; i += 16) store16(hidden + i, widen(embedded + n * width + i));
         }
 #pragma omp parallel num_threads(threads)
         {

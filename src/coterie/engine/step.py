@@ -1,7 +1,8 @@
 """The engine's step in C (step.c): built on this machine, fed with packed weights, called once for each step.
 
-Only where the processor multiplies bfloat16 (AVX512-BF16), a C compiler is there, and the base is a dense decoder
-whose sizes are multiples of 32. Everywhere else, and for rows that Arrow routes, PyTorch computes the same.
+Only where the processor has AVX2, a C compiler is there, and the base is a dense decoder whose sizes are multiples of 32,
+in bfloat16 where the processor multiplies that (AVX512-BF16), else in float32. Everywhere else, and for rows that Arrow
+routes, PyTorch computes the same.
 """
 
 import ctypes
@@ -46,18 +47,25 @@ _Cache = _struct("Cache", keys=_P, values=_P, streams=_P, table=_P, entries=_P, 
 
 @cache
 def _library() -> Any | None:
-    library = built(SOURCE)
+    library = built(SOURCE, needs=("avx2", "fma"))
     if library:
         library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
     return library
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A matrix (out, in) in bfloat16 as step.c reads it; zeros fill the last block of 16 outputs, and an odd input."""
+def dtype() -> torch.dtype | None:
+    """What the step computes from on this machine; None where there is no step."""
+    library = _library()
+    return {2: torch.bfloat16, 4: torch.float32}[library.coterie_num()] if library else None
+
+
+def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix (out, in) in `dtype` as step.c reads it; zeros fill the last block of 16 outputs, and an odd input."""
     out, wide = weight.shape
-    padded = torch.zeros(-(-out // LANES) * LANES, wide + wide % 2, dtype=torch.bfloat16)
+    padded = torch.zeros(-(-out // LANES) * LANES, wide + wide % 2, dtype=dtype)
     padded[:out, :wide] = weight
-    return padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    together = 4 // dtype.itemsize  # inputs that one instruction takes: a pair in bfloat16
+    return padded.view(-1, LANES, padded.shape[1] // together, together).transpose(1, 2).contiguous()
 
 
 @dataclass(eq=False)
@@ -81,12 +89,12 @@ class Step:
                 setattr(layer, name, self._wide(w.get(f"{n}.{name}")))
             layer.qkv_bias, layer.o_bias = self._wide(w.get(f"{n}.qkv.bias")), self._wide(w.get(f"{n}.o.bias"))
             for site in SITES:
-                setattr(layer, site, self._kept(pack(w[f"{n}.{site}"])))
+                setattr(layer, site, self._kept(pack(w[f"{n}.{site}"], decoder.dtype)))
         self._layers = layers
         self._model = _Model(
             c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.eps, ctypes.addressof(layers),
             self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin),
-            self._kept(pack(w["embed" if c.tied else "head"])),
+            self._kept(pack(w["embed" if c.tied else "head"], decoder.dtype)),
         )  # fmt: skip
 
     @classmethod
@@ -94,10 +102,7 @@ class Step:
         """None where this machine or this base cannot do it."""
         c = decoder.config
         fits = all(n % 32 == 0 for n in (c.width, c.head_dim, c.ffn)) and not c.sparse
-        if not fits or decoder.device.type != "cpu" or decoder.dtype != torch.bfloat16:
-            return None
-        library = _library()
-        return cls(decoder, library) if library else None
+        return cls(decoder, _library()) if fits and decoder.device.type == "cpu" and decoder.dtype == dtype() else None
 
     def _kept(self, weight: Tensor) -> int:
         self._keep.append(weight)
@@ -122,7 +127,7 @@ class Step:
         for layer in range(config.first_layer, model.layers) if config.kind == "adapter" else ():
             for block in adapter.PLACES[config.placement]:
                 place = layer * len(BLOCKS) + BLOCKS.index(block)
-                bottlenecks[place] = _bottleneck(expert, layer, block, ready)
+                bottlenecks[place] = _bottleneck(expert, layer, block, self.decoder.dtype, ready)
         return ready
 
     def _prepare_site(
@@ -137,10 +142,10 @@ class Step:
             if not bool(mine.any()):
                 continue
             rank = -(-int(mine.sum()) // LANES) * LANES
-            up = torch.zeros(size, rank, dtype=torch.bfloat16)
+            up = torch.zeros(size, rank, dtype=self.decoder.dtype)
             up[:, : int(mine.sum())] = found.up[span][:, mine]
             gain = None if found.gain is None else found.gain[span].float().contiguous()
-            a, b = pack(found.down[mine]), pack(up)
+            a, b = pack(found.down[mine], up.dtype), pack(up, up.dtype)
             ready.keep += [a, b, gain]
             ready.struct.widest = max(ready.struct.widest, rank)
             updates[layer * len(PROJECTIONS) + PROJECTIONS.index(projection)] = _LowRank(
@@ -195,18 +200,18 @@ class Step:
             raise MemoryError("a step found no memory for its buffers")
 
 
-def _bottleneck(expert: Expert, layer: int, block: str, ready: Prepared) -> ctypes.Structure:
+def _bottleneck(expert: Expert, layer: int, block: str, dtype: torch.dtype, ready: Prepared) -> ctypes.Structure:
     config: BottleneckConfig = expert.config
     size = -(-config.size // LANES) * LANES
 
     def part(name: str) -> Tensor:
-        return expert.weights[adapter.weight_name(layer, block, name)].bfloat16()
+        return expert.weights[adapter.weight_name(layer, block, name)].to(dtype)
 
     bias = torch.zeros(size)
     bias[: config.size] = part("adapter_down.0.bias")
-    up = torch.zeros(len(part("adapter_up.weight")), size, dtype=torch.bfloat16)
+    up = torch.zeros(len(part("adapter_up.weight")), size, dtype=dtype)
     up[:, : config.size] = part("adapter_up.weight") * config.scaling
-    parts = [pack(part("adapter_down.0.weight")), pack(up), bias, (part("adapter_up.bias") * config.scaling).float()]
+    parts = [pack(part("adapter_down.0.weight"), dtype), pack(up, dtype), bias, (part("adapter_up.bias") * config.scaling).float()]
     ready.keep += parts
     ready.struct.widest = max(ready.struct.widest, size)
     pointers = [p.data_ptr() for p in parts]

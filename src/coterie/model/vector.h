@@ -1,39 +1,132 @@
-// What the kernels in C share: 16 numbers at a time.
+// What the kernels in C share: 16 numbers at a time, in one register of AVX-512 or in two of AVX2.
+//
+// `num` is what weights, cache and the inputs of products are made of: bfloat16 where the processor multiplies it
+// (AVX512-BF16), else float32. Sums are float32 in both.
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 
-typedef uint16_t bf16;
+#ifdef __AVX512BF16__
 
-static inline __m512 widen(const bf16 *x) {
+typedef uint16_t bf16;
+typedef bf16 num;
+typedef __m512 Wide;
+
+static inline Wide load16(const float *x) { return _mm512_loadu_ps(x); }
+static inline void store16(float *x, Wide v) { _mm512_storeu_ps(x, v); }
+static inline Wide set16(float x) { return _mm512_set1_ps(x); }
+static inline Wide add16(Wide a, Wide b) { return _mm512_add_ps(a, b); }
+static inline Wide sub16(Wide a, Wide b) { return _mm512_sub_ps(a, b); }
+static inline Wide mul16(Wide a, Wide b) { return _mm512_mul_ps(a, b); }
+static inline Wide div16(Wide a, Wide b) { return _mm512_div_ps(a, b); }
+static inline Wide max16(Wide a, Wide b) { return _mm512_max_ps(a, b); }
+static inline Wide min16(Wide a, Wide b) { return _mm512_min_ps(a, b); }
+static inline Wide fma16(Wide a, Wide b, Wide c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
+static inline Wide fms16(Wide a, Wide b, Wide c) { return _mm512_fmsub_ps(a, b, c); }    // a b - c
+static inline Wide fnma16(Wide a, Wide b, Wide c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+static inline Wide round16(Wide x) { return _mm512_roundscale_ps(x, 0); }
+static inline Wide scale16(Wide x, Wide n) { return _mm512_scalef_ps(x, n); }  // x 2^n
+static inline float sum16(Wide x) { return _mm512_reduce_add_ps(x); }
+
+static inline Wide widen(const num *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 
-static inline void narrow(bf16 *out, __m512 x) {
-    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(x));
+static inline void narrow(num *out, Wide x) { _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+// The products of two vectors, `dim` a multiple of 32, in 16 sums.
+static inline Wide dot(const num *a, const num *b, int64_t dim) {
+    Wide sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < dim; i += 32)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+    return sum;
 }
+
+// The sums of each of four.
+static inline __m128 four_sums(Wide s0, Wide s1, Wide s2, Wide s3) {
+    Wide s01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
+    Wide s23 = _mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3));
+    Wide all = _mm512_add_ps(_mm512_shuffle_ps(s01, s23, 0x44), _mm512_shuffle_ps(s01, s23, 0xEE));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+#else
+
+typedef float num;
+typedef struct {
+    __m256 a, b;
+} Wide;
+
+#define EACH(name, instruction) \
+    static inline Wide name(Wide x, Wide y) { return (Wide){instruction(x.a, y.a), instruction(x.b, y.b)}; }
+EACH(add16, _mm256_add_ps)
+EACH(sub16, _mm256_sub_ps)
+EACH(mul16, _mm256_mul_ps)
+EACH(div16, _mm256_div_ps)
+EACH(max16, _mm256_max_ps)
+EACH(min16, _mm256_min_ps)
+#undef EACH
+#define EACH(name, instruction) \
+    static inline Wide name(Wide x, Wide y, Wide z) { return (Wide){instruction(x.a, y.a, z.a), instruction(x.b, y.b, z.b)}; }
+EACH(fma16, _mm256_fmadd_ps)
+EACH(fms16, _mm256_fmsub_ps)
+EACH(fnma16, _mm256_fnmadd_ps)
+#undef EACH
+
+static inline Wide load16(const float *x) { return (Wide){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+static inline void store16(float *x, Wide v) { _mm256_storeu_ps(x, v.a), _mm256_storeu_ps(x + 8, v.b); }
+static inline Wide set16(float x) { return (Wide){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline Wide widen(const num *x) { return load16(x); }
+static inline void narrow(num *out, Wide x) { store16(out, x); }
+
+static inline Wide round16(Wide x) {
+    enum { NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC };
+    return (Wide){_mm256_round_ps(x.a, NEAREST), _mm256_round_ps(x.b, NEAREST)};
+}
+
+static inline __m256 power_of_two(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+// x 2^n, n a whole number from -126 to 127.
+static inline Wide scale16(Wide x, Wide n) { return mul16(x, (Wide){power_of_two(n.a), power_of_two(n.b)}); }
+
+// The sums of each of four.
+static inline __m128 four_sums(Wide s0, Wide s1, Wide s2, Wide s3) {
+    __m256 s01 = _mm256_hadd_ps(_mm256_add_ps(s0.a, s0.b), _mm256_add_ps(s1.a, s1.b));
+    __m256 s23 = _mm256_hadd_ps(_mm256_add_ps(s2.a, s2.b), _mm256_add_ps(s3.a, s3.b));
+    __m256 all = _mm256_hadd_ps(s01, s23);
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+static inline float sum16(Wide x) { return _mm_cvtss_f32(four_sums(x, x, x, x)); }
+
+// The products of two vectors, `dim` a multiple of 32, in 16 sums.
+static inline Wide dot(const num *a, const num *b, int64_t dim) {
+    Wide sum = set16(0);
+    for (int64_t i = 0; i < dim; i += 16) sum = fma16(load16(a + i), load16(b + i), sum);
+    return sum;
+}
+
+#endif
 
 // e^x, within a few units in the last place of float32.
-static inline __m512 exp16(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+static inline Wide exp16(Wide x) {
+    x = min16(max16(x, set16(-87.0f)), set16(88.0f));
+    Wide n = round16(mul16(x, set16(1.44269504f)));
+    Wide r = fnma16(n, set16(0.693359375f), x);
+    r = fnma16(n, set16(-2.12194440e-4f), r);
+    Wide p = set16(1.9875691500e-4f);
+    p = fma16(p, r, set16(1.3981999507e-3f));
+    p = fma16(p, r, set16(8.3334519073e-3f));
+    p = fma16(p, r, set16(4.1665795894e-2f));
+    p = fma16(p, r, set16(1.6666665459e-1f));
+    p = fma16(p, r, set16(5.0000001201e-1f));
+    p = fma16(p, mul16(r, r), add16(r, set16(1.0f)));
+    return scale16(p, n);
 }
 
-static inline __m512 sigmoid16(__m512 x) {
-    __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
+static inline Wide sigmoid16(Wide x) { return div16(set16(1.0f), add16(set16(1.0f), exp16(sub16(set16(0.0f), x)))); }
 
-static inline __m512 silu16(__m512 x) {
-    __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(x, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
+static inline Wide silu16(Wide x) { return div16(x, add16(set16(1.0f), exp16(sub16(set16(0.0f), x)))); }
