@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each process: threads of several that wait for each other spin
@@ -73,16 +73,23 @@ def slow_hasher() -> Iterator[PasswordHash]:
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A new SQLite file begins as a copy of one that has been through the migrations, and then meets them as any does.
 
-    Hundreds of tests open one, and the migrations take longer than most of these tests.
+    Hundreds of tests open one: the migrations, and the waits for the disk, would take longer than most of these tests.
     """
+    from sqlalchemy import event
+
     from coterie.store import database
 
     ready, migrate, numbers = tmp_path_factory.mktemp("migrated") / "ready.db", database.migrate, itertools.count()
     database.open_database(f"sqlite:///{ready}").dispose()
     assert [p.name for p in ready.parent.iterdir()] == [ready.name], "all of it is in the one file"
 
+    def wait_for_no_disk(connection: Any, _record: Any) -> None:  # no test cuts the power; a kill loses nothing either
+        connection.execute("PRAGMA synchronous = OFF")
+
     def copy_and_migrate(engine: Engine) -> None:
         file = engine.url.database or ":memory:"
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", wait_for_no_disk)
         if engine.dialect.name == "sqlite" and file != ":memory:" and not Path(file).exists():
             fresh = shutil.copyfile(ready, ready.with_name(str(next(numbers))))
             with suppress(OSError):  # somebody else has made it meanwhile, or nobody may: then it is theirs to say so

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from coterie.desk.conversation import NEXT, Conversations, Handoff
 from coterie.desk.message import Changed, NoConversation, NotAllowed, Turn
 from coterie.errors import CoterieError, StorageError
-from coterie.store.database import open_database, writing
+from coterie.store.database import _prepare_sqlite, open_database, writing
 
 ALL = ("message", "note", "suggestion", "event")
 AGENTS = ("bea", "cem")
@@ -450,6 +451,14 @@ def test_any_interleaving_keeps_all_messages_and_one_owner_on_postgresql(new_pos
 
     OnPostgres.TestCase.settings = settings(STEPS, max_examples=5)
     OnPostgres.TestCase("runTest").debug()
+
+
+def test_a_connection_to_sqlite_waits_until_the_disk_has_what_it_wrote(tmp_path: Path) -> None:
+    """As the product opens it; the connections of these tests do not wait (conftest.py)."""
+    with closing(sqlite3.connect(tmp_path / "desk.db")) as connection:
+        _prepare_sqlite(connection, None)
+        found = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
+    assert found == [2, "wal"]  # 2: FULL
 
 
 def test_many_at_once_lose_nothing(url: str) -> None:
