@@ -59,7 +59,7 @@ Run = Callable[..., Done]
 def coterie(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Call the command line within this process."""
 
-    monkeypatch.setenv("COLUMNS", "300")  # of the terminal, so that tables are not folded
+    monkeypatch.setattr("coterie.cli.show.out.width", 300)  # so that tables are not folded
 
     def run(*argv: object, stdin: bytes = b"") -> Done:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
