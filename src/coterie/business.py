@@ -28,7 +28,8 @@ from coterie.evaluation.run import evaluate
 from coterie.experts import classifier, kinds
 from coterie.experts.expert import CONFIG
 from coterie.experts.instruction import posed
-from coterie.experts.library import ExpertFacts, Library, alone
+from coterie.experts.library import ExpertFacts, Library
+from coterie.files import alone
 from coterie.learn import HELD_OUT_MOST, classify, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull

@@ -23,7 +23,7 @@ from coterie.evaluation import charts
 from coterie.evaluation.metrics import token_f1
 from coterie.evaluation.run import evaluate
 from coterie.experts.kinds import answering
-from coterie.experts.library import write_atomic
+from coterie.files import write_atomic
 from coterie.routing.space import embed
 
 

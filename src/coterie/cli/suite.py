@@ -44,7 +44,7 @@ def data(
     """Write a task's rows, apart and without near-duplicates, as files that `coterie fit` learns from."""
     from coterie.evaluation.suite import parse_task, prompt_of
     from coterie.evaluation.task import find
-    from coterie.experts.library import write_atomic
+    from coterie.files import write_atomic
 
     name, path = parse_task(task)
     if target.exists():
@@ -74,7 +74,7 @@ def run(
     from coterie.evaluation.suite import Measured, gains, measure, parse_task
     from coterie.evaluation.suite import chart as draw
     from coterie.evaluation.task import find
-    from coterie.experts.library import write_atomic
+    from coterie.files import write_atomic
 
     if not task:
         raise CoterieError("give at least one --task NAME=PATH; `coterie suite list` shows the tasks")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from coterie.errors import CoterieError, StorageError
+from coterie.files import write_atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 2), (8, 3, 2, 3))
@@ -294,8 +295,6 @@ def save(chart: Chart, file: Path) -> None:
     data = svg(chart).encode() if file.suffix == ".svg" else png(chart)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{file.name}.tmp")
-        scratch.write_bytes(data)
-        scratch.replace(file)
     except OSError as error:
-        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+        raise StorageError(f"{file.parent}: cannot be written ({error.strerror})") from error
+    write_atomic(file, data)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from coterie.data.read import Message
 from coterie.errors import DataError, ModelError
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
 
@@ -128,7 +128,7 @@ class Classifier:
         numbers = [self.slope, self.offset, self.threshold, self.error]
         facts = {"business": self.business, "names": json.dumps(self.names), "where": json.dumps(self.where),
                  "numbers": json.dumps(numbers)}  # fmt: skip
-        write_atomic_bytes(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, facts))
+        write_atomic(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, facts))
 
 
 def load(folder: Path, width: int) -> Classifier:

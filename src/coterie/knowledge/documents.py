@@ -16,7 +16,7 @@ import numpy as np
 
 from coterie.data.read import read_objects
 from coterie.errors import CoterieError, DataError
-from coterie.experts.library import alone
+from coterie.files import alone
 from coterie.knowledge.articles import link_of
 from coterie.knowledge.chunk import Chunk, chunks
 from coterie.knowledge.documents_spec import KINDS, DocumentsSpec

@@ -20,7 +20,7 @@ from coterie.engine.constrain import Constraint, json_schema
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError
-from coterie.experts.library import write_atomic
+from coterie.files import write_atomic
 from coterie.knowledge.entities import plain
 from coterie.knowledge.graph import EXTRACTED, Graph
 from coterie.knowledge.mapping import LABEL, relation
