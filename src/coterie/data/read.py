@@ -141,10 +141,16 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str
                 yield _example({"prompt": ask, "completion": said}, {}, where, system)
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, Row]]:
-    """Place and row of each line of a file of JSON objects, one a line. Raises DataError, naming file and line."""
+def read_objects(path: Path, /, **needed: type) -> Iterator[tuple[str, Row]]:
+    """Place and row of each line of a file of JSON objects, one a line. `needed`: what each must have, `str` or `list`.
+    Raises DataError, naming file, line and field."""
     try:
-        yield from _jsonl(path, None)
+        for where, row in _jsonl(path, None):
+            for field, kind in needed.items():
+                if not isinstance(row.get(field), kind):
+                    what = "a list" if kind is list else "a text"
+                    raise DataError(f"{where}: needs {field!r}, {what}, not {row.get(field)!r}")
+            yield where, row
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
