@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from coterie.cli.options import Json
 from coterie.cli.show import bars, result, table, tell
 from coterie.data.read import Example, Source, read_inputs
 from coterie.errors import CoterieError, DataError
@@ -24,7 +25,6 @@ Completion = Annotated[str, typer.Option("--completion", help="Column of the fil
 Words = Annotated[bool, typer.Option("--words", help="Compare words instead of the base model's vectors: faster.")]
 Train = Annotated[bool, typer.Option("--train", help="Train the expert itself for each measurement: slow, and exact.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only so many rows, by chance; 0: all.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from coterie.cli import models as model_commands
 from coterie.cli import privacy as privacy_commands
 from coterie.cli import suite as suite_commands
 from coterie.cli import webhooks as _webhooks  # noqa: F401 (adds its commands to `desk`)
+from coterie.cli.options import Folder, FolderOption, Json
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
@@ -52,8 +53,6 @@ app.command()(knowledge_commands.sources)
 app.command()(knowledge_commands.mcp)
 app.command("optimise-prompt")(optimise_prompt)
 
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', 'auto', or 'arrow'.")]
 Channel = Annotated[str, typer.Option(help="Where the question comes from, for the rules of coterie.toml.")]
 
@@ -137,7 +136,7 @@ def evaluate(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads stdin.")],
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
+    folder: FolderOption = Path(),
     expert: Who = "auto",
     channel: Channel = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,

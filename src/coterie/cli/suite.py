@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coterie.cli.options import Folder, Json
 from coterie.cli.show import Bars, bars, result, table, tell
 from coterie.errors import CoterieError, DataError
 
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
     from coterie.experts.library import ExpertFacts
 
 app = typer.Typer(help="Measure the base model and experts on data sets.", no_args_is_help=True)
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 TaskData = Annotated[list[str] | None, typer.Option("--task", help="NAME=PATH: task and its data; may be repeated.")]
 Who = Annotated[list[str] | None, typer.Option("--expert", "-e", help="An expert or 'base'; may be repeated.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all (at most 1,000).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command("list")
