@@ -17,7 +17,7 @@ from coterie.data.features import Embed
 from coterie.data.read import Example
 from coterie.data.write import write_rows
 from coterie.engine.engine import Engine
-from coterie.engine.request import Adapter, Sampling
+from coterie.engine.request import Sampling
 from coterie.errors import StorageError
 from coterie.evaluation import charts
 from coterie.evaluation.metrics import token_f1
@@ -113,8 +113,8 @@ def expert_measure(
     return measure
 
 
-def paraphraser(engine: Engine, adapter: Adapter | None = None, seed: int = 0) -> Paraphrase:
-    """Asks the model to go on with a list of wordings of one question; `adapter`: an expert, None: the base model."""
+def paraphraser(engine: Engine, seed: int = 0) -> Paraphrase:
+    """Asks the base model to go on with a list of wordings of one question."""
     asked = 0
 
     def ask(alike: Sequence[str], wanted: int) -> list[str]:
@@ -127,7 +127,7 @@ def paraphraser(engine: Engine, adapter: Adapter | None = None, seed: int = 0) -
         under_way = []
         for i in range(wanted):
             how = Sampling(min(64, room), 0.8, 0.95, seed=seed + asked + i, stop=("\n",))
-            under_way.append(engine.submit(prompt, how, adapter))
+            under_way.append(engine.submit(prompt, how))
         asked += wanted
         said = [g.text().strip().strip('"').strip() for g in under_way]
         return list(dict.fromkeys(t for t, g in zip(said, under_way, strict=True) if t and g.finish == "stop"))

@@ -191,8 +191,8 @@ def curve(
     from coterie.data.curve import learning_curve
     from coterie.evaluation import charts
 
-    if chart and chart.suffix not in (".svg", ".png"):
-        raise CoterieError(f"--chart {chart}: a chart is written as .svg or .png")
+    if chart:
+        charts.check_ending(chart)
     t = one_target(what, expert, test, prompt, completion)
     rows, tests = _train_and_test(t, limit)
     measure, by = _measure(t, rows, tests, words, train)

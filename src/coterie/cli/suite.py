@@ -79,8 +79,7 @@ def run(
         raise CoterieError("give at least one --task NAME=PATH; `coterie suite list` shows the tasks")
     wanted = [(find(name), path) for name, path in map(parse_task, task)]
     for file in chart or []:
-        if file.suffix not in (".svg", ".png"):
-            raise CoterieError(f"--chart {file}: a chart is written as .svg or .png")
+        charts.check_ending(file)
     measured: list[Measured] = []
     with _opened(folder, expert or ["base"]) as (business, engine, models, shown):
         for found, path in wanted:
