@@ -58,13 +58,15 @@ class Business:
     def library(self) -> Library:
         return Library(self.folder / "experts")
 
+    def base_path(self, tell: Tell = lambda _: None) -> Path:
+        """Where the base model lies, pulled where it is absent. Raises ModelError."""
+        local = self.folder / self.config.business.base
+        return local if local.exists() else pull(self.config.business.base, tell)
+
     def base(self, tell: Tell = lambda _: None) -> BaseModel:
-        """The base model, pulled where it is absent. Raises ModelError."""
+        """The base model, loaded when it is first asked for. Raises ModelError."""
         if self._base is None:
-            name = self.config.business.base
-            local = self.folder / name
-            path = local if local.exists() else pull(name, tell)
-            self._base = load(path, packed=True)
+            self._base = load(self.base_path(tell), packed=True)
         return self._base
 
     def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
@@ -287,10 +289,10 @@ def _fit_classifier(business: Business, name: str, mark: str, tell: Tell) -> Fit
     return Fitted(facts, True, evaluation)
 
 
-def route_statistics(business: Business, examples: list[Example]) -> Statistics:
+def route_statistics(business: Business, examples: list[Example], seed: int = 0) -> Statistics:
     """What the router learns of an expert from its training inputs; each is told apart by file and row."""
     where = [business.place(e.where) for e in examples]
-    return learn(business.base(), [e.question for e in examples], where)
+    return learn(business.base(), [e.question for e in examples], where, seed)
 
 
 def _sample(rows: Sequence[int], most: int, seed: int) -> list[int]:

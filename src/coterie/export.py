@@ -11,8 +11,7 @@ from coterie.errors import CoterieError
 from coterie.experts import kinds
 from coterie.experts.library import ExpertFacts
 from coterie.model.export import KINDS, merge, write_gguf, write_gguf_lora
-from coterie.model.load import BaseModel, load
-from coterie.model.pull import pull
+from coterie.model.load import load
 from coterie.model.save import save_model
 
 
@@ -26,7 +25,7 @@ def merge_expert(business: Business, name: str, target: Path, gguf: str = "", ve
     if gguf and gguf not in KINDS:
         raise CoterieError(f"unknown kind of GGUF {gguf!r}; known: {', '.join(KINDS)}")
     _check_new(target)
-    base = exact_base(business)
+    base = load(business.base_path(), torch.float32)
     expert = kinds.read(business.library, name, facts.version, base.decoder)
     change = kinds.apply(expert, base.decoder).change
     assert change is not None, "LoRA changes projections"
@@ -43,18 +42,12 @@ def export_gguf_lora(business: Business, name: str, target: Path, version: int |
     """Write a LoRA expert as a GGUF adapter, which llama.cpp lays over its base model's GGUF. Errors as above."""
     facts = _lora_facts(business, name, version)
     _check_new(target)
-    base = exact_base(business)
+    base = load(business.base_path(), torch.float32)
     expert = kinds.read(business.library, name, facts.version, base.decoder)
     c = expert.config
     # llama.cpp scales by alpha / rank; rank-stabilised experts by alpha / sqrt(rank).
     write_gguf_lora(base, expert.weights, c.alpha * math.sqrt(c.rank) if c.rslora else c.alpha, target)
     return target
-
-
-def exact_base(business: Business) -> BaseModel:
-    """The base model in float32: what is merged or measured closely."""
-    local = business.folder / business.config.business.base
-    return load(local if local.exists() else pull(business.config.business.base), torch.float32)
 
 
 def _lora_facts(business: Business, name: str, version: int | None) -> ExpertFacts:
