@@ -29,6 +29,12 @@ def alone(file: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def check_free(path: Path) -> None:
+    """Raises CoterieError where something is there already: asked before long work."""
+    if path.exists():
+        raise CoterieError(f"{path}: already there; name a new one")
+
+
 def write_atomic(file: Path, content: str | bytes) -> None:
     """Replace `file` by `content` in one step. Raises StorageError where it cannot be written, or the disk is full."""
     scratch = file.with_name(f".tmp-{file.name}-{os.getpid()}-{threading.get_ident()}")

@@ -53,6 +53,7 @@ app.command()(knowledge_commands.sources)
 app.command()(knowledge_commands.mcp)
 app.command("optimise-prompt")(optimise_prompt)
 
+Only = Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")]
 Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', 'auto', or 'arrow'.")]
 Channel = Annotated[str, typer.Option(help="Where the question comes from, for the rules of coterie.toml.")]
 
@@ -85,9 +86,7 @@ def pull(
 @app.command()
 def fit(
     folder: Folder = Path(),
-    expert: Annotated[
-        list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")
-    ] = None,
+    expert: Only = None,
     as_json: Json = False,
 ) -> None:
     """Train and publish the declared experts that changed. Goes on where a stopped run left off."""
@@ -113,9 +112,7 @@ def _headline(figures: dict[str, Any]) -> list[str]:
 @app.command("eval")
 def evaluate(
     folder: Folder = Path(),
-    expert: Annotated[
-        list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")
-    ] = None,
+    expert: Only = None,
     data: Annotated[Path | None, typer.Option(help="Measure on this file; default: the declared test data.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all.")] = 0,
     as_json: Json = False,

@@ -70,10 +70,11 @@ def tune(
 ) -> None:  # fmt: skip
     """Tune a mixture's routers, or routers and experts, further, and write the result to a new folder."""
     from coterie.business import Business
-    from coterie.mixture import free, tune_to, tuning_data
+    from coterie.files import check_free
+    from coterie.mixture import tune_to, tuning_data
     from coterie.tuning.moe import WHAT, MoeTuning
 
-    free(out)
+    check_free(out)
     if what not in WHAT:
         raise CoterieError(f"--what {what!r}: use {' or '.join(WHAT)}")
     if not data and not business:

@@ -41,20 +41,19 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Write a task's rows, apart and without near-duplicates, as files that `coterie fit` learns from."""
+    from coterie.data.write import write_rows
     from coterie.evaluation.suite import parse_task, prompt_of
     from coterie.evaluation.task import find
-    from coterie.files import write_atomic
+    from coterie.files import check_free
 
     name, path = parse_task(task)
-    if target.exists():
-        raise CoterieError(f"{target}: already there; name a new folder")
+    check_free(target)
     found, counts = find(name), {}
     splits = found.splits(path)
     target.mkdir(parents=True)
     for part, rows in zip(("train", "test"), splits, strict=True):
-        lines = [{"messages": [*prompt_of(found, None, e), e.messages[-1]]} for e in rows]
-        write_atomic(target / f"{part}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-        counts[part] = len(rows)
+        lines = ({"messages": [*prompt_of(found, None, e), e.messages[-1]]} for e in rows)
+        counts[part] = write_rows(target / f"{part}.jsonl", lines)
     result(
         {"path": str(target), **counts}, as_json, f"{target}: {counts['train']} rows to learn, {counts['test']} to test"
     )

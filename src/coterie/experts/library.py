@@ -22,7 +22,7 @@ from typing import Any
 
 from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
 from coterie.experts.card import card
-from coterie.files import write_atomic
+from coterie.files import check_free, write_atomic
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED = ("base", "auto", "arrow")
@@ -197,8 +197,7 @@ class Library:
     def export(self, name: str, target: Path, version: int | None = None) -> None:
         """Copy a version to `target`, a new folder. Raises UnknownExpert, CoterieError, StorageError."""
         source = self.folder(name, version)
-        if target.exists():
-            raise CoterieError(f"{target}: already there; name a new folder")
+        check_free(target)
         scratch = target.with_name(f".{target.name}.part")
         try:
             shutil.rmtree(scratch, ignore_errors=True)
