@@ -317,7 +317,6 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Answers of the base model and of one version to the same examples, measured alike. Raises DataError for none."""
     base = business.base()
-    longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
     engine = business.engine(library=library, slots=64, queue=128)
     own = business.own_engine(facts, library, slots=64, queue=128)
     shelf = library or business.library
@@ -331,7 +330,7 @@ def compare(
         for who, rows, served, adapter in asked:
             label = f"{facts.name if who == 'expert' else 'base model'} answers"
             out[who], _ = evaluate(
-                served, rows, adapter, facts.choices, longest,
+                served, rows, adapter, facts.choices,
                 lambda done, label=label: count(label, done, len(examples)),  # type: ignore[misc]
             )  # fmt: skip
     finally:

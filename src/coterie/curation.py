@@ -102,9 +102,8 @@ def expert_measure(
             (fitted,) = fit(trial, [name], tell)
             engine = trial.engine(slots=64, queue=128)
             try:
-                longest = max(len(engine.base.encode(e.completion)) for e in tests)
                 adapter = answering(trial.library, fitted.facts, engine.base)
-                _, answers = evaluate(engine, tests, adapter, fitted.facts.choices, longest + 8)
+                _, answers = evaluate(engine, tests, adapter, fitted.facts.choices)
             finally:
                 engine.close()
         pairs = [((a or "").strip(), e.completion) for a, e in zip(answers, tests, strict=True)]

@@ -137,8 +137,7 @@ def measure(model: str, business: Business, names: list[str], limit: int = 0) ->
             choices = sorted({e.completion for e in rows}) if spec.choices else []
             if spec.choices:
                 choices = sorted({e.completion for e in business.examples(name, spec.train)} | set(choices))
-            longest = max(len(base.encode(e.completion)) for e in rows)
-            out[name], _ = evaluate(engine, rows, None, choices, longest + 8)
+            out[name], _ = evaluate(engine, rows, None, choices)
     finally:
         engine.close()
     return out
