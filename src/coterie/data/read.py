@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Example:
     @property
     def question(self) -> str:
         """What the user said last, before the last answer: what a router sees."""
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+        return last_said(self.messages)
 
     @property
     def asked(self) -> str:
@@ -48,6 +48,11 @@ class Example:
     def completion(self) -> str:
         """The last answer."""
         return self.messages[-1]["content"]
+
+
+def last_said(messages: Sequence[Message]) -> str:
+    """What the user said last; "" where they said nothing."""
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from coterie.data.read import Example, Message
+from coterie.data.read import Example, Message, last_said
 from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
 from coterie.errors import ContextTooLong, DataError
 from coterie.evaluation.metrics import summarise
-from coterie.experts.classifier import TOGETHER, asked
+from coterie.experts.classifier import TOGETHER
 from coterie.experts.kinds import Labeller
 
 ROOM = 8  # tokens
@@ -25,7 +25,7 @@ def answer_each(
     As many are under way at once as the engine has slots. A classifier labels them TOGETHER at a time, without it.
     """
     if isinstance(adapter, Labeller):
-        rest = map(asked, prompts)
+        rest = map(last_said, prompts)
         while part := list(islice(rest, TOGETHER)):
             yield from (v.label for v in adapter.judge(part))
         return

@@ -24,7 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coterie.data.read import Message
 from coterie.errors import DataError, ModelError
 from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
@@ -198,11 +197,6 @@ def lead(scores: Floats) -> Floats:
     best = np.sort(scores, axis=1)
     out: Floats = best[:, -1] - best[:, -2]
     return out
-
-
-def asked(messages: Sequence[Message]) -> str:
-    """What of a conversation is classified: what the user said last."""
-    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 @torch.no_grad()
