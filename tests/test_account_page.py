@@ -1,7 +1,5 @@
 """The page of one's account, and of everybody's, in a real browser: by mouse, keyboard and screen reader."""
 
-import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,31 +7,16 @@ from pathlib import Path
 import httpx
 import pyotp
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, expect
 
 from coterie.privacy.access import NotSignedIn
 from coterie.privacy.house import House
 from test_access import WORD, application, house
 from test_desk_page import axe, tab, violations
+from web_support import listening
 
 __all__ = ["axe", "house"]
 LABEL = "<img src=x onerror=alert(1)>"
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The address of a server for `app`, on a free port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
@@ -41,7 +24,7 @@ def address(house: House, tmp_path: Path) -> Iterator[str]:
     """A business with an owner, an admin, and an agent."""
     for name, role in (("anna", "owner"), ("bea", "admin"), ("cem", "agent")):
         house.accounts.add(name, role, WORD)
-    with running(application(house, tmp_path)) as address:
+    with listening(application(house, tmp_path)) as address:
         yield address
 
 
@@ -194,7 +177,7 @@ def test_the_keyboard_stays_where_it_is(browser: Browser, address: str) -> None:
 
 
 def test_at_the_machine_the_first_account_closes_the_door(browser: Browser, house: House, tmp_path: Path) -> None:
-    with running(application(house, tmp_path)) as address, tab(browser) as page:
+    with listening(application(house, tmp_path)) as address, tab(browser) as page:
         page.goto(f"{address}/account")
         expect(page.get_by_text("There are no accounts yet")).to_be_visible()
         expect(page.get_by_role("heading", level=2)).to_have_text(["Accounts", "What was done last"])

@@ -40,9 +40,9 @@ class Vault:
 
     def __init__(
         self, detector: Callable[[str], list[Span]], database: Engine, keys: Keys,
-        known: Callable[[str], Mapping[str, Iterable[str]]] = nothing_known, region: str = "GB",
+        known: Callable[[str], Mapping[str, Iterable[str]]] = nothing_known,
     ) -> None:  # fmt: skip
-        self.detector, self.database, self.keys, self.known, self.region = detector, database, keys, known, region
+        self.detector, self.database, self.keys, self.known = detector, database, keys, known
         self._lock = threading.Lock()
         self._open: OrderedDict[str, tuple[int, Pseudonyms]] = OrderedDict()  # with the key they were kept under
 
@@ -50,7 +50,7 @@ class Vault:
         """The texts with pseudonyms, which are in the database before this returns; `values` are known to be the
         customer's own. Raises MaskingFailed."""
         try:
-            known = KnownValues(self.known(customer) if values is None else values, self.region)
+            known = KnownValues(self.known(customer) if values is None else values)
         except Exception as error:  # what a CRM may raise is not known here
             why = f"what is known of the customer could not be read ({type(error).__name__}), so the text was not used"
             raise MaskingFailed(why) from None
