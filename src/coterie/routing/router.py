@@ -1,12 +1,13 @@
 """Which experts a request wakes, if any: the nearest to its text, as near as that expert's own inputs usually are.
 
-Products of the text's vector with the means of all experts give a shortlist, which is compared closely. There an
+One product of the text's vector with the means of all experts gives a shortlist, which is compared closely. There an
 expert's score is the sum of two: the mean cosine of the text to its three nearest training inputs, in a space whitened
 by the covariance within experts, so that what varies inside every subject (length, politeness, names) counts little;
 and a ridge regression of "is it this expert's?", in closed form from the experts' means and covariances. An expert is
 left out where fewer than a share `abstain` of its own inputs, each left out in turn, score as low as the text (a
-conformal p-value, Vovk et al. 2005); when all are left out the base model answers. Shares come from a softmax whose
-temperature is fitted to the experts' own inputs (Guo et al. 2017).
+conformal p-value, Vovk et al. 2005); when all are left out the base model answers. The best two, where they are close,
+are compared directly by what tells their own inputs apart (a kernel ridge regression on the pair). Shares come from a
+softmax whose temperature is fitted to the experts' own inputs (Guo et al. 2017).
 
 Notable: an expert's statistics never depend on another's. What is pooled is a mean over the covariances of at most
 POOLED experts, those whose names have the lowest hashes, so it depends on which experts there are and not on the
@@ -35,7 +36,7 @@ RIDGE = 0.5  # penalty of the regression, times dimensions / inputs, as a share 
 REGRESSION = 0.3  # weight of the regression in the score, where the cosine has weight 1
 KEPT = 64  # experts whose whitened samples are kept in memory: at most 3.3 MB each at width 576
 DUEL = 0.4  # weight of the comparison of the best two, where the cosine has weight 1
-CLOSE = 0.2  # apart in score, from which on the best two are not compared
+CLOSE = 0.1  # apart in score, from which on the best two are not compared
 DUELLISTS = 512  # inputs of each that the comparison is learned from
 SHARPNESS, PENALTY = 4.0, 0.03  # of its kernel exp(SHARPNESS (cosine - 1)), and of its ridge
 DUELS = 4096  # pairs that are remembered, 4 kB each
