@@ -202,8 +202,8 @@ def running(server: Server) -> Iterator[Server]:
 
 @dataclass
 class Visitor:
-    """A browser: after `turns` messages another customer sits down at it. `talks`: each conversation's id, and the texts
-    that the server has confirmed there, in order."""
+    """A browser: after `turns` messages another customer sits down at it. `talks`: each conversation's id, and the
+    texts that the server has confirmed there, in order."""
 
     name: str
     client: httpx.AsyncClient
@@ -510,10 +510,10 @@ def main() -> None:
             "whole answer p50, ms", "lost", "doubled", "out of order", "unanswered"]  # fmt: skip
     report.table("The desk under load", head, rows)
     report.say(
-        f"The scripted model gives every answer a word each {1000 * TOKEN_S:.0f} ms, {len(WORDS.split())} in all; first "
-        f"words are a whole sentence. Visitors think {THINK_S} s, in part memory {SLOW_THINK_S:.0f} s; after {TURNS} "
-        f"messages, there after {SLOW_TURNS}, comes another customer. Lost, doubled and out of order are counted in the "
-        "database against what the server had confirmed."
+        f"The scripted model gives every answer a word each {1000 * TOKEN_S:.0f} ms, {len(WORDS.split())} in all; "
+        f"first words are a whole sentence. Visitors think {THINK_S} s, in part memory {SLOW_THINK_S:.0f} s; after "
+        f"{TURNS} messages, there after {SLOW_TURNS}, comes another customer. Lost, doubled and out of order: counted "
+        "in the database, against what the server had confirmed."
     )
     finish(report, args)
 

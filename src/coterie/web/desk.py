@@ -17,7 +17,7 @@ from coterie.desk.desk import Desk
 from coterie.desk.live import EVERY
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
 from coterie.errors import CoterieError
-from coterie.privacy.access import Forbidden, NotSignedIn
+from coterie.privacy.access import LOCAL, PASSER, Forbidden, NotSignedIn
 from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
 from coterie.web.events import event, next_news, stream
 from coterie.web.procedures import approvals_router
@@ -119,14 +119,18 @@ def _router(
         try:
             agent = door.agent(request)
         except NotSignedIn:
+            accounts = request.state.person not in (LOCAL, PASSER)
             return HTMLResponse(
-                pages.get_template("desk_closed.html").render(business=desk.business.config.business), 401
-            )
+                pages.get_template("desk_closed.html").render(
+                    business=desk.business.config.business, accounts=accounts
+                ), 401,
+            )  # fmt: skip
         return HTMLResponse(
             pages.get_template("desk.html").render(
-                business=desk.business.config.business, agent=agent, canned=desk.spec.canned
+                business=desk.business.config.business, agent=agent, canned=desk.spec.canned,
+                person=request.state.person,
             )
-        )
+        )  # fmt: skip
 
     @router.get("/desk/api/conversations")
     def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting") -> dict[str, Any]:  # type: ignore[valid-type]
