@@ -449,7 +449,7 @@ def killed(report: Report, place: Path, args: argparse.Namespace) -> Found:
     kills = 2 if args.quick else args.kills
     with running(scripted_server(make_business(place, args.mute))) as server:
         work = killer(server, kills, 5.0)
-        found = asyncio.run(load(server, 50, 0, patience_s=120.0, meanwhile=work, name="kills"))
+        found = asyncio.run(load(server, 50, 0, patience_s=1800.0, meanwhile=work, name="kills"))
     check(place, found)
     report.figures |= {
         "kills": kills, "lost_after_kills": found.lost, "doubled_after_kills": found.doubled,

@@ -229,7 +229,7 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
 
     @router.get("/login", response_class=HTMLResponse)
     def login_page() -> str:
-        return pages.get_template("login.html").render(wrong="", oidc=provider() is not None)
+        return pages.get_template("login.html").render(oidc=provider() is not None)
 
     @router.post("/login")
     def login(
@@ -241,9 +241,8 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
         try:
             return session_reply(request, gate, gate.login(request, name, password, code))
         except NotSignedIn as error:
-            return HTMLResponse(
-                pages.get_template("login.html").render(wrong=str(error), oidc=provider() is not None), 401
-            )
+            page = pages.get_template("login.html")
+            return HTMLResponse(page.render(wrong=str(error), name=name, oidc=provider() is not None), 401)
 
     @router.get("/account", response_class=HTMLResponse)
     def account_page(person: Me) -> str:

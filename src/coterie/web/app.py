@@ -59,7 +59,7 @@ def create_app(
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
-    pages.globals["nav"] = gate.pages
+    pages.globals |= {"nav": gate.pages, "business": answerer.business.config.business}
     registry = CollectorRegistry()
     registry.register(_EngineMetrics(answerer.engine))
     business, started = answerer.business, int(time.time())

@@ -1,6 +1,7 @@
 """The agents' side of the desk: its page, and what it asks of the server. Nothing here that `desk/` does not decide."""
 
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -254,4 +255,8 @@ def _row(c: Conversation) -> dict[str, Any]:
 
 
 def _short(m: Message | None) -> dict[str, Any] | None:
-    return {"author": m.author, "text": " ".join(m.text.split())[:140], "at": m.at} if m else None
+    """A message on one line, without the signs of its Markdown."""
+    if m is None:
+        return None
+    flat = " ".join(re.sub(r"\*\*|`|^\s*#+\s", "", m.text, flags=re.MULTILINE).split())
+    return {"author": m.author, "text": flat[:140], "at": m.at}
