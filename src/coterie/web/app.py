@@ -68,7 +68,8 @@ def create_app(
     add_access(app, gate, pages, rooms)
     if desk:
         door = open_door(business.folder, desk.spec.origins)
-        add_desk(app, desk, pages, door, _on_record(house) if house else None)
+        saw, refused = (_on_record(house), _on_refusal(house)) if house else (None, None)
+        add_desk(app, desk, pages, door, saw, refused)
         if house:
             app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
     app.include_router(knowledge_router(shelf, business, pages))
@@ -145,6 +146,11 @@ def create_app(
 def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, str, str], None]:
     """Says in the audit log which agent read whose conversation."""
     return lambda agent, id, customer: house.audit.record(f"agent:{agent}", what, customer, id=id)
+
+
+def _on_refusal(house: House) -> Callable[[str, str, str], None]:
+    """Says in the audit log which customer asked for whose conversation, and did not get it."""
+    return lambda who, id, customer: house.audit.record(f"customer:{who}", "conversation.refused", customer, id=id)
 
 
 class _ChatShape:
