@@ -106,7 +106,7 @@ class Gate:
             self._calls.count(person.name if person is not VISITOR else _address(request))
         if template in PAGES and person is VISITOR:
             raise HTTPException(303, "sign in first", {"Location": "/login"})
-        if template == "/" and not person.may & {rule}:  # whoever comes by the address alone is led on
+        if template == "/" and rule not in person.may:  # whoever comes by the address alone is led on
             raise HTTPException(303, "another page is yours", {"Location": self.landing(person)})
         if rule == SELF:
             if person.name == VISITOR.name or person is PASSER:
