@@ -80,9 +80,13 @@ def test_what_the_crm_did_not_take_is_listed_retried_and_dropped(
     assert [first["conversation"], second["conversation"]] == ids
     assert run(capsys, "desk", "crm", "retry", first["entry"], "-f", shop)[1] == f"tried again: {first['entry']}\n"
     assert [w["state"] for w in standing(talks)] == ["due", "failed"]
+    assert run(capsys, "desk", "crm", "retry", "--all", "-f", shop)[0] == 0
+    assert [w["state"] for w in standing(talks)] == ["due", "due"]
     assert run(capsys, "desk", "crm", "drop", second["entry"], "-f", shop)[1] == f"dropped: {second['entry']}\n"
     assert [w["conversation"] for w in standing(talks)] == ids[:1]
-    assert [(line.actor, line.action) for line in house.audit.lines()] == [("cli", "crm.drop"), ("cli", "crm.retry")]
+    assert [(line.actor, line.action) for line in house.audit.lines()] == [
+        ("cli", "crm.drop"), *[("cli", "crm.retry")] * 3,
+    ]  # fmt: skip
     for wrong, said in ((["retry"], "--all"), (["retry", "7", "--all"], "--all"), (["drop", "9999"], "no entry 9999")):
         code, _, err = run(capsys, "desk", "crm", *wrong, "-f", shop)
         assert (code, said in " ".join(err.split())) == (2, True)

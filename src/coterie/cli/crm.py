@@ -63,7 +63,7 @@ def list_(
 
 @app.command()
 def retry(
-    entry: Annotated[int, typer.Argument(min=1, help="The entry's number; with what its conversation has too.")] = 0,
+    entry: Annotated[int, typer.Argument(min=0, help="The entry's number; with what its conversation has too.")] = 0,
     every: Annotated[bool, typer.Option("--all", help="All that wait or failed.")] = False,
     folder: FolderOption = Path(),
     as_json: Json = False,
