@@ -1,5 +1,6 @@
 """Who may do what: every route with every role, sessions, tokens, second factor, and what other sites try."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,8 @@ def test_every_route_with_every_role(role: Role, app: FastAPI, staff: dict[Role,
                 continue
             path = route.path.replace("{name}", "nobody").replace("{id}", "none").replace("{customer}", "c1")
             reply = browser.request(method, path, headers={"Sec-Fetch-Site": "same-origin"})
-            refused = reply.status_code in (401, 403) or reply.headers.get("location") == "/login"
+            led_on = reply.headers.get("location") in ("/login", "/experts")  # a viewer's page instead of the chat
+            refused = reply.status_code in (401, 403) or led_on
             admitted = rule == access.OPEN or rule in MAY[role] or (rule == access.SELF and role != "visitor")
             wrong_password = (method, route.path) in (("POST", "/login"), ("GET", "/login/oidc/return"))
             assert refused != admitted or wrong_password, (role, method, route.path, reply.status_code, reply.text)
@@ -127,6 +129,33 @@ def test_who_may_converse_enters_the_desk_by_account(role: Role, app: FastAPI, s
     headers = {"Sec-Fetch-Site": "same-origin", "X-Coterie-Desk": "1"}
     asked = browser.post("/desk/api/conversations/none/take", headers=headers)
     assert (asked.status_code in (401, 403)) != may
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_everybody_lands_on_a_page_of_theirs_and_is_shown_only_such(
+    role: Role, app: FastAPI, staff: dict[Role, str]
+) -> None:
+    browser = client(app)
+    if role == "visitor":
+        assert {browser.get(path).headers["location"] for path in ("/", "/account", "/knowledge")} == {"/login"}
+        assert browser.get("/desk").status_code == 401
+        return
+    signed_in = browser.post("/login", data={"name": role, "password": WORD})
+    landing = signed_in.headers["location"]
+    assert landing == {"agent": "/desk", "viewer": "/experts"}.get(role, "/")
+    by_address = browser.get("/")
+    assert by_address.status_code == 200 if "ask" in MAY[role] else by_address.headers["location"] == landing
+    seen, left = set[str](), [landing]
+    while left:
+        path = left.pop()
+        page = browser.get(path)
+        assert (page.status_code, page.headers["content-type"][:9]) == (200, "text/html"), (role, path)
+        seen.add(path)
+        links = {f"/{m}" for m in re.findall(r'<a href="(?:\./)?(\w*)"', page.text)}
+        left += links - seen - {*left}
+    assert "/account" in seen, "where they sign out"
+    assert ("/desk" in seen) == ("converse" in MAY[role])
+    assert ("/" in seen) == ("ask" in MAY[role])
 
 
 def test_a_route_that_nothing_declares_is_refused(app: FastAPI, staff: dict[Role, str]) -> None:

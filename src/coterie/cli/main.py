@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coterie.cli import crm as _crm  # noqa: F401 (adds its commands to `desk`)
 from coterie.cli import data as data_commands
 from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
