@@ -10,8 +10,9 @@ run: .venv/ready
 	if grep -q '^\[knowledge\.' $(SHOP)/coterie.toml; then .venv/bin/coterie learn $(SHOP); fi
 	.venv/bin/coterie serve $(SHOP)
 
+# Two processes share the files of tests; each needs a core and 2 GB. For one test: .venv/bin/python -m pytest -k NAME
 test: .venv/ready-test
-	$(PY) -m pytest -m "not slow" -q
+	$(PY) -m pytest -m "not slow" -q -n 2 --dist loadfile
 
 test-all: .venv/ready-test .venv/adapters
 	COTERIE_EXPLORE=1 $(PY) -m pytest -q

@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 import tempfile
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,14 @@ NAMES = ("chinook", "northwind")
 Row = dict[str, Any]
 
 
-def build(name: str, folder: Path) -> tuple[Database, GraphSource, GraphSpec]:
-    """The database, and the graph that the declaration makes of it."""
+def build(name: str, folder: Path, find: Callable[[str], Path] = need_data) -> tuple[Database, GraphSource, GraphSpec]:
+    """The database, and the graph that the declaration makes of it, in a new folder."""
     folder.mkdir()
     if name == "chinook":
-        shutil.copy(need_data("chinook/Chinook_Sqlite.sqlite"), folder / "chinook.db")
+        shutil.copy(find("chinook/Chinook_Sqlite.sqlite"), folder / "chinook.db")
     else:
         with sqlite3.connect(folder / "northwind.db") as connection:
-            connection.executescript(need_data("northwind/create.sql").read_text(encoding="utf-8"))
+            connection.executescript(find("northwind/create.sql").read_text(encoding="utf-8"))
         connection.close()
     spec = GraphSpec.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text()))
     learned = learn_graph(spec, folder, folder / "graph")

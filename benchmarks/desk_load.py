@@ -1,16 +1,24 @@
 """The desk under load: time to the first words, messages lost and doubled, memory, and a server killed with -9.
 
+Four parts, each with servers of its own; all of them in one call, or one with --part:
+load    200 visitors of a scripted model behind the engine's interface, so that the desk is what is measured
+real    16 visitors of the real model
+kills   50 visitors of the scripted model, whose server is killed with -9 and started again ten times
+memory  few visitors for --minutes, a new customer for each conversation: does the serving process grow?
+
 The application is the one of `coterie serve`, in a process of its own, and visitors are HTTP clients of the widget's
 routes: each has a conversation, keeps its event stream open, writes, reads the answer to its end, thinks, writes again.
-Behind the engine's interface a scripted model speaks, so that the desk is what is measured; then 16 visitors have the
-real model. What counts as accepted is what the server has confirmed; a message whose confirmation got lost is sent
+What counts as accepted is what the server has confirmed; a message whose confirmation got lost is sent
 again with its key, and must stand there once. After the last kill every accepted message must be there, once, in order.
 
     python benchmarks/desk_load.py --quick
-    python benchmarks/desk_load.py --minutes 60 --record
+    python benchmarks/desk_load.py --minutes 60 --record     # 72 minutes; the last 60 take a tenth of a core
+    python benchmarks/desk_load.py --part memory --minutes 60 --record
 """
 
+import argparse
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -22,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,13 +40,17 @@ import numpy as np
 from common import Report, finish, options, screen
 
 from coterie.desk.conversation import LEASE_S
+from coterie.model.decoder import Decoder
 from coterie.model.load import BaseModel
 from coterie.model.pull import DEFAULT, pull
 
 WORDS = "Thank you. Your order has left us this morning, and you will have it in two days. Is there more that I can do?"
 TOKEN_S = 0.02  # of the scripted model, for one word of each answer
 THINK_S, TURNS = 2.5, 10  # between an answer and the next message; messages of one conversation
-SEVERAL = 100  # visitors of one address: the widget admits 120 new ones in a minute
+SLOW, SLOW_THINK_S, SLOW_TURNS = 16, 20.0, 3  # visitors of part memory
+WARM, BLOCKS = 1 / 6, 15  # the share of part memory that is not judged; stretches of the rest
+T_975 = 2.160  # Student's t for a 95% interval with BLOCKS - 2 degrees of freedom
+SEVERAL = 40  # visitors of one address: the widget admits 120 new ones in a minute
 
 
 class ScriptedEngine:
@@ -109,6 +121,18 @@ def serve(folder: Path, port: int, token_s: float, lease_s: float) -> None:
     uvicorn.run(application, host="127.0.0.1", port=port, log_level="error")
 
 
+def first_layer(model: Path, folder: Path) -> Path:
+    """Of a base model all that the scripted engine needs, its words and its template, with one layer: quick to load."""
+    from coterie.model.load import load as load_base
+    from coterie.model.save import save_model
+
+    base = load_base(model)
+    config = replace(base.decoder.config, layers=1)
+    weights = {name: w for name, w in base.decoder.weights.items() if not name[0].isdigit() or name.startswith("0.")}
+    save_model(replace(base, decoder=Decoder(config, weights)), folder)
+    return folder
+
+
 def make_business(folder: Path, base: str) -> Path:
     """One without experts, that answers what it does not know."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +158,7 @@ class Server:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, within_s: float = 120) -> None:
+    def start(self, within_s: float = 600) -> None:
         """Returns when it answers."""
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
         until = time.monotonic() + within_s
@@ -178,12 +202,13 @@ def running(server: Server) -> Iterator[Server]:
 
 @dataclass
 class Visitor:
-    """One visitor, who begins a new conversation after TURNS messages. `talks`: each one's id, and the texts that the
-    server has confirmed there, in order."""
+    """A browser: after `turns` messages another customer sits down at it. `talks`: each conversation's id, and the
+    texts that the server has confirmed there, in order."""
 
     name: str
     client: httpx.AsyncClient
     think_s: float
+    turns: int
     talks: list[tuple[str, list[str]]] = field(default_factory=list)
     entries: dict[int, dict[str, Any]] = field(default_factory=dict)
     first_s: list[float] = field(default_factory=list)  # from the click until the first words
@@ -195,16 +220,17 @@ class Visitor:
     _answering: bool = False
     _pieces: int = 0
 
-    async def run(self, over: asyncio.Event, patience_s: float) -> None:
-        """Talk until `over`; then wait until the last answer is there."""
-        self._headers = {"Authorization": f"Bearer {(await self._post('/widget/visits', {}))['token']}"}
+    async def run(self, over: asyncio.Event, patience_s: float, after_s: float) -> None:
+        """Talk until `over`, from `after_s` on; then wait until the last answer is there."""
+        await asyncio.sleep(after_s)
         while not over.is_set() or not self.talks:
+            self._headers = {"Authorization": f"Bearer {(await self._post('/widget/visits', {}))['token']}"}
             id = (await self._post("/widget/conversations", {"key": f"{self.name}-{len(self.talks)}"}))["id"]
             self.talks.append((id, []))
             self.entries.clear()
             reader = asyncio.create_task(self._read(id))
             try:
-                while len(self.talks[-1][1]) < TURNS and (not over.is_set() or not self.talks[-1][1]):
+                while len(self.talks[-1][1]) < self.turns and (not over.is_set() or not self.talks[-1][1]):
                     await self._exchange(patience_s)
                     with suppress(TimeoutError):
                         await asyncio.wait_for(over.wait(), self.think_s)
@@ -289,20 +315,28 @@ class Found:
     def accepted(self) -> int:
         return sum(len(said) for v in self.visitors for _, said in v.talks)
 
-    def slope(self) -> float:
-        """MiB an hour over the second half, by least squares."""
-        half = self.memory[len(self.memory) // 2 :]
-        if len(half) < 3:
-            return float("nan")
-        at, mib = np.array(half).T
-        return float(np.polyfit(at / 3600, mib, 1)[0])
+    def growth(self) -> tuple[float, float]:
+        """MiB an hour after warm-up, and how far its 95% interval reaches to each side.
+
+        A line through the means of BLOCKS equal stretches: neighbouring seconds say nearly the same, and each counted
+        as a reading of its own would make the interval far too narrow.
+        """
+        at, mib = np.array(self.memory).T
+        edges = np.linspace(WARM * self.seconds, self.seconds, BLOCKS + 1)
+        within = [(at >= low) & (at < high) for low, high in pairwise(edges)]
+        blocks = [(at[w].mean() / 3600, mib[w].mean()) for w in within if w.any()]
+        if len(blocks) < BLOCKS:
+            return float("nan"), float("nan")
+        line, covariance = np.polyfit(*np.array(blocks).T, 1, cov=True)
+        return float(line[0]), T_975 * float(covariance[0, 0]) ** 0.5
 
 
 async def load(
     server: Server, count: int, seconds: float, think_s: float = THINK_S, patience_s: float = 60.0,
-    meanwhile: Callable[[], None] | None = None, name: str = "visitor",
+    meanwhile: Callable[[], None] | None = None, name: str = "visitor", turns: int = TURNS,
 ) -> Found:  # fmt: skip
-    """`count` visitors for so long, or for as long as `meanwhile` takes (kills), in a thread."""
+    """`count` visitors for so long, or for as long as `meanwhile` takes (kills), in a thread. Their first messages are
+    spread over `think_s`."""
     over, began, memory = asyncio.Event(), time.monotonic(), list[tuple[float, float]]()
     clients = [
         httpx.AsyncClient(
@@ -312,16 +346,18 @@ async def load(
             ),
         ) for n in range((count + SEVERAL - 1) // SEVERAL)
     ]  # fmt: skip
-    visitors = [Visitor(f"{name}-{n}", clients[n // SEVERAL], think_s) for n in range(count)]
+    visitors = [Visitor(f"{name}-{n}", clients[n // SEVERAL], think_s, turns) for n in range(count)]
 
     async def watch() -> None:
-        while True:
+        for second in itertools.count():
             with suppress(OSError):  # between a kill and the next start
                 memory.append((time.monotonic() - began, server.resident_mib()))
+                if second % 60 == 0:
+                    screen.print(f"{name}: minute {second // 60}, {memory[-1][1]:.1f} MiB", highlight=False)
             await asyncio.sleep(1.0)
 
     watching = asyncio.create_task(watch())
-    talking = [asyncio.create_task(v.run(over, patience_s)) for v in visitors]
+    talking = [asyncio.create_task(v.run(over, patience_s, n * think_s / count)) for n, v in enumerate(visitors)]
     await (asyncio.to_thread(meanwhile) if meanwhile else asyncio.sleep(seconds))
     over.set()
     await asyncio.gather(*talking)
@@ -381,13 +417,79 @@ def _row(name: str, f: Found) -> list[object]:
             1000 * middle, f.lost, f.doubled, f.disordered, sum(v.unanswered for v in f.visitors)]  # fmt: skip
 
 
+def under_load(report: Report, place: Path, args: argparse.Namespace) -> Found:
+    """Many visitors at once."""
+    with running(scripted_server(make_business(place, args.mute))) as server:
+        found = asyncio.run(load(server, args.visitors, 20 if args.quick else 180, name="load"))
+    check(place, found)
+    report.figures |= {
+        "visitors": args.visitors, "first_p50_ms": 1000 * found.first(50), "first_p99_ms": 1000 * found.first(99),
+        "messages_per_s": found.accepted / found.seconds, "lost": found.lost, "doubled": found.doubled,
+    }  # fmt: skip
+    return found
+
+
+def with_the_real_model(report: Report, place: Path, args: argparse.Namespace) -> Found:
+    """`coterie serve` itself, with the base model."""
+    port = free_port()
+    command = [sys.executable, "-m", "coterie", "serve", str(make_business(place, args.model)), "--port", str(port)]
+    with running(Server(command, port)) as server:
+        found = asyncio.run(load(server, 16, 20 if args.quick else 300, patience_s=600.0, name="real"))
+    check(place, found)
+    report.figures |= {
+        "real_first_p50_ms": 1000 * found.first(50), "real_first_p99_ms": 1000 * found.first(99),
+        "real_lost": found.lost, "real_doubled": found.doubled,
+        "real_messages_per_s": found.accepted / found.seconds,
+    }  # fmt: skip
+    return found
+
+
+def killed(report: Report, place: Path, args: argparse.Namespace) -> Found:
+    """The server dies again and again, and its visitors go on."""
+    kills = 2 if args.quick else args.kills
+    with running(scripted_server(make_business(place, args.mute))) as server:
+        work = killer(server, kills, 5.0)
+        found = asyncio.run(load(server, 50, 0, patience_s=1800.0, meanwhile=work, name="kills"))
+    check(place, found)
+    report.figures |= {
+        "kills": kills, "lost_after_kills": found.lost, "doubled_after_kills": found.doubled,
+        "answers_doubled_after_kills": found.answers_doubled,
+        "unanswered_after_kills": sum(v.unanswered for v in found.visitors),
+    }  # fmt: skip
+    return found
+
+
+def over_time(report: Report, place: Path, args: argparse.Namespace) -> Found:
+    """The same few visitors' worth of work, minute after minute."""
+    minutes = args.minutes or (0.4 if args.quick else 60.0)
+    with running(scripted_server(make_business(place, args.mute))) as server:
+        work = load(server, SLOW, minutes * 60, SLOW_THINK_S, name="memory", turns=SLOW_TURNS)
+        found = asyncio.run(work)
+    check(place, found)
+    slope, around = found.growth()
+    report.figures |= {
+        "memory_minutes": minutes, "memory_messages": found.accepted, "memory_mib": found.memory[-1][1],
+        "memory_mib_per_hour": slope, "memory_mib_per_hour_interval": around, "memory_lost": found.lost,
+    }  # fmt: skip
+    report.say(
+        f"Memory of the serving process after {minutes:g} minutes, {found.accepted} messages and "
+        f"{sum(len(v.talks) for v in found.visitors)} customers: {found.memory[-1][1]:.0f} MiB. After the first "
+        f"{WARM * minutes:.0f} minutes it grew by {slope:+.1f} MiB an hour (95% interval {slope - around:+.1f} to "
+        f"{slope + around:+.1f}: a line through the means of {BLOCKS} stretches)."
+    )
+    return found
+
+
+PARTS = {"load": under_load, "real": with_the_real_model, "kills": killed, "memory": over_time}
+
+
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, help="of the load on the scripted model; default 60, quick 0.4")
-    parser.add_argument("--visitors", type=int, default=200)
+    parser.add_argument("--part", choices=PARTS, help="only this part; default: all, but with --quick not the real one")
+    parser.add_argument("--minutes", type=float, help="of part memory; default 60, with --quick 0.4")
+    parser.add_argument("--visitors", type=int, default=200, help="of part load")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--model", default=DEFAULT, help="base model: a hub id, a folder or a .gguf file")
-    parser.add_argument("--real", action="store_true", help="16 visitors of the real model too, where --quick has none")
     parser.add_argument("--serve", type=Path, help="(used by the program itself)")
     parser.add_argument("--port", type=int)
     parser.add_argument("--token-s", type=float, default=TOKEN_S)
@@ -396,44 +498,22 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.port, args.token_s, args.lease_s)
         return
-    minutes, kills = args.minutes or (0.4 if args.quick else 60.0), 2 if args.quick else args.kills
-    base, report, rows = str(pull(args.model)), Report("The desk under load: benchmarks/desk_load.py"), []
+    args.model = str(pull(args.model))
+    parts = [args.part] if args.part else [name for name in PARTS if not (args.quick and name == "real")]
+    report = Report("The desk under load" + (f", {args.part}" if args.part else "") + ": benchmarks/desk_load.py")
+    rows = []
     with tempfile.TemporaryDirectory() as place:
-        folder = make_business(Path(place) / "steady", base)
-        with running(scripted_server(folder)) as server:
-            found = asyncio.run(load(server, args.visitors, minutes * 60))
-        rows.append(_row("scripted model", check(folder, found)))
-        screen.print(f"steady load: {found.accepted} messages")
-        report.figures |= {
-            "visitors": args.visitors, "first_p50_ms": 1000 * found.first(50), "first_p99_ms": 1000 * found.first(99),
-            "messages_per_s": found.accepted / found.seconds, "lost": found.lost, "doubled": found.doubled,
-            "memory_mib": found.memory[-1][1], "memory_mib_per_hour": found.slope(), "minutes": minutes,
-        }  # fmt: skip
-        folder = make_business(Path(place) / "killed", base)
-        with running(scripted_server(folder)) as server:
-            found = asyncio.run(load(server, 50, 0, patience_s=120.0, meanwhile=killer(server, kills, 5.0)))
-        rows.append(_row(f"killed {kills} times", check(folder, found)))
-        report.figures |= {"kills": kills, "lost_after_kills": found.lost, "doubled_after_kills": found.doubled,
-                           "answers_doubled_after_kills": found.answers_doubled}  # fmt: skip
-        if args.real or not args.quick:
-            folder, port = make_business(Path(place) / "real", base), free_port()
-            command = [sys.executable, "-m", "coterie", "serve", str(folder), "--port", str(port)]
-            with running(Server(command, port)) as server:
-                found = asyncio.run(load(server, 16, 60 if args.quick else 300, patience_s=600.0))
-            rows.append(_row("real model", check(folder, found)))
-            report.figures |= {
-                "real_first_p50_ms": 1000 * found.first(50), "real_first_p99_ms": 1000 * found.first(99),
-                "real_lost": found.lost, "real_messages_per_s": found.accepted / found.seconds,
-            }  # fmt: skip
+        args.mute = str(first_layer(Path(args.model), Path(place) / "mute"))
+        for name in parts:
+            rows.append(_row(name, PARTS[name](report, Path(place) / name, args)))
     head = ["", "visitors", "seconds", "messages", "messages/s", "first words p50, ms", "p99, ms",
             "whole answer p50, ms", "lost", "doubled", "out of order", "unanswered"]  # fmt: skip
     report.table("The desk under load", head, rows)
-    each, count = 1000 * TOKEN_S, len(WORDS.split())
     report.say(
-        f"The scripted model gives every answer a word each {each:.0f} ms, {count} in all; first words are a whole "
-        f"sentence. Visitors think {THINK_S} s. Memory of the serving process after "
-        f"{minutes:g} minutes: {report.figures['memory_mib']:.0f} MiB, over the second half "
-        f"{report.figures['memory_mib_per_hour']:+.0f} MiB an hour."
+        f"The scripted model gives every answer a word each {1000 * TOKEN_S:.0f} ms, {len(WORDS.split())} in all; "
+        f"first words are a whole sentence. Visitors think {THINK_S} s, in part memory {SLOW_THINK_S:.0f} s; after "
+        f"{TURNS} messages, there after {SLOW_TURNS}, comes another customer. Lost, doubled and out of order: counted "
+        "in the database, against what the server had confirmed."
     )
     finish(report, args)
 

@@ -9,6 +9,7 @@ loaded once, and all take turns on the same job. Of a peer's settings (VARIANTS 
   the base model alone and 4-bit weights included;
 - `mixed16_vs_best_lora_peer`: the same over the best of those that serve the experts too;
 - `mixed_vs_base`: with 16 requests, mixed over base only;
+- `lora16|64_by_1|4|16|64_vs_best_peer`: 16 or 64 requests over so many LoRA experts, over the best peer with them;
 - `single_vs_llamacpp`: one request to the base, nothing guessed, over llama.cpp with weights in bfloat16 too.
 """
 
@@ -52,10 +53,12 @@ from coterie.web.app import create_app
 PEERS = Path(__file__).parent / "peers"
 LEVELS = (1, 4, 16, 64)
 EXPERTS = ("", "billing", "cards", "loans", "travel")  # the first is the base model
-MANY = 64  # more experts, of mixed kinds
+MANY = 64  # more experts: so many LoRAs, and so many of mixed kinds
+SPREADS = tuple((level, experts) for level in (16, 64) for experts in (1, 4, 16, 64) if experts <= level)
 KINDS = (loras.LoraConfig(), loras.LoraConfig(8, 16), BottleneckConfig(), PromptConfig(), PrefixConfig())
 COLUMNS = {"prompt": "text", "completion": "category"}
 OURS, LLAMA = "Coterie", "llama.cpp"
+Found = dict[tuple[str, int | tuple[int, int]], list[dict[str, Any]]]  # of a side at a level, or one of SPREADS
 Job = dict[str, Any]  # "requests": each with prompt (ids), text, expert ("" for the base); "tokens" to generate
 
 
@@ -65,8 +68,9 @@ def make_business(folder: Path) -> None:
     (folder / "coterie.toml").write_text(
         f'[business]\nname = "Benchmark"\nbase = "{pull(DEFAULT)}"\nqueue = 256\nslots = 64\n'
     )
-    (folder / "adapters").mkdir()
-    for seed, name in enumerate(EXPERTS[1:]):
+    several, many = EXPERTS[1:], tuple(f"lora{n}" for n in range(MANY))
+    for seed, name in enumerate((*several, *many)):
+        peers = folder / ("several" if name in several else "many")  # what the peers load
         lora = loras.fresh(loras.LoraConfig(), base.decoder, seed)
         generator = torch.Generator().manual_seed(seed)
         for key, weight in lora.weights.items():
@@ -77,10 +81,10 @@ def make_business(folder: Path) -> None:
             loras.save(lora, target, DEFAULT, base.decoder.config)
 
         Library(folder / "experts").publish(ExpertFacts(name), fill)
-        (folder / "adapters" / name).mkdir()
-        fill(folder / "adapters" / name)
-        (folder / "gguf").mkdir(exist_ok=True)
-        write_gguf_lora(base, lora.weights, lora.config.alpha, folder / "gguf" / f"{name}.gguf")
+        (peers / "peft" / name).mkdir(parents=True)
+        fill(peers / "peft" / name)
+        (peers / "gguf").mkdir(exist_ok=True)
+        write_gguf_lora(base, lora.weights, lora.config.alpha, peers / "gguf" / f"{name}.gguf")
     for n in range(MANY):
         config = KINDS[n % len(KINDS)]
         module = {"lora": loras, "adapter": adapter, "prompt": prompt, "prefix": prefix}[config.kind]
@@ -173,6 +177,12 @@ def jobs(tokens: int) -> Iterator[dict[int, Job]]:
         yield found
 
 
+def spread(job: Job, level: int, experts: int, kind: str) -> Job:
+    """`level` requests of a job, spread over the first `experts` of "lora" or of "many", which are of mixed kinds."""
+    requests = [request | {"expert": f"{kind}{n % experts}"} for n, request in enumerate(job["requests"][:level])]
+    return {"requests": requests, "tokens": job["tokens"] // 2}
+
+
 def fastest(commands: dict[str, list[str]], job: Job, threads: int) -> tuple[str, dict[str, float]]:
     """The variant of a peer that gives most tokens a second on `job`, and what each gave."""
     pace = {}
@@ -197,42 +207,48 @@ def main() -> None:
     report = common.Report("Generation: benchmarks/serving.py")
     work = jobs(tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        folder, model = Path(scratch), pull(DEFAULT)
+        folder, model, vllm = Path(scratch), pull(DEFAULT), os.environ.get("COTERIE_VLLM", "")
         make_business(folder)
         common.hugging_face_copy(model, folder / "base")
         threads = str(args.threads)
         gguf = str(next(model.glob("*.gguf"), "")) or common.skip(f"{model} holds no GGUF for llama.cpp")
         llama, peft = str(PEERS / "llama_cpp.py"), str(PEERS / "peft_generate.py")
-        pairs = (str(folder / "base"), str(folder / "adapters"))
-        variants = {
-            LLAMA: {v: [llama, gguf, threads, v] for v in llama_cpp.VARIANTS},
-            f"{LLAMA} with LoRA": {v: [llama, gguf, threads, v, str(folder / "gguf")] for v in llama_cpp.VARIANTS},
-            f"{LLAMA}, bf16": {v: [llama, str(folder / "bf16.gguf"), threads, v] for v in llama_cpp.VARIANTS},
-            "PEFT": {v: [peft, *pairs, threads, v] for v in peft_generate.VARIANTS},
-        }
+
+        def variants(adapters: Path) -> dict[str, dict[str, list[str]]]:
+            both, gguf_loras = [str(folder / "base"), str(adapters / "peft")], str(adapters / "gguf")
+            return {
+                LLAMA: {v: [llama, gguf, threads, v] for v in llama_cpp.VARIANTS},
+                f"{LLAMA} with LoRA": {v: [llama, gguf, threads, v, gguf_loras] for v in llama_cpp.VARIANTS},
+                f"{LLAMA}, bf16": {v: [llama, str(folder / "bf16.gguf"), threads, v] for v in llama_cpp.VARIANTS},
+                "PEFT": {v: [peft, *both, threads, v] for v in peft_generate.VARIANTS},
+                "vLLM with LoRA": {"": [str(PEERS / "vllm_cpu.py"), *both, threads, ""]},
+            }
+
+        def start(peer: str, command: list[str]) -> common.Side:
+            if "vLLM" not in peer:
+                return common.Side(command, args.threads)
+            preload = next(Path(vllm).parents[1].glob("lib/libiomp5.so"))
+            return common.Side(command, args.threads, vllm, LD_PRELOAD=str(preload))
+
         sides = {OURS: common.Side([__file__, "--side", scratch, threads], args.threads)}
         settings: dict[str, str] = {}
-        for peer, commands in variants.items():
+        for peer, commands in variants(folder / "several").items():
+            if "vLLM" in peer and not vllm:
+                report.say("vLLM is not compared: COTERIE_VLLM names no Python that has it (docs/benchmarks.md).")
+                continue
             settings[peer] = settings.get(LLAMA, "") if LLAMA in peer else ""  # found once for llama.cpp
             settings[peer] = settings[peer] or next(iter(commands))
             if not args.quick and peer in (LLAMA, "PEFT"):
                 settings[peer], pace = fastest(commands, next(work)[16], args.threads)
                 report.figures |= {f"{peer}, {name}, trial tokens/s": value for name, value in pace.items()}
-            sides[peer] = common.Side(commands[settings[peer]], args.threads)
-        if python := os.environ.get("COTERIE_VLLM"):
-            preload = next(Path(python).parents[1].glob("lib/libiomp5.so"))
-            sides["vLLM with LoRA"] = common.Side(
-                [str(PEERS / "vllm_cpu.py"), *pairs, threads, ""], args.threads, python, LD_PRELOAD=str(preload)
-            )
-        else:
-            report.say("vLLM is not compared: COTERIE_VLLM names no Python that has it (docs/benchmarks.md).")
+            sides[peer] = start(peer, commands[settings[peer]])
         port = sides[OURS].ask({"address": True})["port"]
         for side in sides.values():
             for job in next(work).values():
                 side.ask(job | {"tokens": 8})  # warms up
-        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        found: Found = {}
 
-        def note(name: str, level: int, run: dict[str, Any]) -> None:
+        def note(name: str, level: int | tuple[int, int], run: dict[str, Any]) -> None:
             found.setdefault((name, level), []).append(run)
 
         for _ in range(rounds):
@@ -247,26 +263,40 @@ def main() -> None:
                 )
                 note(f"{OURS}, an expert each, of 5 kinds", level, sides[OURS].ask(job | {"requests": many}))
                 note(f"{OURS}, over HTTP", level, asyncio.run(over_http(port, job)))
+        for name in settings:
+            sides.pop(name).close()
+        if not args.quick:  # the peers once more, with all LoRAs loaded
+            servers = [peer for peer in settings if "LoRA" in peer or peer == "PEFT"]
+            sides |= {peer: start(peer, variants(folder / "many")[peer][settings[peer]]) for peer in servers}
+            for side in sides.values():  # warms up: all have their experts in memory
+                side.ask(spread(next(work)[64], 64, MANY, "lora") | {"tokens": 8})
+            sides[OURS].ask(spread(next(work)[64], 64, MANY, "many") | {"tokens": 8})
+            for level, experts in SPREADS:
+                job = next(work)[64]
+                for name, side in sides.items():
+                    note(name, (level, experts), side.ask(spread(job, level, experts, "lora")))
+                note(f"{OURS}, of 5 kinds", (level, experts), sides[OURS].ask(spread(job, level, experts, "many")))
         for side in sides.values():
             side.close()
-    report.say("Settings of the peers: " + "; ".join(f"{k}: {v}" for k, v in settings.items()) + ".")
+    report.say("Settings of the peers: " + "; ".join(f"{k}: {v}" for k, v in settings.items() if v) + ".")
     tell(report, found, tokens, rounds, args.threads)
     common.finish(report, args)
 
 
-def tell(
-    report: common.Report, found: dict[tuple[str, int], list[dict[str, Any]]], tokens: int, rounds: int, threads: int
-) -> None:
+def tell(report: common.Report, found: Found, tokens: int, rounds: int, threads: int) -> None:
     """Medians into the report's table, figures and ratios."""
-    names = list(dict.fromkeys(name for name, _ in found))
+    names = list(dict.fromkeys(name for name, level in found if isinstance(level, int)))
     pace = {key: statistics.median(run["tokens"] / run["seconds"] for run in runs) for key, runs in found.items()}
-    first = {key: statistics.median(t for run in runs for t in run["first"]) for key, runs in found.items()}
+    waits = {key: [t * 1e3 for run in runs for t in run["first"]] for key, runs in found.items()}  # ms
+    first = {key: statistics.median(ms) for key, ms in waits.items()}
+    last = {key: sorted(ms)[int(0.99 * len(ms))] for key, ms in waits.items()}
     peaks = {name: max(run["peak_mib"] for run in found[name, LEVELS[-1]]) for name in names}
     for name in names:
         for level in LEVELS:
             report.figures |= {
                 f"{name}, {level} at once, tokens/s": pace[name, level],
-                f"{name}, {level} at once, first token p50 ms": first[name, level] * 1e3,
+                f"{name}, {level} at once, first token p50 ms": first[name, level],
+                f"{name}, {level} at once, first token p99 ms": last[name, level],
             }
         report.figures |= {f"{name}, peak MiB": peaks[name]} if peaks[name] else {}
     peers = [name for name in names if not name.startswith(OURS)]
@@ -290,13 +320,32 @@ def tell(
     head = ["", *(f"{level} at once" for level in LEVELS)]
     paces = [[name, *(pace[name, level] for level in LEVELS), peaks[name] or "as above"] for name in names]
     report.table("Tokens per second", [*head, "peak MiB"], paces)
-    report.table(
-        "Time to the first token, p50, ms", head, [[name, *(first[name, n] * 1e3 for n in LEVELS)] for name in names]
-    )
+    for share, ms in (("p50", first), ("p99", last)):
+        rows = [[name, *(ms[name, n] for n in LEVELS)] for name in names]
+        report.table(f"Time to the first token, {share}, ms", [share, *head[1:]], rows)
     report.say(
         f"With 16 mixed requests Coterie generates {report.ratios['mixed16_vs_best_peer']:.2f} times the tokens of the "
         "faster peer (`mixed16_vs_best_peer`)."
     )
+    if (OURS, SPREADS[0]) in found:
+        tell_spreads(report, pace)
+
+
+def tell_spreads(report: common.Report, pace: dict[tuple[str, int | tuple[int, int]], float]) -> None:
+    """How the number of experts in a batch counts."""
+    names = list(dict.fromkeys(name for name, level in pace if level in SPREADS))
+    for spot in SPREADS:
+        best = max(pace[name, spot] for name in names if not name.startswith(OURS))
+        report.ratios[f"lora{spot[0]}_by_{spot[1]}_vs_best_peer"] = pace[OURS, spot] / best
+        report.figures |= {
+            f"{name}, {spot[0]} at once, {spot[1]} experts, tokens/s": pace[name, spot] for name in names
+        }
+    report.say(
+        f"All requests to experts, {MANY} LoRAs of rank 16 known to each side, one round; of 5 kinds: LoRA of rank 16 "
+        "and 8, bottleneck adapter, soft prompt, prefix."
+    )
+    head = ["", *(f"{level} over {experts}" for level, experts in SPREADS)]
+    report.table("Tokens per second, requests over experts", head, [[n, *(pace[n, s] for s in SPREADS)] for n in names])
 
 
 if __name__ == "__main__":

@@ -118,7 +118,6 @@ def courses(rows: Rows, folder: Path, sides: dict[str, dict[str, Any]], every: i
     """What the adapters that each side kept in `folder`/SIDE answer. `sides`: what each printed."""
     base, library = load(folder / "base"), Library(folder / "experts")
     choices = tuple(rows.labels)
-    longest = max(len(base.encode(label)) for label in choices) + 8
     engine = Engine(base, library, slots=64, context=512, queue=1024)
     out = {}
     try:
@@ -132,7 +131,7 @@ def courses(rows: Rows, folder: Path, sides: dict[str, dict[str, Any]], every: i
                     ExpertFacts("course", "lora", choices=choices),
                     lambda to, expert=expert: kinds.save(expert, to, "base", base.decoder.config),  # type: ignore[misc]
                 )
-                figures, _ = evaluate(engine, rows.held_out, (facts.name, facts.version), choices, longest)
+                figures, _ = evaluate(engine, rows.held_out, (facts.name, facts.version), choices)
                 accuracy.append(float(figures["accuracy"]["value"]))
             out[side] = Course([times[n - 1] for n in steps], accuracy, found.get("peak_mib"))
     finally:

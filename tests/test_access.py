@@ -1,5 +1,6 @@
 """Who may do what: every route with every role, sessions, tokens, second factor, and what other sites try."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from pwdlib import PasswordHash
 from starlette.routing import BaseRoute
 
 from coterie.business import Business
@@ -20,7 +22,8 @@ from coterie.privacy.accounts import AccountError, Accounts
 from coterie.privacy.house import House, open_house
 from coterie.privacy.master import KeyLost
 from coterie.privacy.rights import Room
-from coterie.store.database import open_database
+from coterie.privacy.tables import AccountRow
+from coterie.store.database import open_database, reading
 from coterie.web import access
 from coterie.web.app import create_app
 
@@ -110,7 +113,8 @@ def test_every_route_with_every_role(role: Role, app: FastAPI, staff: dict[Role,
                 continue
             path = route.path.replace("{name}", "nobody").replace("{id}", "none").replace("{customer}", "c1")
             reply = browser.request(method, path, headers={"Sec-Fetch-Site": "same-origin"})
-            refused = reply.status_code in (401, 403) or reply.headers.get("location") == "/login"
+            led_on = reply.headers.get("location") in ("/login", "/experts")  # a viewer's page instead of the chat
+            refused = reply.status_code in (401, 403) or led_on
             admitted = rule == access.OPEN or rule in MAY[role] or (rule == access.SELF and role != "visitor")
             wrong_password = (method, route.path) in (("POST", "/login"), ("GET", "/login/oidc/return"))
             assert refused != admitted or wrong_password, (role, method, route.path, reply.status_code, reply.text)
@@ -125,6 +129,33 @@ def test_who_may_converse_enters_the_desk_by_account(role: Role, app: FastAPI, s
     headers = {"Sec-Fetch-Site": "same-origin", "X-Coterie-Desk": "1"}
     asked = browser.post("/desk/api/conversations/none/take", headers=headers)
     assert (asked.status_code in (401, 403)) != may
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_everybody_lands_on_a_page_of_theirs_and_is_shown_only_such(
+    role: Role, app: FastAPI, staff: dict[Role, str]
+) -> None:
+    browser = client(app)
+    if role == "visitor":
+        assert {browser.get(path).headers["location"] for path in ("/", "/account", "/knowledge")} == {"/login"}
+        assert browser.get("/desk").status_code == 401
+        return
+    signed_in = browser.post("/login", data={"name": role, "password": WORD})
+    landing = signed_in.headers["location"]
+    assert landing == {"agent": "/desk", "viewer": "/experts"}.get(role, "/")
+    by_address = browser.get("/")
+    assert by_address.status_code == 200 if "ask" in MAY[role] else by_address.headers["location"] == landing
+    seen, left = set[str](), [landing]
+    while left:
+        path = left.pop()
+        page = browser.get(path)
+        assert (page.status_code, page.headers["content-type"][:9]) == (200, "text/html"), (role, path)
+        seen.add(path)
+        links = {f"/{m}" for m in re.findall(r'<a href="(?:\./)?(\w*)"', page.text)}
+        left += links - seen - {*left}
+    assert "/account" in seen, "where they sign out"
+    assert ("/desk" in seen) == ("converse" in MAY[role])
+    assert ("/" in seen) == ("ask" in MAY[role])
 
 
 def test_a_route_that_nothing_declares_is_refused(app: FastAPI, staff: dict[Role, str]) -> None:
@@ -270,6 +301,20 @@ def test_every_wrong_sign_in_gets_the_same_answer(house: House, name: str, passw
     house.accounts.add("oidc", "agent")
     with pytest.raises(NotSignedIn, match=f"^{accounts_module.WRONG}$"):
         house.accounts.login(name, password)
+
+
+def test_a_password_is_hashed_at_the_cost_that_owasp_asks_for(
+    house: House, slow_hasher: PasswordHash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was hashed for less is hashed anew when its owner signs in."""
+    house.accounts.add("anna", "owner", WORD)
+    monkeypatch.setattr(accounts_module, "HASHER", slow_hasher)
+    house.accounts.login("anna", WORD)
+    house.accounts.add("ben", "viewer", WORD)
+    with reading(house.database) as session:
+        kept = [row.password for row in session.query(AccountRow)]
+    assert len(kept) == 2
+    assert all(password.startswith("$argon2id$v=19$m=19456,t=2,p=1$") for password in kept)
 
 
 def test_a_second_factor_is_asked_for_and_each_code_works_once(house: House) -> None:

@@ -7,14 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import COLORS
@@ -27,6 +26,7 @@ from coterie.routing import statistics
 from coterie.web.app import create_app
 from coterie.web.problem import LARGEST_BODY
 from support import Gate, greedy, logits_of
+from web_support import listening
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ASK = [{"role": "user", "content": "Which color has the grass?"}]
@@ -36,9 +36,9 @@ SPEAK = {"model": "base", "messages": ASK}
 class Served:
     """A running server: its address, its engine, and clients of it."""
 
-    def __init__(self, answerer: Answerer, port: int) -> None:
-        self.answerer, self.engine, self.port = answerer, answerer.engine, port
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, answerer: Answerer, url: str) -> None:
+        self.answerer, self.engine, self.url = answerer, answerer.engine, url
+        self.port = httpx.URL(url).port
         self.openai = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
@@ -57,21 +57,10 @@ class Served:
 
 @contextmanager
 def serving(answerer: Answerer) -> Iterator[Served]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="critical", lifespan="on"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    served = Served(answerer, listener.getsockname()[1])
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield served
-    finally:
-        served.http.close()
-        served.openai.close()
-        server.should_exit = True
-        thread.join()
-        answerer.engine.close()
+    with closing(answerer.engine), listening(create_app(answerer)) as address:
+        served = Served(answerer, address)
+        with served.http, served.openai:
+            yield served
 
 
 def open_answerer(folder: Path, base: BaseModel, **sizes: int) -> Answerer:

@@ -178,7 +178,11 @@ def test_a_declaration_opens_a_source_with_its_examples_and_names_a_bad_line(tmp
     assert source.db.run("SELECT x FROM a", ANYONE).rows == ((1,),)
     assert source.nearest
     assert source.nearest("which x") == [("which x", "SELECT x FROM a")]
-    for line, said in (("{}", "needs question and sql"), ('{"question": 1, "sql": ""}', "needs"), ("[1]", "an object")):
+    for line, said in (
+        ("{}", "needs 'question', a text"),
+        ('{"question": 1, "sql": ""}', "needs"),
+        ("[1]", "an object"),
+    ):
         (tmp_path / "sql.jsonl").write_text(f"{line}\n")
         with pytest.raises(DataError, match=rf"sql.jsonl:1: .*{said}"):
             open_sql("t", spec, tmp_path, lambda: pytest.fail("no engine is needed yet"))

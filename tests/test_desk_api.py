@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from coterie.desk.conversation import Conversations
 from coterie.desk.desk import Desk
 from coterie.errors import StorageError
 from coterie.privacy.access import Limit
+from coterie.privacy.house import open_house
 from coterie.store.database import open_database
 from coterie.web import widget
 from coterie.web.app import create_app
@@ -107,6 +109,50 @@ def test_a_visitor_writes_and_is_answered(client: TestClient, desk: Desk) -> Non
     assert desk.conversations.disliked(id) == {2: "No."}
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"\xff\xfe\x00", 400), (b"", 400), (b"[]", 400), (b'{"text": 5, "key": "b"}', 400),
+        (b'{"text": "\\ud800", "key": "b"}', 400), ('{"text": "\u200b\u200d\ufeff", "key": "b"}'.encode(), 400),
+        (b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b'{"text": "x", "key": "b", "asked": 1e400}', 400),
+        (b'{"text": "' + b"x" * 20_001 + b'", "key": "b"}', 400), (b'{"text": "' + b"x" * (9 << 20) + b'"}', 413),
+        ('{"text": "\u202e\u0634\u0643 <script>alert(1)</script>", "key": "b"}'.encode(), 200),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_message_is_refused_with_its_reason(body: bytes, status: int, client: TestClient) -> None:
+    visitor = Visitor(client)
+    headers = {**visitor.headers, "Content-Type": "application/json"}
+    reply = client.post(f"/widget/conversations/{visitor.begin()}/messages", content=body, headers=headers)
+    assert reply.status_code == status
+    assert status == 200 or reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", [-1, 2**31, 10**30])
+def test_a_number_that_no_entry_can_have_is_refused(number: int, client: TestClient) -> None:
+    visitor = Visitor(client)
+    id = visitor.begin()
+    assert visitor.post(f"conversations/{id}/ratings", seq=number, good=True).status_code == 400
+    assert visitor.post(f"conversations/{id}/messages", text="Yes", key="a", asked=number).status_code == 400
+    reply = client.get(f"/widget/conversations/{id}/events", params={"after": number}, headers=visitor.headers)
+    assert reply.status_code == 400
+
+
+def test_who_asks_for_anothers_conversation_is_on_record_once(tmp_path: Path, client: TestClient, desk: Desk) -> None:
+    with closing(open_house(tmp_path, desk.conversations.database, {})) as house:
+        inside = TestClient(create_app(desk.answerer, desk, house), base_url="http://desk.example")
+        visitor, other = Visitor(inside), Visitor(inside)
+        id = visitor.begin()
+        for _ in range(3):
+            assert other.post(f"conversations/{id}/person").status_code == 404
+        assert other.post("conversations/none/person").status_code == 404
+        (line,) = house.audit.lines()
+        assert line.action == "conversation.refused"
+        assert line.subject == desk.conversations.get(id).customer
+        assert line.actor.removeprefix("customer:") not in ("", line.subject, line.actor)
+        assert line.detail["id"] == id
+
+
 def test_what_agents_know_is_not_in_what_customers_see(client: TestClient, desk: Desk) -> None:
     visitor = Visitor(client)
     id = visitor.begin()
@@ -127,6 +173,7 @@ def forged(payload: Any, key: str = KEY, salt: str = "coterie-visitor") -> str:
     "token",
     ["", "nonsense", forged(["ada", SHOP], "x" * 32), forged(["ada", "https://other.example"]),
      forged(["ada", SHOP], salt="coterie-agent"), forged("ada"), forged({"a": 1}), "é"],
+    ids=["empty", "nonsense", "other key", "other site", "other salt", "no site", "no list", "not ASCII"],
 )  # fmt: skip
 def test_a_forged_token_opens_nothing(token: str, client: TestClient, desk: Desk) -> None:
     id = desk.conversations.open("ada").id

@@ -10,9 +10,12 @@ import pytest
 
 from coterie.business import Business
 from coterie.cli.main import main
+from coterie.config import CrmSpec
+from coterie.desk.cases import Cases, standing
 from coterie.desk.confidence import load_confidence
 from coterie.desk.conversation import Conversations
 from coterie.desk.desk import confidence_file, database_of
+from coterie.desk.rights import house_of
 from coterie.web.door import Agent, open_door
 
 
@@ -47,6 +50,46 @@ def test_conversations_are_listed_and_shown(shop: Path, capsys: pytest.CaptureFi
     assert "Where is my order?" in out
     code, _, err = run(capsys, "desk", "show", "none", "-f", shop)
     assert (code, err.strip()) == (2, "error: there is no conversation 'none'")
+
+
+def test_what_the_crm_did_not_take_is_listed_retried_and_dropped(
+    shop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Strangers:
+        """A CRM that knows nobody."""
+
+        def find(self, _customer: str) -> None:
+            return None
+
+    now = [1000.0]
+    house = house_of(Business.open(shop))
+    talks = Conversations(house.database, house.seal, house.unseal, lambda: now[0])
+    spec = CrmSpec.model_validate({"kind": "sql", "url": "x", "case_on": ["handoff"]})
+    cases = Cases(Strangers(), spec, talks, clock=lambda: now[0])  # type: ignore[arg-type]
+    cases.write_due()
+    ids = [talks.open(name).id for name in ("ada", "bob")]
+    for id in ids:
+        talks.ask_for_person(id)
+    now[0] += 5
+    cases.write_due()
+    assert run(capsys, "desk", "crm", "list", "-f", shop, "--state", "written")[1] == "None.\n"
+    _, out, _ = run(capsys, "desk", "crm", "list", "-f", shop)
+    assert "the CRM knows no such" in out
+    _, out, _ = run(capsys, "desk", "crm", "list", "-f", shop, "--state", "failed", "--json")
+    first, second = json.loads(out)
+    assert [first["conversation"], second["conversation"]] == ids
+    assert run(capsys, "desk", "crm", "retry", first["entry"], "-f", shop)[1] == f"tried again: {first['entry']}\n"
+    assert [w["state"] for w in standing(talks)] == ["due", "failed"]
+    assert run(capsys, "desk", "crm", "retry", "--all", "-f", shop)[0] == 0
+    assert [w["state"] for w in standing(talks)] == ["due", "due"]
+    assert run(capsys, "desk", "crm", "drop", second["entry"], "-f", shop)[1] == f"dropped: {second['entry']}\n"
+    assert [w["conversation"] for w in standing(talks)] == ids[:1]
+    assert [(line.actor, line.action) for line in house.audit.lines()] == [
+        ("cli", "crm.drop"), *[("cli", "crm.retry")] * 3,
+    ]  # fmt: skip
+    for wrong, said in ((["retry"], "--all"), (["retry", "7", "--all"], "--all"), (["drop", "9999"], "no entry 9999")):
+        code, _, err = run(capsys, "desk", "crm", *wrong, "-f", shop)
+        assert (code, said in " ".join(err.split())) == (2, True)
 
 
 def test_calibrate_asks_the_experts_and_keeps_what_it_learns(

@@ -412,6 +412,23 @@ def test_canned_replies_snooze_assign_search_and_overview(site: Page, office: Pa
     expect(office.locator("#overview-body")).to_contain_text("% handled at 2% error")
 
 
+def test_on_a_phone_the_desk_shows_the_list_or_the_conversation(
+    browser: Browser, site: Page, shop: Shop, axe: str
+) -> None:
+    call_person(site, "From a small screen")
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with tab(browser, bypass_csp=True, **phone) as page:
+        enter(page, shop, "Dan")
+        expect(page.locator("#thread")).to_be_hidden()
+        open_conversation(page, "From a small screen")
+        expect(page.get_by_role("button", name="Take", exact=True)).to_be_in_viewport()
+        expect(page.locator("#queues")).to_be_hidden()
+        assert violations(page, axe) == []
+        page.get_by_role("button", name="All conversations").click()
+        expect(page.locator("#list [aria-current=true]")).to_be_focused()
+        expect(page.locator("#thread")).to_be_hidden()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_desk_is_clean_by_axe(scheme: Any, browser: Browser, site: Page, shop: Shop, axe: str) -> None:
     shop.script = Script("A refund takes 5 days.", logprob=-5)

@@ -2,16 +2,14 @@
 
 import re
 import shlex
-import socket
-import threading
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import typer
-import uvicorn
 
 import reference
 from coterie.answer import Answerer
@@ -19,6 +17,7 @@ from coterie.business import Business
 from coterie.cli.main import app
 from coterie.config import Config
 from coterie.web.app import create_app
+from web_support import listening
 
 
 @pytest.mark.parametrize("page", reference.pages(), ids=lambda path: path.name)
@@ -80,23 +79,15 @@ def test_every_declaration_in_the_pages_is_valid(page: str, block: str, tmp_path
     found = tomllib.loads(block)
     for spec in found.get("experts", {}).values():
         spec.setdefault("train", "data.csv")
-    if "experts" in found or "business" in found or "routing" in found:
+    if found.keys() & Config.model_fields.keys():
         Config.model_validate(found)
 
 
 def test_the_python_of_the_readme_works(fitted_shop: Path) -> None:
     business = Business.open(fitted_shop)
     answerer = Answerer.open(business)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer), log_level="critical"))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        ((_, code),) = [b for b in blocks("python") if b[0] == "README.md"]
-        scope: dict[str, Any] = {}
-        exec(code.replace("localhost:8000", f"127.0.0.1:{listener.getsockname()[1]}"), scope)
-        assert scope["answer"].choices[0].message.role == "assistant"
-    finally:
-        server.should_exit = True
-        thread.join()
-        answerer.close()
+    ((_, code),) = [b for b in blocks("python") if b[0] == "README.md"]
+    scope: dict[str, Any] = {}
+    with closing(answerer), listening(create_app(answerer)) as address:
+        exec(code.replace("http://localhost:8000", address), scope)
+    assert scope["answer"].choices[0].message.role == "assistant"

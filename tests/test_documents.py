@@ -449,5 +449,5 @@ def test_a_question_that_was_judged_before_finds_its_documents(source: Source) -
     assert source.ask(question)[0] == "b.md"
     assert source.ask("What costs a card?")[0] == "a.md"  # another question: as before
     source.write("judged.jsonl", '{"question": "x"}')
-    with pytest.raises(DataError, match=r"judged.jsonl:1: must be"):
+    with pytest.raises(DataError, match=r"judged.jsonl:1: needs 'documents', a list"):
         source.ask(question)

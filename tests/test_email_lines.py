@@ -32,9 +32,7 @@ from mail_support import (
     spec,
     tls_before,
 )
-from test_conversation import fresh_postgres, postgres
 
-__all__ = ["postgres"]
 pytestmark = pytest.mark.filterwarnings("ignore:Requiring AUTH")  # aiosmtpd knows of TLS by STARTTLS only
 
 
@@ -154,8 +152,10 @@ def test_a_folder_that_is_numbered_anew_is_read_again_and_no_mail_is_doubled(tmp
     assert sorted(said) == ["An order\n\nOne", "An order\n\nTwo"]
 
 
-def test_on_postgresql_two_processes_take_and_send_each_mail_once(postgres: str, tmp_path: Path) -> None:
-    url, now, box = fresh_postgres(postgres), [1_800_000_000.0], Postbox()
+def test_on_postgresql_two_processes_take_and_send_each_mail_once(
+    new_postgres: Callable[..., str], tmp_path: Path
+) -> None:
+    url, now, box = new_postgres(migrated=True), [1_800_000_000.0], Postbox()
 
     def send(letter: EmailMessage, _sender: str, to: str) -> None:
         box.got.append(([to], letter))

@@ -197,7 +197,7 @@ def test_a_trained_finder_learns_other_words_for_a_relation_and_is_the_same_from
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("{", ":1: not valid JSON"), ('{"question": "a"}', "needs question"),
+    ("{", ":1: not valid JSON"), ('{"question": "a"}', "needs 'names', a text"),
     ('{"question": "who is bob", "names": "al", "path": ["x"]}', "does not say 'al'"),
 ])  # fmt: skip
 def test_examples_that_cannot_be_used_are_named_by_line(tmp_path: Path, line: str, said: str) -> None:

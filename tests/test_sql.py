@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from coterie.knowledge.schema import describe
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 from coterie.knowledge.sqlguard import View, guard, view_of
 from coterie.knowledge.tables import open_tables
-from knowledge_support import postgres_at
 
 ANYONE, NORTH, BOSS = Reader("eve"), Reader("ada", frozenset({"north"})), Reader("bob", frozenset({"boss"}))
 CREATE = [
@@ -48,11 +47,11 @@ def fill(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a PostgreSQL of our own; skips where none can be started."""
-    with postgres_at(tmp_path_factory.mktemp("pg")) as uri:
-        fill(uri)
-        yield uri
+def postgres(new_postgres: Callable[..., str]) -> str:
+    """The same tables in PostgreSQL."""
+    uri = new_postgres()
+    fill(uri)
+    return uri
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql", "duckdb"])

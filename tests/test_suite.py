@@ -25,7 +25,7 @@ from coterie.errors import CoterieError, DataError
 from coterie.evaluation import charts
 from coterie.evaluation.charts import Bar, Series
 from coterie.evaluation.suite import measure
-from coterie.evaluation.task import Splits, asked, find, names
+from coterie.evaluation.task import Splits, find, names
 from coterie.model.load import BaseModel
 from support import logits_of
 
@@ -47,7 +47,7 @@ def test_a_task_reads_its_data_into_splits_that_share_nothing_and_scores_the_wan
     splits = task.splits(path)
     assert min(len(splits.train), len(splits.test)) >= 200
     assert len(splits.test) <= 1000
-    assert leaks([asked(e) for e in splits.train], [asked(e) for e in splits.test]) == []
+    assert leaks([e.question for e in splits.train], [e.question for e in splits.test]) == []
     assert [e.where for e in task.splits(path).test] == [e.where for e in splits.test]
     if name in CHOICES:  # published files are sorted by class; the first rows must be a sample nonetheless
         assert len({e.completion for e in splits.test[:100]}) > 0.4 * min(CHOICES[name], 100)
@@ -93,7 +93,7 @@ def test_a_task_of_ones_own_is_a_toml_file(own_task: Path) -> None:
     task = find(str(own_task))
     splits = task.splits(own_task.parent)
     assert (task.name, task.options(splits)) == ("hue", ("blue", "green", "red", "yellow"))
-    assert {asked(e) for e in splits.test} == {
+    assert {e.question for e in splits.test} == {
         "Q: What is the color of snow at dusk?", "Q: The color of lava please?", "Q: A canary has which color?"
     }  # fmt: skip
     assert len(splits.test) == 3
@@ -149,7 +149,7 @@ def test_tunes_are_measured_by_validity_and_the_perplexity_of_the_true_rest(
     tiny_base: BaseModel, public_data: Callable[[str], Path]
 ) -> None:
     path, task = public_data("nottingham"), replace(find("nottingham"), max_tokens=8)
-    short = [e for e in task.splits(path).test if len(asked(e)) < 160][:3]
+    short = [e for e in task.splits(path).test if len(e.question) < 160][:3]
     engine = Engine(tiny_base, slots=2, context=512)
     try:
         found = measure(engine, task, Splits([], short), task.score(path))

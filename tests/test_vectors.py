@@ -1,6 +1,6 @@
 """Vectors in PostgreSQL: the same answers as from files, under the same permissions, and nothing left behind."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.search import Search
 from coterie.knowledge.vectors import Postgres
-from knowledge_support import WordEmbedder, postgres_at
+from knowledge_support import WordEmbedder
 
 pytest.importorskip("pgvector", reason="pgvector is not installed: pip install 'coterie[postgres]'")
 SPEC = DocumentsSpec.model_validate(
@@ -27,13 +27,13 @@ HR = frozenset({"hr"})
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with postgres_at(tmp_path_factory.mktemp("pg")) as url:
-        try:
-            Postgres(url, "coterie_vectors_try", 4).close()
-        except StorageError as error:
-            pytest.skip(f"this PostgreSQL has no pgvector: {error}")
-        yield url
+def server(new_postgres: Callable[..., str]) -> str:
+    url = new_postgres()
+    try:
+        Postgres(url, "coterie_vectors_try", 4).close()
+    except StorageError as error:
+        pytest.skip(f"this PostgreSQL has no pgvector: {error}")
+    return url
 
 
 def rows(url: str, sql: str) -> list[Any]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from coterie.business import Business, Tell
 from coterie.choose import Choice, Chooser, question
-from coterie.data.read import Message
+from coterie.data.read import Message, last_said
 from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
 from coterie.engine.request import Blend, Callback, Combine, Generation, Piece, Sampling, TokenChoice
 from coterie.errors import CoterieError
-from coterie.experts.classifier import KIND, Verdict, asked
+from coterie.experts.classifier import KIND, Verdict
 from coterie.experts.instruction import frame, weights_of
 from coterie.experts.kinds import Labeller, labeller
 from coterie.experts.library import ExpertFacts
@@ -117,7 +117,7 @@ class Answerer:
         """
         chosen = self._choose(who, question(messages), channel)
         if labeller := self._labeller_of(chosen):
-            return self._label(labeller, asked(messages), sampling, chosen, on_piece)
+            return self._label(labeller, last_said(messages), sampling, chosen, on_piece)
         if preface:
             messages = [*messages[:-1], {**messages[-1], "content": preface + messages[-1]["content"]}]
         if chosen.facts and chosen.leads:

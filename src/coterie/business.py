@@ -28,7 +28,8 @@ from coterie.evaluation.run import evaluate
 from coterie.experts import classifier, kinds
 from coterie.experts.expert import CONFIG
 from coterie.experts.instruction import posed
-from coterie.experts.library import ExpertFacts, Library, alone
+from coterie.experts.library import ExpertFacts, Library
+from coterie.files import alone
 from coterie.learn import HELD_OUT_MOST, classify, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
@@ -57,13 +58,15 @@ class Business:
     def library(self) -> Library:
         return Library(self.folder / "experts")
 
+    def base_path(self, tell: Tell = lambda _: None) -> Path:
+        """Where the base model lies, pulled where it is absent. Raises ModelError."""
+        local = self.folder / self.config.business.base
+        return local if local.exists() else pull(self.config.business.base, tell)
+
     def base(self, tell: Tell = lambda _: None) -> BaseModel:
-        """The base model, pulled where it is absent. Raises ModelError."""
+        """The base model, loaded when it is first asked for. Raises ModelError."""
         if self._base is None:
-            name = self.config.business.base
-            local = self.folder / name
-            path = local if local.exists() else pull(name, tell)
-            self._base = load(path, packed=True)
+            self._base = load(self.base_path(tell), packed=True)
         return self._base
 
     def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
@@ -288,10 +291,10 @@ def _fit_classifier(business: Business, name: str, mark: str, tell: Tell) -> Fit
     return Fitted(facts, True, evaluation)
 
 
-def route_statistics(business: Business, examples: list[Example]) -> Statistics:
+def route_statistics(business: Business, examples: list[Example], seed: int = 0) -> Statistics:
     """What the router learns of an expert from its training inputs; each is told apart by file and row."""
     where = [business.place(e.where) for e in examples]
-    return learn(business.base(), [e.question for e in examples], where)
+    return learn(business.base(), [e.question for e in examples], where, seed)
 
 
 def _sample(rows: Sequence[int], most: int, seed: int) -> list[int]:
@@ -316,7 +319,6 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Answers of the base model and of one version to the same examples, measured alike. Raises DataError for none."""
     base = business.base()
-    longest = max((len(base.encode(e.completion)) for e in examples), default=0) + 8
     engine = business.engine(library=library, slots=64, queue=128)
     own = business.own_engine(facts, library, slots=64, queue=128)
     shelf = library or business.library
@@ -330,7 +332,7 @@ def compare(
         for who, rows, served, adapter in asked:
             label = f"{facts.name if who == 'expert' else 'base model'} answers"
             out[who], _ = evaluate(
-                served, rows, adapter, facts.choices, longest,
+                served, rows, adapter, facts.choices,
                 lambda done, label=label: count(label, done, len(examples)),  # type: ignore[misc]
             )  # fmt: skip
     finally:

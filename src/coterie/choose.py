@@ -41,6 +41,9 @@ class Choice:
                 continue
             if s.similarity < s.threshold:
                 reasons[s.name] = f"not near enough: similarity {s.similarity:.2f}, it asks for {s.threshold:.2f}"
+            elif s.similarity > self.decision.scored[0].similarity:  # the direct comparison of the best two said so
+                best = self.decision.scored[0].name
+                reasons[s.name] = f"near enough, but compared directly the text is more like {best}'s inputs"
             else:
                 reasons[s.name] = f"near enough, but others are nearer: place {place}"
         return reasons

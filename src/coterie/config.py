@@ -4,9 +4,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel as Record
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from coterie.declared import Several, Strict
 from coterie.errors import CoterieError
 from coterie.experts.library import check_name
 from coterie.knowledge.documents_spec import DocumentsSpec
@@ -17,16 +17,9 @@ FILE = "coterie.toml"
 LEARNING_RATES = {"lora": 1e-3, "adapter": 1e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 5e-5}
 _RATES = ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items())
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Files = Annotated[
-    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
-]
 
 
-class _Strict(Record):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LoraSpec(_Strict):
+class LoraSpec(Strict):
     """[experts.NAME.lora]: the size of the expert."""
 
     rank: int = Field(16, ge=1, le=256, description="rank of the low-rank change")
@@ -39,7 +32,7 @@ class LoraSpec(_Strict):
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the inputs left out at random while training")
 
 
-class AdapterSpec(_Strict):
+class AdapterSpec(Strict):
     """[experts.NAME.adapter]: the size of a bottleneck adapter."""
 
     size: int = Field(36, ge=1, description="width of the bottleneck")
@@ -49,14 +42,14 @@ class AdapterSpec(_Strict):
     activation: Literal["relu", "swish", "gelu"] = Field("swish", description="between down and up")
 
 
-class PromptSpec(_Strict):
+class PromptSpec(Strict):
     """[experts.NAME.prompt]: the size of a soft prompt, or of a prefix."""
 
     tokens: int = Field(16, ge=1, le=1024, description="virtual tokens before the text")
     start: str = Field("", description="words whose embeddings they start from; default: `system` or `description`")
 
 
-class PreferenceSpec(_Strict):
+class PreferenceSpec(Strict):
     """[experts.NAME.preference]: how pairs of a better and a worse answer are learned, after `train`."""
 
     beta: float = Field(0.1, gt=0, description="strength of the tie to the expert before")
@@ -64,7 +57,7 @@ class PreferenceSpec(_Strict):
     learning_rate: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
 
 
-class TrainingSpec(_Strict):
+class TrainingSpec(Strict):
     """[experts.NAME.training]: how it is trained."""
 
     epochs: int = Field(3, ge=1, le=1000, description="passes over the data")
@@ -82,7 +75,7 @@ class TrainingSpec(_Strict):
     max_tokens: int = Field(1024, ge=16, description="rows longer than this are left out, and named")
 
 
-class ExpertSpec(_Strict):
+class ExpertSpec(Strict):
     """[experts.NAME]: one expert and its data."""
 
     kind: Literal["lora", "adapter", "prompt", "prefix", "full", "classifier"] = Field(
@@ -90,8 +83,8 @@ class ExpertSpec(_Strict):
     )
     description: str = Field("", description="what it is for; shown to people")
     system: str = Field("", description="instruction it is trained with, given to requests that bring none")
-    train: Files = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
-    test: Files = Field([], description="files only to measure with; their near-duplicates leave the training data")
+    train: Several = Field(min_length=1, description="a data file (.jsonl, .csv, .parquet) or a list of them")
+    test: Several = Field([], description="files only to measure with; their near-duplicates leave the training data")
     columns: dict[Literal["prompt", "completion", "messages", "system", "chosen", "rejected"], str] = Field(
         {}, description="which column of the file holds prompt and completion (or messages), and system"
     )
@@ -99,7 +92,7 @@ class ExpertSpec(_Strict):
     error: float = Field(
         0.02, gt=0, lt=1, description="classifier: share of wrong labels among those that it is sure of"
     )
-    preferences: Files = Field([], description="files of pairs (prompt, chosen, rejected), learned after `train`")
+    preferences: Several = Field([], description="files of pairs (prompt, chosen, rejected), learned after `train`")
     lora: LoraSpec = LoraSpec()
     adapter: AdapterSpec = AdapterSpec()
     prompt: PromptSpec = PromptSpec()
@@ -120,7 +113,7 @@ class ExpertSpec(_Strict):
         return given
 
 
-class BusinessSpec(_Strict):
+class BusinessSpec(Strict):
     """[business]: the whole."""
 
     name: str = Field("My business", min_length=1, description="shown on the page")
@@ -144,7 +137,7 @@ class BusinessSpec(_Strict):
     )
 
 
-class RuleSpec(_Strict):
+class RuleSpec(Strict):
     """[[routing.rules]]: experts forced or forbidden for a channel, or for words in the question."""
 
     channel: str = Field("", description="only requests on this channel (header X-Coterie-Channel); empty: any")
@@ -153,7 +146,7 @@ class RuleSpec(_Strict):
     forbid: list[str] = Field([], description="none of these answers")
 
 
-class RoutingSpec(_Strict):
+class RoutingSpec(Strict):
     """[routing]: how "auto" chooses."""
 
     top_k: int = Field(1, ge=1, le=64, description="most experts that answer one request together")
@@ -166,7 +159,7 @@ class RoutingSpec(_Strict):
     rules: list[RuleSpec] = Field([], description="experts forced or forbidden for a channel or for words")
 
 
-class DeskRuleSpec(_Strict):
+class DeskRuleSpec(Strict):
     """[[desk.rules]]: a conversation that a person must see. All conditions that are given must hold."""
 
     reason: str = Field(min_length=1, max_length=80, description="shown to the agent, such as vulnerable_customer")
@@ -178,7 +171,7 @@ class DeskRuleSpec(_Strict):
     queue: str = Field("general", min_length=1, description="the queue that it goes to")
 
 
-class CrmSpec(_Strict):
+class CrmSpec(Strict):
     """[desk.crm]: where the customer's record is, and what of it a model may see."""
 
     kind: Literal["salesforce", "sql"] = Field(description="which CRM")
@@ -199,7 +192,7 @@ class CrmSpec(_Strict):
     note_of: str = Field("SELECT id FROM notes WHERE key = :key", description="sql: gives the id of the note of a key")
 
 
-class WebhookSpec(_Strict):
+class WebhookSpec(Strict):
     """[[desk.webhooks]]: another system that is told what happens at the desk."""
 
     url: str = Field(pattern="^https?://", description="where it is sent to, by POST")
@@ -210,7 +203,7 @@ class WebhookSpec(_Strict):
     texts: bool = Field(False, description="tell what was said, too")
 
 
-class EmailSpec(_Strict):
+class EmailSpec(Strict):
     """[desk.email]: e-mail as a second channel."""
 
     address: str = Field(
@@ -239,7 +232,7 @@ class EmailSpec(_Strict):
     )
 
 
-class DeskSpec(_Strict):
+class DeskSpec(Strict):
     """[desk]: customer service."""
 
     database: str = Field("sqlite:///.coterie/desk.db", description="SQLAlchemy URL: sqlite or postgresql")
@@ -271,7 +264,7 @@ class DeskSpec(_Strict):
 SourceSpec = Annotated[DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec, Field(discriminator="kind")]
 
 
-class KnowledgeSpec(_Strict):
+class KnowledgeSpec(Strict):
     """[knowledge]: how answers are grounded. Each source has a section of its own, [knowledge.NAME]."""
 
     unsupported: Literal["mark", "withhold", "quote"] = Field(
@@ -293,7 +286,7 @@ class KnowledgeSpec(_Strict):
         pattern=r"^(|postgres(ql)?(\+psycopg)?://.+)$",
         description="address of a PostgreSQL with pgvector that keeps the vectors of documents; empty: files here",
     )
-    sources: dict[str, SourceSpec] = {}
+    sources: dict[str, SourceSpec] = Field({})
 
     @model_validator(mode="before")
     @classmethod
@@ -305,7 +298,7 @@ class KnowledgeSpec(_Strict):
         return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
 
 
-class RetentionSpec(_Strict):
+class RetentionSpec(Strict):
     """[retention]: how long customers' data is kept; `coterie serve` deletes what is older, by itself."""
 
     days: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -314,11 +307,11 @@ class RetentionSpec(_Strict):
     every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
 
 
-class Config(_Strict):
+class Config(Strict):
     """A whole coterie.toml."""
 
     business: BusinessSpec = BusinessSpec()
-    experts: dict[str, ExpertSpec] = {}
+    experts: dict[str, ExpertSpec] = Field({})
     routing: RoutingSpec = RoutingSpec()
     desk: DeskSpec = DeskSpec()
     retention: RetentionSpec = RetentionSpec()

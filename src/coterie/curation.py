@@ -17,13 +17,13 @@ from coterie.data.features import Embed
 from coterie.data.read import Example
 from coterie.data.write import write_rows
 from coterie.engine.engine import Engine
-from coterie.engine.request import Adapter, Sampling
+from coterie.engine.request import Sampling
 from coterie.errors import StorageError
 from coterie.evaluation import charts
 from coterie.evaluation.metrics import token_f1
 from coterie.evaluation.run import evaluate
 from coterie.experts.kinds import answering
-from coterie.experts.library import write_atomic
+from coterie.files import write_atomic
 from coterie.routing.space import embed
 
 
@@ -102,9 +102,8 @@ def expert_measure(
             (fitted,) = fit(trial, [name], tell)
             engine = trial.engine(slots=64, queue=128)
             try:
-                longest = max(len(engine.base.encode(e.completion)) for e in tests)
                 adapter = answering(trial.library, fitted.facts, engine.base)
-                _, answers = evaluate(engine, tests, adapter, fitted.facts.choices, longest + 8)
+                _, answers = evaluate(engine, tests, adapter, fitted.facts.choices)
             finally:
                 engine.close()
         pairs = [((a or "").strip(), e.completion) for a, e in zip(answers, tests, strict=True)]
@@ -113,8 +112,8 @@ def expert_measure(
     return measure
 
 
-def paraphraser(engine: Engine, adapter: Adapter | None = None, seed: int = 0) -> Paraphrase:
-    """Asks the model to go on with a list of wordings of one question; `adapter`: an expert, None: the base model."""
+def paraphraser(engine: Engine, seed: int = 0) -> Paraphrase:
+    """Asks the base model to go on with a list of wordings of one question."""
     asked = 0
 
     def ask(alike: Sequence[str], wanted: int) -> list[str]:
@@ -127,7 +126,7 @@ def paraphraser(engine: Engine, adapter: Adapter | None = None, seed: int = 0) -
         under_way = []
         for i in range(wanted):
             how = Sampling(min(64, room), 0.8, 0.95, seed=seed + asked + i, stop=("\n",))
-            under_way.append(engine.submit(prompt, how, adapter))
+            under_way.append(engine.submit(prompt, how))
         asked += wanted
         said = [g.text().strip().strip('"').strip() for g in under_way]
         return list(dict.fromkeys(t for t, g in zip(said, under_way, strict=True) if t and g.finish == "stop"))

@@ -10,9 +10,9 @@ from coterie.business import Business
 from coterie.errors import CoterieError
 from coterie.experts import kinds
 from coterie.experts.library import ExpertFacts
+from coterie.files import check_free
 from coterie.model.export import KINDS, merge, write_gguf, write_gguf_lora
-from coterie.model.load import BaseModel, load
-from coterie.model.pull import pull
+from coterie.model.load import load
 from coterie.model.save import save_model
 
 
@@ -25,8 +25,8 @@ def merge_expert(business: Business, name: str, target: Path, gguf: str = "", ve
     facts = _lora_facts(business, name, version)
     if gguf and gguf not in KINDS:
         raise CoterieError(f"unknown kind of GGUF {gguf!r}; known: {', '.join(KINDS)}")
-    _check_new(target)
-    base = exact_base(business)
+    check_free(target)
+    base = load(business.base_path(), torch.float32)
     expert = kinds.read(business.library, name, facts.version, base.decoder)
     change = kinds.apply(expert, base.decoder).change
     assert change is not None, "LoRA changes projections"
@@ -42,8 +42,8 @@ def merge_expert(business: Business, name: str, target: Path, gguf: str = "", ve
 def export_gguf_lora(business: Business, name: str, target: Path, version: int | None = None) -> Path:
     """Write a LoRA expert as a GGUF adapter, which llama.cpp lays over its base model's GGUF. Errors as above."""
     facts = _lora_facts(business, name, version)
-    _check_new(target)
-    base = exact_base(business)
+    check_free(target)
+    base = load(business.base_path(), torch.float32)
     expert = kinds.read(business.library, name, facts.version, base.decoder)
     c = expert.config
     # llama.cpp scales by alpha / rank; rank-stabilised experts by alpha / sqrt(rank).
@@ -51,19 +51,8 @@ def export_gguf_lora(business: Business, name: str, target: Path, version: int |
     return target
 
 
-def exact_base(business: Business) -> BaseModel:
-    """The base model in float32: what is merged or measured closely."""
-    local = business.folder / business.config.business.base
-    return load(local if local.exists() else pull(business.config.business.base), torch.float32)
-
-
 def _lora_facts(business: Business, name: str, version: int | None) -> ExpertFacts:
     facts = business.library.facts(name, version)
     if facts.kind != "lora":
         raise CoterieError(f"{name} is an expert of kind {facts.kind!r}; only LoRA experts can be merged into weights")
     return facts
-
-
-def _check_new(target: Path) -> None:
-    if target.exists():
-        raise CoterieError(f"{target}: already there; name a new one")

@@ -3,12 +3,11 @@
 It speaks for one reader, named when it is started: whoever can start it can read what that reader may.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.answer import Answerer
-from coterie.business import Business
+from coterie.business import Business, Tell
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError
 from coterie.grounding import Grounded, Grounding
@@ -17,8 +16,6 @@ from coterie.sources import Knowledge
 
 if TYPE_CHECKING:
     from mcp.server import MCPServer
-
-Tell = Callable[[str], None]
 
 
 def server(business: Business, reader: Reader, tell: Tell = lambda _: None) -> "MCPServer":

@@ -23,6 +23,7 @@ from coterie.errors import CoterieError, DataError
 from coterie.evaluation.run import evaluate
 from coterie.experts import lora as loras
 from coterie.experts.mix import mix, token_sums
+from coterie.files import check_free
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
 from coterie.model.save import save_model
@@ -39,18 +40,11 @@ def open_model(name: str, dtype: torch.dtype | None = None, tell: Tell = lambda 
     return load(path if path.exists() else pull(name, tell), dtype)
 
 
-def free(folder: Path) -> Path:
-    """The folder, if nothing is there yet: asked before long work."""
-    if folder.exists():
-        raise CoterieError(f"{folder}: already there; name a new folder")
-    return folder
-
-
 def upcycle_to(
     model: str, out: Path, experts: int, layers: str, per_token: int, seed: int, tell: Tell = lambda _: None
 ) -> dict[str, Any]:
     """Write the upcycled `model` to `out`."""
-    free(out)
+    check_free(out)
     base = upcycle(open_model(model, tell=tell), experts, layers, per_token, seed)
     save_model(base, out)
     return facts_of(base, out)
@@ -60,7 +54,7 @@ def mix_to(
     business: Business, out: Path, names: list[str], per_token: int, with_base: bool, tell: Tell = lambda _: None
 ) -> dict[str, Any]:
     """Write the mixture of a business's LoRA experts `names` (all, where empty) to `out`."""
-    free(out)
+    check_free(out)
     names = names or business.library.names()
     if len(names) + with_base < 2:
         raise CoterieError(f"{len(names)} expert(s) to mix; name 2 or more, or train them first with `coterie fit`")
@@ -94,7 +88,7 @@ def tune_to(
     tell: Tell = lambda _: None, step: Callable[[MoeStep], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `model`, tuned further on `examples`, to `out`."""
-    free(out)
+    check_free(out)
     base = open_model(model, torch.float32, tell)
     if len(examples) < 2:
         raise DataError(f"{len(examples)} row(s) to tune on; at least 2 are needed, one to learn and one to measure")
@@ -143,8 +137,7 @@ def measure(model: str, business: Business, names: list[str], limit: int = 0) ->
             choices = sorted({e.completion for e in rows}) if spec.choices else []
             if spec.choices:
                 choices = sorted({e.completion for e in business.examples(name, spec.train)} | set(choices))
-            longest = max(len(base.encode(e.completion)) for e in rows)
-            out[name], _ = evaluate(engine, rows, None, choices, longest + 8)
+            out[name], _ = evaluate(engine, rows, None, choices)
     finally:
         engine.close()
     return out

@@ -14,26 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from coterie.business import Business, Tell
+from coterie.business import Business, Tell, route_statistics
 from coterie.data.read import Example, Message
 from coterie.data.split import hold_out, leaks
 from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError, DataError
-from coterie.evaluation import metrics
+from coterie.evaluation.metrics import bootstrap
 from coterie.evaluation.run import answer_each
 from coterie.evaluation.significance import compare_scores
+from coterie.evaluation.task import METRICS
 from coterie.experts.instruction import KIND, posed
 from coterie.experts.library import ExpertFacts, check_name
-from coterie.routing.statistics import learn
 from coterie.tuning import prompts
 from coterie.tuning.prompts import Candidate, Tried
 
-METRICS: dict[str, Callable[[str, str], float]] = {
-    "exact_match": metrics.exact_match, "token_f1": metrics.token_f1, "rouge_l": metrics.rouge_l,
-    "numeric_match": metrics.numeric_match,
-}  # fmt: skip
 LEAST_BUDGET = 60  # model calls: below, luck decides
 PROPOSALS, OWN, FINAL = 0.05, 0.1, 0.25  # shares of the budget: instructions proposed, own answers, the last measuring
 
@@ -135,7 +131,7 @@ def optimise(
         proposed = list(_proposals(answers, data, spec.system, budget, seed))
         texts = prompts.instructions(spec.system, given, choices, proposed)
         own = _own_answers(answers, data, declared, sampling, METRICS[metric], int(budget * OWN), seed)
-        pool = [(e.prompt[-1]["content"], e.completion) for e in data.show]
+        pool = [(e.question, e.completion) for e in data.show]
         calls = budget - answers.calls - answers.reused - 2 * len(data.final)
         field_ = prompts.candidates(texts, pool, own, 4 * prompts.field_size(calls), seed)
         fits = [c for c in field_ if _fits(engine, c, data, most)][: prompts.field_size(calls)]
@@ -147,8 +143,8 @@ def optimise(
         best = tried[0].candidate
         before, after = (score([(c, e) for e in data.final]) for c in (declared, best))
         outcome.calls, outcome.reused = answers.calls, answers.reused
-        outcome.final = {"metric": metric, "declared": metrics.bootstrap(before).json(),
-                         "best": metrics.bootstrap(after).json(), **compare_scores(before, after)}  # fmt: skip
+        outcome.final = {"metric": metric, "declared": bootstrap(before).json(),
+                         "best": bootstrap(after).json(), **compare_scores(before, after)}  # fmt: skip
         if sum(after) > sum(before):
             outcome.published = _publish(business, name, publish_as, best, choices, data, outcome, budget, seed)
         return outcome
@@ -159,8 +155,8 @@ def optimise(
 def _split(business: Business, name: str, most_final: int, seed: int) -> _Data:
     spec = business.spec(name)
     examples, tests = list(business.examples(name, spec.train)), list(business.examples(name, spec.test))
-    asked = [e.prompt[-1]["content"] for e in examples]
-    repeated = set(leaks(asked, [e.prompt[-1]["content"] for e in tests]))
+    asked = [e.question for e in examples]
+    repeated = set(leaks(asked, [e.question for e in tests]))
     examples = [e for i, e in enumerate(examples) if i not in repeated]
     parts: list[list[Example]] = []
     for share, most in ((0.4, 400), *([] if tests else [(0.3, most_final)])):
@@ -168,7 +164,7 @@ def _split(business: Business, name: str, most_final: int, seed: int) -> _Data:
             raise DataError(
                 f"{name}: {len(asked)} rows are too few: to show, to race on and to measure on need their own"
             )
-        kept, held = hold_out([e.prompt[-1]["content"] for e in examples], share, most, seed)
+        kept, held = hold_out([e.question for e in examples], share, most, seed)
         parts.append([examples[i] for i in held])
         examples = [examples[i] for i in kept]
     rng = np.random.default_rng(seed)  # files are often sorted by class, and every use takes the first rows
@@ -209,9 +205,7 @@ def _own_answers(
     """Training rows that the model answers well as it is, with its own words: DSPy's bootstrapped examples."""
     rows = [e for e in data.show if _fits(answers.engine, declared, _Data([], [e], []), sampling.max_tokens)][:calls]
     said = answers.ask([_framed(declared, e) for e in rows], sampling)
-    return [
-        (e.prompt[-1]["content"], a) for e, a in zip(rows, said, strict=True) if a and metric(a, e.completion) >= 0.8
-    ]
+    return [(e.question, a) for e, a in zip(rows, said, strict=True) if a and metric(a, e.completion) >= 0.8]
 
 
 def _publish(
@@ -225,8 +219,7 @@ def _publish(
         training={"task": task, "budget": budget, "candidates": len(outcome.tried), "origin": best.origin,
                   "seed": seed},
     )  # fmt: skip
-    asked = data.show + data.race
-    statistics = learn(business.base(), [e.question for e in asked], [business.place(e.where) for e in asked], seed)
+    statistics = route_statistics(business, data.show + data.race, seed)
 
     def fill(folder: Path) -> None:
         (folder / "tried.json").write_text(json.dumps([t.json() for t in outcome.tried], indent=2, ensure_ascii=False))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from coterie.business import Business
+from coterie.business import Business, Count, Tell
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts.instruction import weights_of
@@ -17,19 +17,16 @@ from coterie.knowledge.asksql import open_sql
 from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned
 from coterie.knowledge.documents_spec import DocumentsSpec
-from coterie.knowledge.embed import Embedder, Endpoint, MiniLM
+from coterie.knowledge.embed import Embedder, Endpoint, minilm
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.tables import open_tables
-from coterie.model.pull import EMBEDDER, pull
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
 EACH = 8  # pieces of evidence asked of each source
-Tell = Callable[[str], None]
-Count = Callable[[str, int, int], None]
 Fits = Callable[[str], bool]
 
 
@@ -48,7 +45,7 @@ def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
     spec = business.config.knowledge
     if spec.embeddings:
         return Endpoint(spec.embeddings, spec.embeddings_model, os.environ.get("COTERIE_EMBEDDINGS_KEY", ""))
-    return MiniLM(pull(EMBEDDER, tell, "embedding model", EMBEDDER))
+    return minilm(tell=tell)
 
 
 def index_folder(business: Business, name: str) -> Path:

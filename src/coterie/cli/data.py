@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from coterie.cli.options import Json
 from coterie.cli.show import bars, result, table, tell
 from coterie.data.read import Example, Source, read_inputs
 from coterie.errors import CoterieError, DataError
@@ -24,7 +25,6 @@ Completion = Annotated[str, typer.Option("--completion", help="Column of the fil
 Words = Annotated[bool, typer.Option("--words", help="Compare words instead of the base model's vectors: faster.")]
 Train = Annotated[bool, typer.Option("--train", help="Train the expert itself for each measurement: slow, and exact.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only so many rows, by chance; 0: all.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def curve(
     from coterie.data.curve import learning_curve
     from coterie.evaluation import charts
 
-    if chart and chart.suffix not in (".svg", ".png"):
-        raise CoterieError(f"--chart {chart}: a chart is written as .svg or .png")
+    if chart:
+        charts.check_ending(chart)
     t = one_target(what, expert, test, prompt, completion)
     rows, tests = _train_and_test(t, limit)
     measure, by = _measure(t, rows, tests, words, train)

@@ -6,17 +6,16 @@ from typing import Annotated
 
 import typer
 
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import result, table
 from coterie.errors import CoterieError
 
 app = typer.Typer(help="List, show, remove, import, export and roll back experts.", no_args_is_help=True)
-Folder = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
 Name = Annotated[str, typer.Argument(help="Name of the expert.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command("list")
-def list_experts(folder: Folder = Path(), as_json: Json = False) -> None:
+def list_experts(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """The experts of the library and the version that answers."""
     from coterie.business import Business, describe
 
@@ -27,7 +26,7 @@ def list_experts(folder: Folder = Path(), as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    name: Name, folder: Folder = Path(),
+    name: Name, folder: FolderOption = Path(),
     version: Annotated[int | None, typer.Option(help="An older version.")] = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """An expert's card: what it is for, how it was made, how good it is."""
@@ -40,7 +39,7 @@ def show(
 
 
 @app.command()
-def remove(name: Name, folder: Folder = Path(), as_json: Json = False) -> None:
+def remove(name: Name, folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Take an expert with all its versions off the shelf."""
     from coterie.business import Business
 
@@ -49,7 +48,7 @@ def remove(name: Name, folder: Folder = Path(), as_json: Json = False) -> None:
 
 
 @app.command()
-def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = False) -> None:
+def promote(name: Name, version: int, folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Let another version answer: how one rolls back."""
     from coterie.business import Business
 
@@ -61,7 +60,7 @@ def promote(name: Name, version: int, folder: Folder = Path(), as_json: Json = F
 def import_expert(
     name: Name,
     source: Annotated[Path, typer.Argument(help="Folder in PEFT's format (adapter_config.json and .safetensors).")],
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
     system: Annotated[str, typer.Option(help="Instruction for requests that bring none.")] = "",
     as_json: Json = False,
@@ -77,7 +76,7 @@ def import_expert(
 def export(
     name: Name,
     target: Annotated[Path, typer.Argument(help="A new folder; with --format gguf-lora a new file.")],
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
     form: Annotated[str, typer.Option("--format", help="peft, or gguf-lora for llama.cpp's --lora.")] = "peft",
     as_json: Json = False,
@@ -101,7 +100,7 @@ def export(
 def learn_route(
     name: Name,
     inputs: Annotated[Path, typer.Option(help="What people will ask it: .txt (one a line), .jsonl, .csv, .parquet.")],
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     column: Annotated[str, typer.Option(help="The column of the inputs, in .jsonl, .csv and .parquet.")] = "prompt",
     as_json: Json = False,
 ) -> None:

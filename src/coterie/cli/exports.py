@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.experts import Folder, Json, Name, app
+from coterie.cli.experts import Name, app
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import result
 
 
@@ -13,7 +14,7 @@ from coterie.cli.show import result
 def merge(
     name: Name,
     target: Annotated[Path, typer.Argument(help="A new folder, or with --gguf a new .gguf file.")],
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     gguf: Annotated[str, typer.Option(help="Write GGUF, matrices as f32, f16, bf16 or q8_0.")] = "",
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
     as_json: Json = False,
@@ -30,7 +31,7 @@ def merge(
 def chart(
     name: Name,
     target: Annotated[Path, typer.Argument(help="The picture to write, .svg or .png.")],
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     version: Annotated[int | None, typer.Option(help="An older version.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from coterie.cli.options import Folder, FolderOption, Json
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
 from coterie.knowledge.evidence import Evidence, Reader
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
-Where = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
 As = Annotated[str, typer.Option("--as", help="Who asks, for permissions by name.")]
 Groups = Annotated[str, typer.Option(help="Groups that the one who asks belongs to, as in 'hr,sales'.")]
 
@@ -44,7 +42,7 @@ def learn(
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask; '-' reads stdin.")],
-    folder: Where = Path(),
+    folder: FolderOption = Path(),
     expert: Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', or 'auto'.")] = "auto",
     as_: As = "",
     groups: Groups = "",

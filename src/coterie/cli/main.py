@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coterie.cli import crm as _crm  # noqa: F401 (adds its commands to `desk`)
 from coterie.cli import data as data_commands
 from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
@@ -18,6 +19,7 @@ from coterie.cli import models as model_commands
 from coterie.cli import privacy as privacy_commands
 from coterie.cli import suite as suite_commands
 from coterie.cli import webhooks as _webhooks  # noqa: F401 (adds its commands to `desk`)
+from coterie.cli.options import Folder, FolderOption, Json
 from coterie.cli.prompts import optimise_prompt
 from coterie.cli.route import route
 from coterie.cli.show import bars, result, table, tell
@@ -52,8 +54,7 @@ app.command()(knowledge_commands.sources)
 app.command()(knowledge_commands.mcp)
 app.command("optimise-prompt")(optimise_prompt)
 
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Only = Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")]
 Who = Annotated[str, typer.Option("--expert", "-e", help="Who answers: an expert, 'base', 'auto', or 'arrow'.")]
 Channel = Annotated[str, typer.Option(help="Where the question comes from, for the rules of coterie.toml.")]
 
@@ -86,9 +87,7 @@ def pull(
 @app.command()
 def fit(
     folder: Folder = Path(),
-    expert: Annotated[
-        list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")
-    ] = None,
+    expert: Only = None,
     as_json: Json = False,
 ) -> None:
     """Train and publish the declared experts that changed. Goes on where a stopped run left off."""
@@ -114,9 +113,7 @@ def _headline(figures: dict[str, Any]) -> list[str]:
 @app.command("eval")
 def evaluate(
     folder: Folder = Path(),
-    expert: Annotated[
-        list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")
-    ] = None,
+    expert: Only = None,
     data: Annotated[Path | None, typer.Option(help="Measure on this file; default: the declared test data.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all.")] = 0,
     as_json: Json = False,
@@ -137,7 +134,7 @@ def evaluate(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask; '-' reads stdin.")],
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
+    folder: FolderOption = Path(),
     expert: Who = "auto",
     channel: Channel = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,

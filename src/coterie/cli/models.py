@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coterie.cli.options import Folder, Json
 from coterie.cli.show import Bars, bars, result, table, tell
 from coterie.errors import CoterieError
 from coterie.experts.card import in_words
@@ -14,10 +15,8 @@ from coterie.experts.card import in_words
 moe = typer.Typer(
     help="Make mixtures of experts: upcycle a model, mix trained experts, tune, measure.", no_args_is_help=True
 )
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Model = Annotated[str, typer.Argument(help="A model directory, a .gguf file or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="A new folder for the model.")]
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 PerToken = Annotated[int, typer.Option(min=1, help="Experts that each token uses.")]
 
 
@@ -71,10 +70,11 @@ def tune(
 ) -> None:  # fmt: skip
     """Tune a mixture's routers, or routers and experts, further, and write the result to a new folder."""
     from coterie.business import Business
-    from coterie.mixture import free, tune_to, tuning_data
+    from coterie.files import check_free
+    from coterie.mixture import tune_to, tuning_data
     from coterie.tuning.moe import WHAT, MoeTuning
 
-    free(out)
+    check_free(out)
     if what not in WHAT:
         raise CoterieError(f"--what {what!r}: use {' or '.join(WHAT)}")
     if not data and not business:

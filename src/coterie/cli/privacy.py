@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError
 
@@ -25,8 +26,6 @@ customers = typer.Typer(help="What a customer may ask for: everything about them
                         no_args_is_help=True)  # fmt: skip
 privacy = typer.Typer(help="Private data in texts: the tagging expert, and masking.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Name = Annotated[str, typer.Argument(help="The account's name; an e-mail address where it signs in by OIDC.")]
 Customer = Annotated[str, typer.Argument(help="The customer's id.")]
 
@@ -66,7 +65,7 @@ def add_account(
     name: Name,
     role: Annotated[str, typer.Option(help="owner, admin, agent, reviewer or viewer.")] = "owner",
     oidc: Annotated[bool, typer.Option("--oidc", help="No password: signs in by OIDC only.")] = False,
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Add an account. The first one, an owner's, closes the door: from then on everybody signs in."""
@@ -76,7 +75,7 @@ def add_account(
 
 
 @accounts.command("list")
-def list_accounts(folder: Folder = Path(), as_json: Json = False) -> None:
+def list_accounts(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """List all accounts."""
     with _house(folder) as house:
         found = house.accounts.all()
@@ -96,7 +95,7 @@ def change_account(
     disabled: Annotated[
         bool | None, typer.Option("--disable/--enable", help="Whether it may sign in.", show_default=False)
     ] = None,
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Change an account; its sessions and tokens end."""
@@ -108,7 +107,7 @@ def change_account(
 
 
 @accounts.command("remove")
-def remove_account(name: Name, folder: Folder = Path(), as_json: Json = False) -> None:
+def remove_account(name: Name, folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Remove an account with its sessions and tokens."""
     with _house(folder) as house:
         house.accounts.remove(name)
@@ -121,7 +120,7 @@ def account_token(
     scope: Annotated[list[str], typer.Option("--scope", "-s", help="What it may: ask, see, ...; may be repeated.")],
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
     days: Annotated[int, typer.Option(help="How long it holds.")] = 90,
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Make an API token. It is shown once."""
@@ -142,7 +141,7 @@ def new_master_key(file: Annotated[Path, typer.Argument(help="A new file.")], as
 @keys.command("rotate")
 def rotate_master_key(
     new: Annotated[Path, typer.Argument(help="The file with the new master key, from `coterie keys new`.")],
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Wrap every customer's key by a new master key. Then start coterie with the new one."""
@@ -160,7 +159,7 @@ def rotate_master_key(
 @audit.command("verify")
 def verify_audit(
     head: Annotated[str, typer.Option(help="A link noted earlier, which must be on the way.")] = "",
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Walk the whole chain. Exit code 1 where a line was changed, deleted or put in."""
@@ -170,7 +169,7 @@ def verify_audit(
 
 
 @audit.command("head")
-def audit_head(folder: Folder = Path(), as_json: Json = False) -> None:
+def audit_head(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Print the last link: note it elsewhere, and verify against it later."""
     with _house(folder) as house:
         head = house.audit.head()
@@ -182,7 +181,7 @@ def show_audit(
     subject: Annotated[str, typer.Option(help="Only about this customer or account.")] = "",
     actor: Annotated[str, typer.Option(help="Only what this account did.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="So many of the newest lines.")] = 50,
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Show the newest lines."""
@@ -193,7 +192,7 @@ def show_audit(
 
 
 @customers.command("export")
-def export_one(customer: Customer, folder: Folder = Path()) -> None:
+def export_one(customer: Customer, folder: FolderOption = Path()) -> None:
     """Print everything about a customer, as JSON."""
     from coterie.privacy.rights import export_customer
 
@@ -206,7 +205,7 @@ def export_one(customer: Customer, folder: Folder = Path()) -> None:
 def erase_one(
     customer: Customer,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Forget a customer for good: the key is destroyed, and every room deletes what it has."""
@@ -222,7 +221,7 @@ def erase_one(
 
 
 @customers.command("trained")
-def trained_on_erased(folder: Folder = Path(), as_json: Json = False) -> None:
+def trained_on_erased(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """List the experts that learned from erased customers, and the rows to take out before they are fitted anew."""
     from coterie.business import Business
     from coterie.desk.trained import marked
@@ -236,7 +235,7 @@ def retain(
     rule: Annotated[
         list[str] | None, typer.Argument(help="ROOM=DAYS, such as conversations=365; none: as declared.")
     ] = None,
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Delete what is older than its rule allows, at once; `coterie serve` does so by itself, by [retention]."""
@@ -258,7 +257,7 @@ def retain(
 
 
 @privacy.command("train")
-def train_tagger(folder: Folder = Path(), as_json: Json = False) -> None:
+def train_tagger(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Train the tagging expert of this business's base model anew, on made sentences (minutes)."""
     from coterie.business import Business
     from coterie.privacy.expert import file_of, tagger_of, taggers_dir
@@ -276,7 +275,7 @@ def mask_text(
         bool, typer.Option("--rules-only", help="Without the tagging expert: finds no names.")
     ] = False,
     region: Annotated[str, typer.Option(help="Whose phone numbers need no country code.")] = "GB",
-    folder: Folder = Path(),
+    folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Show what a model would get to see of a text."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import result, table, tell
 from coterie.errors import CoterieError
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 def procedures(
     name: Annotated[str, typer.Argument(help="Only this one.")] = "",
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
+    folder: FolderOption = Path(),
     attempt: Annotated[bool, typer.Option("--try", help="Try it here: you are the customer, and the agent.")] = False,
     act: Annotated[bool, typer.Option("--act", help="While trying, do what writes, too. It is done for real.")] = False,
     customer: Annotated[str, typer.Option(help="While trying, who the customer is.")] = "ada@example.com",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the procedures and their steps, each checked; or try one."""
     from coterie.business import Business

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coterie.cli.options import Folder, Json
 from coterie.cli.show import bars, result, table, tell
-
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 
 
 def optimise_prompt(
@@ -18,7 +17,7 @@ def optimise_prompt(
     metric: Annotated[str, typer.Option(help="exact_match, token_f1, rouge_l, numeric_match; default by task.")] = "",
     name: Annotated[str, typer.Option("--as", help="Name of the new expert; default NAME-prompt.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="Fixes what is tried.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Search instructions and examples for the base model; publish the best if it wins on unseen rows.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import result, table, tell
 from coterie.data.read import read
 from coterie.errors import CoterieError
@@ -20,9 +21,9 @@ SHOWN = 10  # experts, of those that scored
 
 def route(
     text: Annotated[str, typer.Argument(help="A question; '-' reads stdin.")],
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")] = Path(),
+    folder: FolderOption = Path(),
     channel: Annotated[str, typer.Option(help="The channel it comes from, for the rules of coterie.toml.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Explain whom "auto" would ask: scores, thresholds, nearest training inputs, and why not the others."""
     from coterie.business import Business

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coterie.cli.options import Folder, Json
 from coterie.cli.show import Bars, bars, result, table, tell
 from coterie.errors import CoterieError, DataError
 
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
     from coterie.experts.library import ExpertFacts
 
 app = typer.Typer(help="Measure the base model and experts on data sets.", no_args_is_help=True)
-Folder = Annotated[Path, typer.Argument(help="The folder of the business, with its coterie.toml.")]
 TaskData = Annotated[list[str] | None, typer.Option("--task", help="NAME=PATH: task and its data; may be repeated.")]
 Who = Annotated[list[str] | None, typer.Option("--expert", "-e", help="An expert or 'base'; may be repeated.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first rows; 0: all (at most 1,000).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command("list")
@@ -42,20 +41,19 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Write a task's rows, apart and without near-duplicates, as files that `coterie fit` learns from."""
+    from coterie.data.write import write_rows
     from coterie.evaluation.suite import parse_task, prompt_of
     from coterie.evaluation.task import find
-    from coterie.experts.library import write_atomic
+    from coterie.files import check_free
 
     name, path = parse_task(task)
-    if target.exists():
-        raise CoterieError(f"{target}: already there; name a new folder")
+    check_free(target)
     found, counts = find(name), {}
     splits = found.splits(path)
     target.mkdir(parents=True)
     for part, rows in zip(("train", "test"), splits, strict=True):
-        lines = [{"messages": [*prompt_of(found, None, e), e.messages[-1]]} for e in rows]
-        write_atomic(target / f"{part}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
-        counts[part] = len(rows)
+        lines = ({"messages": [*prompt_of(found, None, e), e.messages[-1]]} for e in rows)
+        counts[part] = write_rows(target / f"{part}.jsonl", lines)
     result(
         {"path": str(target), **counts}, as_json, f"{target}: {counts['train']} rows to learn, {counts['test']} to test"
     )
@@ -74,14 +72,13 @@ def run(
     from coterie.evaluation.suite import Measured, gains, measure, parse_task
     from coterie.evaluation.suite import chart as draw
     from coterie.evaluation.task import find
-    from coterie.experts.library import write_atomic
+    from coterie.files import write_atomic
 
     if not task:
         raise CoterieError("give at least one --task NAME=PATH; `coterie suite list` shows the tasks")
     wanted = [(find(name), path) for name, path in map(parse_task, task)]
     for file in chart or []:
-        if file.suffix not in (".svg", ".png"):
-            raise CoterieError(f"--chart {file}: a chart is written as .svg or .png")
+        charts.check_ending(file)
     measured: list[Measured] = []
     with _opened(folder, expert or ["base"]) as (business, engine, models, shown):
         for found, path in wanted:

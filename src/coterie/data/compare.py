@@ -17,20 +17,12 @@ from coterie.data.features import Embed, TfIdf, Vectors, unit
 from coterie.data.probe import fit
 from coterie.data.split import normalise
 from coterie.errors import DataError
+from coterie.evaluation.metrics import Interval, wilson
 
 SAMPLE = 4000  # inputs of each side that are compared; larger files are sampled
 FAR = 0.05  # share of training inputs that count as far from the others
 ALIKE = 0.5  # cosine from which two uncovered inputs share a group
 EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class Share:
-    """A value and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,8 @@ class Likeness:
 
     train_rows: int
     production_rows: int
-    coverage: Share
-    drift: Share  # area under the ROC curve: 0.5 the same, 1 told apart always
+    coverage: Interval
+    drift: Interval  # area under the ROC curve: 0.5 the same, 1 told apart always
     threshold: float  # cosine from which a training input is near
     missing: tuple[Missing, ...]
 
@@ -103,7 +95,7 @@ def compare(
     )
     first = {normalise(text): i for i, (_, text) in reversed(list(enumerate(theirs)))}  # copies would know each other
     drift = _auc(a, b[sorted(first.values())], rng)
-    return Likeness(len(train), len(production), _share(near), drift, threshold, missing)
+    return Likeness(len(train), len(production), wilson(int(near.sum()), len(near)), drift, threshold, missing)
 
 
 def _sample(items: Sequence[Any], rng: np.random.Generator) -> list[Any]:
@@ -125,15 +117,7 @@ def _nearest(x: Vectors, among: Vectors, skip_self: bool = False) -> Vectors:
     return nearest
 
 
-def _share(hits: NDArray[np.bool_]) -> Share:
-    """A proportion with Wilson's score interval."""
-    z, n, p = 1.96, len(hits), float(hits.mean())
-    middle, width = (p + z * z / (2 * n)), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    whole = 1 + z * z / n
-    return Share(p, max(0.0, (middle - width) / whole), min(1.0, (middle + width) / whole))
-
-
-def _auc(a: Vectors, b: Vectors, rng: np.random.Generator) -> Share:
+def _auc(a: Vectors, b: Vectors, rng: np.random.Generator) -> Interval:
     """How well the probe tells `a` from `b`, on rows that it did not see, with Hanley & McNeil's interval (1982)."""
     n = min(len(a), len(b))
     a, b = a[rng.permutation(len(a))[:n]], b[rng.permutation(len(b))[:n]]
@@ -143,13 +127,12 @@ def _auc(a: Vectors, b: Vectors, rng: np.random.Generator) -> Share:
     auc = float((ranks[n:].sum() - n * (n + 1) / 2) / (n * n))
     q1, q2 = auc / (2 - auc), 2 * auc * auc / (1 + auc)
     error = float(np.sqrt(max(0.0, auc * (1 - auc) + (n - 1) * (q1 + q2 - 2 * auc * auc)) / (n * n)))
-    return Share(auc, max(0.0, auc - 1.96 * error), min(1.0, auc + 1.96 * error))
+    return Interval(auc, max(0.0, auc - 1.96 * error), min(1.0, auc + 1.96 * error))
 
 
 def _ranks(x: Vectors) -> NDArray[np.float64]:
     """Ranks from 1, ties share their mean."""
-    values, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    del values
+    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[place]
     return ranks

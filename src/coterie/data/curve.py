@@ -22,6 +22,7 @@ Measure = Callable[[NDArray[np.int64]], Sequence[float]]
 
 EXPONENTS = np.linspace(0.05, 2.0, 40)
 ROUNDS = 400  # bootstrap rounds
+SMALLEST = 16  # rows of the first size
 FURTHER = (2, 4)  # times the data
 
 
@@ -78,9 +79,9 @@ class Curve:
                 "forecasts": [{**vars(f), "says": str(f)} for f in self.forecasts]}  # fmt: skip
 
 
-def sizes(rows: int, steps: int, least: int = 16) -> list[int]:
+def sizes(rows: int, steps: int) -> list[int]:
     """`steps` growing sizes, each a constant factor over the last, ending with all `rows`."""
-    first = min(rows, max(least, rows // 2 ** (steps - 1)))
+    first = min(rows, max(SMALLEST, rows // 2 ** (steps - 1)))
     return sorted({round(n) for n in np.geomspace(first, rows, steps)})
 
 

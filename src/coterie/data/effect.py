@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from coterie.evaluation.significance import paired_bootstrap
+
 ROUNDS = 2000
 
 
@@ -33,14 +35,9 @@ class Effect:
         return {**asdict(self), "says": str(self)}
 
 
-def effect(rows: int, added: int, without: Sequence[float], having: Sequence[float], seed: int = 0) -> Effect:
+def effect(rows: int, added: int, without: Sequence[float], having: Sequence[float]) -> Effect:
     """From the scores (0 to 1) of the same test rows. Raises ValueError where they are none, or differ in number."""
-    difference = np.asarray(having, np.float64) - np.asarray(without, np.float64)
-    if not len(difference):
-        raise ValueError("no rows to measure")
-    rng = np.random.default_rng(seed)
-    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(ROUNDS)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    gain = float(difference.mean())
-    return Effect(rows, added, len(difference), float(np.mean(without)), float(np.mean(having)), gain,
-                  float(low), float(high))  # fmt: skip
+    gain = paired_bootstrap(without, having, rounds=ROUNDS)
+    return Effect(
+        rows, added, len(having), float(np.mean(without)), float(np.mean(having)), gain.value, gain.low, gain.high
+    )

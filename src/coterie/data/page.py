@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from coterie.data.report import Report
-from coterie.data.write import write_text
+from coterie.files import write_atomic
 
 NAMED = 100  # rows of a finding that the page shows
 LABELS = 40  # labels that the page shows
@@ -19,7 +19,7 @@ def write_page(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
     loader = Environment(loader=PackageLoader("coterie.data"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made = datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")
     parts = [_part(title, report) for title, report in reports]
-    write_text(path, loader.get_template("quality.html").render(parts=parts, made=made, named=NAMED))
+    write_atomic(path, loader.get_template("quality.html").render(parts=parts, made=made, named=NAMED))
 
 
 def _part(title: str, report: Report) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from coterie.data.features import Vectors
 
 RIDGE = 1.0
-DOUBT = 0.03  # see confident_errors
+DOUBT = 0.03  # a label this much less likely than the likeliest is in doubt
 SHARPNESS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 Numbers = NDArray[np.int64]
@@ -54,11 +54,11 @@ def fit(x: Vectors, labels: Sequence[str], ridge: float = RIDGE) -> tuple[Probe,
     return Probe(weights, tuple(str(c) for c in classes), sharpness), softmax(alone * sharpness)
 
 
-def confident_errors(probabilities: Vectors, labels: Numbers, doubt: float = DOUBT) -> tuple[Numbers, Numbers]:
+def confident_errors(probabilities: Vectors, labels: Numbers) -> tuple[Numbers, Numbers]:
     """Rows whose label is likely wrong, the surest first, and the class that each likely is.
 
     Confident learning (Northcutt, Jiang & Chuang 2021) on out-of-sample probabilities, with another cut: a row is
-    named where its label is less than `doubt` times as likely as the likeliest class. With 5% of banking77's labels
+    named where its label is less than DOUBT times as likely as the likeliest class. With 5% of banking77's labels
     flipped this found 93% of them where the paper's class thresholds found 76%, and 53% of what it named was
     flipped where theirs was 40% (docs/check-your-data.md has the figures).
     """
@@ -66,7 +66,7 @@ def confident_errors(probabilities: Vectors, labels: Numbers, doubt: float = DOU
     own = probabilities[rows, labels]
     likely = probabilities.argmax(axis=1)
     ratio = own / probabilities[rows, likely]
-    wrong = np.flatnonzero(ratio < doubt)
+    wrong = np.flatnonzero(ratio < DOUBT)
     order = wrong[np.argsort(ratio[wrong], kind="stable")].astype(np.int64)
     return order, likely[order].astype(np.int64)
 

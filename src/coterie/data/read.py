@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Example:
     @property
     def question(self) -> str:
         """What the user said last, before the last answer: what a router sees."""
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+        return last_said(self.messages)
 
     @property
     def asked(self) -> str:
@@ -48,6 +48,11 @@ class Example:
     def completion(self) -> str:
         """The last answer."""
         return self.messages[-1]["content"]
+
+
+def last_said(messages: Sequence[Message]) -> str:
+    """What the user said last; "" where they said nothing."""
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 @dataclass(frozen=True)
@@ -141,10 +146,16 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str
                 yield _example({"prompt": ask, "completion": said}, {}, where, system)
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, Row]]:
-    """Place and row of each line of a file of JSON objects, one a line. Raises DataError, naming file and line."""
+def read_objects(path: Path, /, **needed: type) -> Iterator[tuple[str, Row]]:
+    """Place and row of each line of a file of JSON objects, one a line. `needed`: what each must have, `str` or `list`.
+    Raises DataError, naming file, line and field."""
     try:
-        yield from _jsonl(path, None)
+        for where, row in _jsonl(path, None):
+            for field, kind in needed.items():
+                if not isinstance(row.get(field), kind):
+                    what = "a list" if kind is list else "a text"
+                    raise DataError(f"{where}: needs {field!r}, {what}, not {row.get(field)!r}")
+            yield where, row
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 

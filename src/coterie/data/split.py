@@ -55,13 +55,13 @@ def draw(items: Iterable[Item], most: int, seed: int = 0) -> list[Item]:
     return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
-def leaks(train: Sequence[str], test: Sequence[str], similar: float = SIMILAR) -> list[int]:
+def leaks(train: Sequence[str], test: Sequence[str]) -> list[int]:
     """Numbers of the training prompts that (nearly) repeat a test prompt, by normalised Indel similarity."""
     wanted = list({normalise(t) for t in test})
     if not wanted or not train:
         return []
     scores = process.cdist(
-        [normalise(t) for t in train], wanted, scorer=Indel.normalized_similarity, score_cutoff=similar,
+        [normalise(t) for t in train], wanted, scorer=Indel.normalized_similarity, score_cutoff=SIMILAR,
         workers=-1, dtype=np.uint8, score_multiplier=100,
     )  # fmt: skip
     return [int(i) for i in np.flatnonzero(scores.max(axis=1) > 0)]

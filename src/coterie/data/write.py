@@ -11,17 +11,6 @@ from coterie.data.read import Row
 from coterie.errors import DataError, StorageError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put `text` at `path` in one move, so that no reader sees half of it. Raises StorageError."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 def check_new(path: Path) -> None:
     """Refuse a name that cannot become a new data file. Raises DataError."""
     if path.suffix not in (".jsonl", ".csv"):

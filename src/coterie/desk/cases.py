@@ -8,7 +8,7 @@ notes wait until it is open.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from coterie.desk import handoff
 from coterie.desk.conversation import Conversations
 from coterie.desk.crm import Case, Crm
 from coterie.desk.message import Message
-from coterie.errors import CrmError
+from coterie.errors import CoterieError, CrmError
+from coterie.privacy.vault import Masking, as_it_is, loggable
 from coterie.store.conversation import ConversationRow, MessageRow
 from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
@@ -30,6 +31,7 @@ MARK, NOTED_BY = "crm", "crm"
 SETTLED_S = 1.0  # as in webhook.py: a younger entry may still be joined by one with a lower id
 CLAIM_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, GIVE_UP_S = 300.0, 30.0, 3600.0, 4 * 24 * 3600.0
 AT_ONCE = 100
+STATES = ("due", "sent", "failed")
 When = Literal["handoff", "resolved"]
 Told = Callable[[Session, str, str, str, Mapping[str, Any]], None]  # session, actor, action, customer, detail
 log = logging.getLogger(__name__)
@@ -54,13 +56,14 @@ class _Write:
 
 
 class Cases:
-    """Writes to a CRM by the rules of its declaration. `told`: puts each writing into the audit log."""
+    """Writes to a CRM by the rules of its declaration. `told`: puts each writing into the audit log. `mask`: hides what
+    is private in a CRM's complaint, which may quote the customer, before it is listed or logged."""
 
     def __init__(
         self, crm: Crm, spec: CrmSpec, talks: Conversations, told: Told = _untold,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.time, mask: Masking = as_it_is,
     ) -> None:  # fmt: skip
-        self.crm, self.spec, self.talks, self.told, self.clock = crm, spec, talks, told, clock
+        self.crm, self.spec, self.talks, self.told, self.clock, self.mask = crm, spec, talks, told, clock, mask
 
     def write_due(self) -> int:
         """Fill the outbox with what happened since, then write what is due; how many were written.
@@ -102,7 +105,7 @@ class Cases:
                     continue
                 session.add(CrmWriteRow(
                     message_id=id, conversation_id=conversation, kind=what, state="due", tries=0, next_at=0.0,
-                    error="", written="", at=self.clock(),
+                    written="", at=self.clock(),
                 ))  # fmt: skip
                 session.flush()
 
@@ -117,7 +120,8 @@ class Cases:
                     of = select(CrmWriteRow).filter_by(conversation_id=row.conversation_id, kind="case")
                     opened = session.scalars(of).one()
                     if opened.state == "failed":
-                        row.state, row.error = "failed", "its case could not be opened"
+                        row.state = "failed"
+                        row.reason = self.talks.seal(_talk(session, row).customer, "its case could not be opened")
                     if opened.state != "sent":
                         continue
                     case = opened.written
@@ -126,8 +130,7 @@ class Cases:
         return None
 
     def _told_of(self, session: Session, row: CrmWriteRow, case: str) -> _Write:
-        c, event = session.get(ConversationRow, row.conversation_id), session.get(MessageRow, row.message_id)
-        assert c, "a foreign key"
+        c, event = _talk(session, row), session.get(MessageRow, row.message_id)
         assert event, "a foreign key"
         said = select(MessageRow).where(
             MessageRow.conversation_id == c.id, MessageRow.kind == "message", MessageRow.seq < event.seq
@@ -167,13 +170,15 @@ class Cases:
             problem = str(error)
         except Exception as error:  # another's library: whatever it raises, the outbox goes on
             problem = f"the CRM failed: {type(error).__name__}"
+        reason = loggable(self.mask, write.customer, problem) if problem else ""
         with writing(self.talks.database) as session:
             row = session.get(CrmWriteRow, write.id)
-            if row is None:  # its conversation was deleted meanwhile
+            if row is None:  # its conversation was deleted meanwhile, or it was dropped
                 return not problem
             gone = forever or self.clock() - row.at > GIVE_UP_S
             row.state = "failed" if problem and gone else "due" if problem else "sent"
-            row.error, row.written = problem.partition(":")[0][:300], written[:200]  # no word of the customer
+            row.reason = self.talks.seal(write.customer, reason[:1000]) if reason else None
+            row.written = written[:200]
             pause = min(FIRST_PAUSE_S * 2.0 ** min(row.tries - 1, 20), LONGEST_PAUSE_S)
             row.next_at = self.clock() + pause if problem else 0.0
             if not problem or gone:
@@ -181,7 +186,9 @@ class Cases:
                 self.told(session, "coterie", f"crm.{write.kind}", write.customer, detail)
             first = row.tries == 1
         if problem:
-            log.warning("CRM: entry %d was not written: %s", write.id, problem.partition(":")[0])
+            log.warning(
+                "CRM: entry %d was not written: %s", write.id, reason.partition(":")[0]
+            )  # no word of the customer
         self._say(write, written, problem, gone, first)
         return not problem or forever
 
@@ -201,6 +208,12 @@ class Cases:
         self.talks.note(write.conversation, NOTED_BY, said[:1000], f"crm:{write.id}:{outcome}")
 
 
+def _talk(session: Session, row: CrmWriteRow) -> ConversationRow:
+    found = session.get(ConversationRow, row.conversation_id)
+    assert found, "a foreign key"
+    return found
+
+
 def _when(event: Mapping[str, Any]) -> When | None:
     """Which rule's event this is: the conversation came to people, or it is done."""
     if event.get("state") == "resolved":
@@ -209,14 +222,62 @@ def _when(event: Mapping[str, Any]) -> When | None:
     return "handoff" if came else None
 
 
-def standing(talks: Conversations, customer: str = "") -> list[dict[str, Any]]:
+def standing(talks: Conversations, customer: str = "", states: Sequence[str] = STATES) -> list[dict[str, Any]]:
     """What was written and what is not yet, oldest first; of one customer where that is given."""
-    wanted = select(CrmWriteRow).order_by(CrmWriteRow.message_id)
+    of = ConversationRow.id == CrmWriteRow.conversation_id
+    wanted = select(CrmWriteRow, ConversationRow.customer).join(ConversationRow, of)
+    wanted = wanted.where(CrmWriteRow.state.in_(states)).order_by(CrmWriteRow.message_id)
     if customer:
-        wanted = wanted.join(ConversationRow, ConversationRow.id == CrmWriteRow.conversation_id)
         wanted = wanted.where(ConversationRow.customer == customer)
     with reading(talks.database) as session:
         return [
-            {"conversation": r.conversation_id, "kind": r.kind, "state": r.state, "tries": r.tries,
-             "id": r.written, "error": r.error} for r in session.scalars(wanted)
+            {"entry": r.message_id, "conversation": r.conversation_id, "kind": r.kind, "state": r.state,
+             "tries": r.tries, "next_at": r.next_at, "id": r.written,
+             "reason": talks.unseal(whose, r.reason) if r.reason else ""} for r, whose in session.execute(wanted)
         ]  # fmt: skip
+
+
+def retry(talks: Conversations, entry: int | None, now: float, told: Told, by: str) -> list[int]:
+    """Have an entry, or with None all that wait or failed, tried anew from now on, with all that was not written of the
+    same conversation, as notes go where their case is; which. Raises CoterieError for an entry that is not there, or
+    written already."""
+    with writing(talks.database) as session:
+        only = None if entry is None else _row(session, entry).conversation_id
+        rows = [r for r in _unwritten(session) if only in (None, r.conversation_id)]
+        for row in rows:
+            row.state, row.next_at, row.tries, row.at = "due", 0.0, 0, now
+            _tell_of(session, told, by, "crm.retry", row)
+        return [r.message_id for r in rows]
+
+
+def drop(talks: Conversations, entry: int, told: Told, by: str) -> list[int]:
+    """Give an entry up: it is written to the CRM no more. A case takes the notes with it that wait for it; which.
+    Raises CoterieError for an entry that is not there, or written already."""
+    with writing(talks.database) as session:
+        row = _row(session, entry)
+        rows = [row]
+        if row.kind == "case":
+            rows = [r for r in _unwritten(session) if r.conversation_id == row.conversation_id]
+        for row in rows:
+            _tell_of(session, told, by, "crm.drop", row)
+            session.delete(row)
+        return [r.message_id for r in rows]
+
+
+def _unwritten(session: Session) -> list[CrmWriteRow]:
+    wanted = select(CrmWriteRow).where(CrmWriteRow.state != "sent").order_by(CrmWriteRow.message_id)
+    return list(session.scalars(wanted.with_for_update()))
+
+
+def _row(session: Session, entry: int) -> CrmWriteRow:
+    row = session.get(CrmWriteRow, entry, with_for_update=True)
+    if row is None:
+        raise CoterieError(f"the outbox of the CRM has no entry {entry}; `coterie desk crm list` prints those it has")
+    if row.state == "sent":
+        raise CoterieError(f"entry {entry} is in the CRM already, as {row.written}; change it there")
+    return row
+
+
+def _tell_of(session: Session, told: Told, by: str, action: str, row: CrmWriteRow) -> None:
+    detail = {"conversation": row.conversation_id, "entry": row.message_id, "kind": row.kind, "state": row.state}
+    told(session, by, action, _talk(session, row).customer, detail)

@@ -17,7 +17,7 @@ import numpy as np
 
 from coterie.errors import DataError, ModelError
 from coterie.evaluation.calibration import logistic, threshold_for
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 
 FEWEST = 50  # rows with an outcome that a fit needs
 
@@ -67,7 +67,7 @@ class Confidence:
         return self.of(signals) >= self.threshold
 
     def save(self, file: Path) -> None:
-        write_atomic_bytes(file, json.dumps(asdict(self), indent=1).encode())
+        write_atomic(file, json.dumps(asdict(self), indent=1))
 
 
 def load_confidence(file: Path) -> Confidence | None:

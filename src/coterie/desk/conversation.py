@@ -97,7 +97,7 @@ class Conversations(Record):
         beside: Beside | None = None,
     ) -> None:  # fmt: skip
         super().__init__(database, unseal)
-        self._seal, self.clock, self.told, self.beside = seal, clock, told, beside
+        self.seal, self.clock, self.told, self.beside = seal, clock, told, beside
 
     # What customers do
 
@@ -162,7 +162,7 @@ class Conversations(Record):
             found = session.scalars(select(RatingRow).filter_by(conversation_id=id, seq=seq)).first()
             found = found or RatingRow(conversation_id=id, seq=seq)
             found.good, found.at = good, self.clock()
-            found.reason = self._seal(row.customer, reason[:2000])
+            found.reason = self.seal(row.customer, reason[:2000])
             session.add(found)
         self.told(id)
 
@@ -387,7 +387,7 @@ class Conversations(Record):
             MessageRow(
                 conversation_id=row.id, seq=message.seq, author=author, kind=kind, at=message.at,
                 data=self._data_kept(row.customer, kind, message.data),
-                body=self._seal(row.customer, text), client_key=key,
+                body=self.seal(row.customer, text), client_key=key,
             )
         )  # fmt: skip
         session.flush()
@@ -402,9 +402,9 @@ class Conversations(Record):
 
     def _data_kept(self, customer: str, kind: Kind, data: dict[str, Any]) -> dict[str, Any]:
         """What goes with a text is sealed as the text is: evidence may quote a customer's record. Events hold none."""
-        if not data or kind == "event" or self._seal is in_the_clear:
+        if not data or kind == "event" or self.seal is in_the_clear:
             return data
-        return {SEALED: base64.b64encode(self._seal(customer, json.dumps(data))).decode()}
+        return {SEALED: base64.b64encode(self.seal(customer, json.dumps(data))).decode()}
 
     def _now(self, session: Session, row: ConversationRow) -> Conversation:
         session.flush()

@@ -28,7 +28,7 @@ from coterie.errors import Busy, ContextTooLong, Stopped
 from coterie.grounding import quoted
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.privacy.deidentify import MaskingFailed
-from coterie.privacy.vault import Masked
+from coterie.privacy.vault import Masked, Masking, as_it_is, loggable
 
 MOST_TOKENS = 400  # of one answer
 MOST_EVIDENCE = 5  # pieces that go before the model
@@ -46,10 +46,6 @@ class Checked:
 
     text: str
     unsupported: tuple[str, ...] = ()
-
-
-def _as_it_is(_customer: str, texts: list[str], _known: Mapping[str, Any]) -> Masked:
-    return Masked(texts, lambda text: text)
 
 
 def _anyone(turn: Turn) -> Reader | None:
@@ -91,7 +87,7 @@ class Parts:
     """
 
     may_ask: Callable[[Turn], Reader | None] = _anyone
-    mask: Callable[[str, list[str], Mapping[str, Any]], Masked] = _as_it_is
+    mask: Masking = as_it_is
     ground: Callable[[str, Reader], list[Evidence]] = _nothing
     check: Callable[[str, Sequence[Evidence]], Checked] | None = None
     profile: Callable[[str], Mapping[str, Any]] = _unknown
@@ -135,7 +131,17 @@ def answer(
         return person("may_not_ask")
     if guided := parts.procedures.go_on(turn):
         return guided
-    profile = _or(troubles, "the customer's profile could not be read", _unknown(""), lambda: parts.profile(customer))
+
+    def tried(what: str, otherwise: T, do: Callable[[], T]) -> T:
+        """What a part gives, or something else where it fails, which the agent is told."""
+        try:
+            return do()
+        except Exception as error:
+            log.warning("%s: %s", what, loggable(parts.mask, customer, str(error)))
+            troubles.append(what)
+            return otherwise
+
+    profile = tried("the customer's profile could not be read", _unknown(""), lambda: parts.profile(customer))
 
     def hidden(texts: list[str]) -> Masked:
         try:
@@ -155,8 +161,7 @@ def answer(
         if guided := parts.procedures.begin(turn, asked, topics):
             return guided
 
-        found = _or(troubles, "the knowledge could not be searched", _nothing("", reader),
-                    lambda: parts.ground(asked, reader))  # fmt: skip
+        found = tried("the knowledge could not be searched", _nothing("", reader), lambda: parts.ground(asked, reader))
         evidence = found[:MOST_EVIDENCE]
         facts = [f"{name}: {value}" for name, value in profile.items()]
         masked = hidden([*(e.text for e in evidence), *facts])
@@ -292,16 +297,6 @@ def _is_negative(answerer: Answerer, spec: DeskSpec, text: str) -> bool:
         return False
     said = answerer.chat(spec.sentiment, [{"role": "user", "content": text}], Sampling(max_tokens=16))
     return said.generation.text().strip() in spec.negative
-
-
-def _or(troubles: list[str], what: str, otherwise: T, do: Callable[[], T]) -> T:
-    """What a part gives, or something else where it fails, which the agent is told."""
-    try:
-        return do()
-    except Exception as error:
-        log.warning("%s: %s", what, error)
-        troubles.append(what)
-        return otherwise
 
 
 def _record(running: Answer, words: _Words, evidence: Sequence[Evidence]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Record:
     """All conversations of one business, in its database. unseal: what decrypts a text of its customer's."""
 
     def __init__(self, database: Engine, unseal: Unseal = from_the_clear) -> None:
-        self.database, self._unseal = database, unseal
+        self.database, self.unseal = database, unseal
 
     def get(self, id: str, customer: str | None = None) -> Conversation:
         """As it stands. Raises NoConversation; also where it is another customer's, and `customer` is given."""
@@ -133,7 +133,7 @@ class Record:
         with reading(self.database) as session:
             customer = self._row(session, id, lock=False).customer
             rows = session.scalars(select(RatingRow).filter_by(conversation_id=id, good=False))
-            return {row.seq: self._unseal(customer, row.reason) for row in rows}
+            return {row.seq: self.unseal(customer, row.reason) for row in rows}
 
     def _messages(
         self, session: Session, row: ConversationRow, kinds: Sequence[str], after: int = 0
@@ -147,8 +147,8 @@ class Record:
         """An entry with its text unsealed."""
         data = m.data
         if SEALED in data:
-            data = json.loads(self._unseal(row.customer, base64.b64decode(data[SEALED])))
-        return Message(m.seq, m.author, cast(Kind, m.kind), self._unseal(row.customer, m.body), m.at, data)
+            data = json.loads(self.unseal(row.customer, base64.b64decode(data[SEALED])))
+        return Message(m.seq, m.author, cast(Kind, m.kind), self.unseal(row.customer, m.body), m.at, data)
 
     def _row(self, session: Session, id: str, lock: bool = True) -> ConversationRow:
         row = session.get(ConversationRow, id, with_for_update=lock)

@@ -65,7 +65,7 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
     )
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal, procedures=procedures)
     if record and crm and (crm.case_on or crm.note_on):
-        desk.cases = Cases(record, crm, desk.conversations, _audited(house))
+        desk.cases = Cases(record, crm, desk.conversations, audited(house), mask=parts.mask)
     desk.start()
     return desk
 
@@ -85,11 +85,11 @@ def procedures_of(
     if not found:
         return None
     actions = Actions(business.folder, business.folder / business.config.desk.procedures)
-    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=_audited(house))
+    runs = Runs(house.database, found, actions, house.seal, house.unseal, told=audited(house))
     return Procedures(runs, embed, profile)
 
 
-def _audited(house: House) -> Callable[[Session, str, str, str, Mapping[str, Any]], None]:
+def audited(house: House) -> Callable[[Session, str, str, str, Mapping[str, Any]], None]:
     """Writes into the audit log in the transaction of the deed."""
 
     def told(session: Session, actor: str, action: str, customer: str, detail: Mapping[str, Any]) -> None:

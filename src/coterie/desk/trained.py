@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.business import Business
-from coterie.experts.library import write_atomic
+from coterie.files import write_atomic
 from coterie.privacy.rights import Room
 
 COLUMN = "customer"

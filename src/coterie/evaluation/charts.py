@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from coterie.errors import CoterieError, StorageError
+from coterie.files import write_atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[tuple[int, ...], ...] = ((), (6, 3), (2, 2), (8, 3, 2, 3))
 INK, FAINT = "#222222", "#dddddd"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 64, 20, 44, 52  # pixels
+SCALE = 2  # pixels of a PNG to each of the sheet's
 Anchor = Literal["start", "middle", "end"]
 
 
@@ -241,27 +243,27 @@ def svg(chart: Chart) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def png(chart: Chart, scale: int = 2) -> bytes:
-    """The chart drawn in pixels, `scale` to each of the sheet's. Raises CoterieError where Pillow is not installed."""
+def png(chart: Chart) -> bytes:
+    """The chart drawn in pixels. Raises CoterieError where Pillow is not installed."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
         raise CoterieError("PNG charts need Pillow: pip install 'coterie[charts]'; .svg needs nothing") from error
-    sheet = Image.new("RGB", (chart.width * scale, chart.height * scale), "#ffffff")
+    sheet = Image.new("RGB", (chart.width * SCALE, chart.height * SCALE), "#ffffff")
     draw = ImageDraw.Draw(sheet)
     anchors = {"start": "ls", "middle": "ms", "end": "rs"}
     for s in chart.shapes:
         if isinstance(s, Box):
             draw.rectangle(
-                [s.x * scale, s.y * scale, (s.x + max(s.width, 0)) * scale, (s.y + max(s.height, 0)) * scale], s.colour
+                [s.x * SCALE, s.y * SCALE, (s.x + max(s.width, 0)) * SCALE, (s.y + max(s.height, 0)) * SCALE], s.colour
             )
         elif isinstance(s, Line):
             for part in _dashes(s):
-                draw.line([(x * scale, y * scale) for x, y in part], s.colour, max(1, round(s.width * scale)), "curve")
+                draw.line([(x * SCALE, y * SCALE) for x, y in part], s.colour, max(1, round(s.width * SCALE)), "curve")
         else:
-            font = ImageFont.load_default(s.size * scale)
-            draw.text((s.x * scale, s.y * scale), s.text, INK, font, anchors[s.anchor],
-                      stroke_width=scale // 2 if s.bold else 0)  # fmt: skip
+            font = ImageFont.load_default(s.size * SCALE)
+            draw.text((s.x * SCALE, s.y * SCALE), s.text, INK, font, anchors[s.anchor],
+                      stroke_width=SCALE // 2 if s.bold else 0)  # fmt: skip
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -287,15 +289,18 @@ def _dashes(line: Line) -> list[list[tuple[float, float]]]:
     return out
 
 
-def save(chart: Chart, file: Path) -> None:
-    """Write the chart by the file's ending, .svg or .png. Raises CoterieError for another, StorageError."""
+def check_ending(file: Path) -> None:
+    """Raises CoterieError where a chart cannot be written to a file of this name: asked before long work."""
     if file.suffix not in (".svg", ".png"):
         raise CoterieError(f"{file}: a chart is written as .svg or .png")
+
+
+def save(chart: Chart, file: Path) -> None:
+    """Write the chart by the file's ending, .svg or .png. Raises CoterieError for another, StorageError."""
+    check_ending(file)
     data = svg(chart).encode() if file.suffix == ".svg" else png(chart)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f".{file.name}.tmp")
-        scratch.write_bytes(data)
-        scratch.replace(file)
     except OSError as error:
-        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
+        raise StorageError(f"{file.parent}: cannot be written ({error.strerror})") from error
+    write_atomic(file, data)

@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
+from rapidfuzz.distance import LCSseq
 
 Z = 1.959963984540054  # the normal quantile of a two-sided 95% interval
 
@@ -69,12 +70,7 @@ def rouge_l(answer: str, wanted: str) -> float:
     a, b = (re.findall(r"\w+", t.lower()) for t in (answer, wanted))
     if not a or not b:
         return float(not a and not b)
-    row = [0] * (len(b) + 1)  # row[j]: longest common subsequence of the words read so far and b[:j]
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(a) + len(b))  # = 2PR / (P + R) with P = LCS / |a|, R = LCS / |b|
+    return 2 * LCSseq.similarity(a, b) / (len(a) + len(b))  # = 2PR / (P + R) with P = LCS / |a|, R = LCS / |b|
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")

@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from coterie.data.read import Example, Message
+from coterie.data.read import Example, Message, last_said
 from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
 from coterie.errors import ContextTooLong, DataError
 from coterie.evaluation.metrics import summarise
-from coterie.experts.classifier import TOGETHER, asked
+from coterie.experts.classifier import TOGETHER
 from coterie.experts.kinds import Labeller
+
+ROOM = 8  # tokens
 
 
 def answer_each(
@@ -23,7 +25,7 @@ def answer_each(
     As many are under way at once as the engine has slots. A classifier labels them TOGETHER at a time, without it.
     """
     if isinstance(adapter, Labeller):
-        rest = map(asked, prompts)
+        rest = map(last_said, prompts)
         while part := list(islice(rest, TOGETHER)):
             yield from (v.label for v in adapter.judge(part))
         return
@@ -64,16 +66,18 @@ def answer_all(
 
 def evaluate(
     engine: Engine, examples: Sequence[Example], adapter: Adapter | Labeller | None, choices: Sequence[str] = (),
-    max_tokens: int = 128, tell: Callable[[int], None] = lambda _: None,
+    tell: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Any], list[str | None]]:  # fmt: skip
     """Greedy answers to `examples`, restricted to `choices` where there are any: the figures, and the answers.
 
+    An answer may be ROOM tokens longer than the longest that is wanted.
     Prompts that do not fit into the context count as wrong answers; `too_long` says how many. Raises DataError where
     there are no examples.
     """
     if not examples:
         raise DataError("no rows to measure")
-    sampling = Sampling(max_tokens=max_tokens, constraint=choice_constraint(choices) if choices else None)
+    longest = max(len(engine.base.encode(e.completion)) for e in examples)
+    sampling = Sampling(longest + ROOM, constraint=choice_constraint(choices) if choices else None)
     answers = answer_all(engine, examples, adapter, sampling, tell)
     figures = summarise([a or "" for a in answers], [e.completion for e in examples], bool(choices))
     return {"rows": len(answers), "too_long": answers.count(None), **figures}, answers

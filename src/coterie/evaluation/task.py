@@ -71,23 +71,18 @@ class Task:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder (data of the task {self.name})")
         train, test = self.read(path)
-        once = list({(normalise(asked(e)), e.completion): e for e in test}.values())
+        once = list({(normalise(e.question), e.completion): e for e in test}.values())
         if not train or not once:
             raise DataError(
                 f"{path}: no rows to {'learn from' if not train else 'measure on'} for the task {self.name}"
             )
         test, train = _draw(once, self.test_most, seed), _draw(train, self.train_most, seed)
-        repeated = set(leaks([asked(e) for e in train], [asked(e) for e in test]))
+        repeated = set(leaks([e.question for e in train], [e.question for e in test]))
         return Splits([e for i, e in enumerate(train) if i not in repeated], test)
 
     def options(self, splits: Splits) -> tuple[str, ...]:
         """The answers of a task of choices, as training shows them; empty for free text."""
         return tuple(sorted({e.completion for e in splits.train})) if self.choices else ()
-
-
-def asked(example: Example) -> str:
-    """The last message of a row's prompt."""
-    return example.prompt[-1]["content"]
 
 
 def row(question: str, answer: str, where: str, system: str = "") -> Example:

@@ -16,7 +16,7 @@ from coterie.experts.lora import weight_name
 from coterie.experts.mixture import Gates
 from coterie.model.decoder import SITES, ModelConfig
 
-TOP_K, TEMPERATURE = 3, 1.0  # PEFT's defaults
+TEMPERATURE = 1.0  # PEFT's default
 Prototypes = dict[tuple[str, int], Tensor]  # (site, projection of the site) -> (layers, in), zeros: left alone
 
 

@@ -24,9 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coterie.data.read import Message
 from coterie.errors import DataError, ModelError
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
 
@@ -128,7 +127,7 @@ class Classifier:
         numbers = [self.slope, self.offset, self.threshold, self.error]
         facts = {"business": self.business, "names": json.dumps(self.names), "where": json.dumps(self.where),
                  "numbers": json.dumps(numbers)}  # fmt: skip
-        write_atomic_bytes(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, facts))
+        write_atomic(folder / FILE, save({k: v.contiguous() for k, v in tensors.items()}, facts))
 
 
 def load(folder: Path, width: int) -> Classifier:
@@ -198,11 +197,6 @@ def lead(scores: Floats) -> Floats:
     best = np.sort(scores, axis=1)
     out: Floats = best[:, -1] - best[:, -2]
     return out
-
-
-def asked(messages: Sequence[Message]) -> str:
-    """What of a conversation is classified: what the user said last."""
-    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 @torch.no_grad()

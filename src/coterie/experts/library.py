@@ -8,23 +8,21 @@ Notable: a version is written aside and put in place by one rename, and `current
 any point leaves either the old state or the new one. Weights are never changed, only added and removed.
 """
 
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError, ModelError, StorageError, UnknownExpert
 from coterie.experts.card import card
+from coterie.files import check_free, write_atomic
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED = ("base", "auto", "arrow")
@@ -47,44 +45,6 @@ class ExpertFacts:
     fingerprint: str = ""  # of base, data and settings: `fit` trains again only when it changes
     created: str = ""
     training: dict[str, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def alone(file: Path, busy: str) -> Iterator[None]:
-    """Nobody else is in here with the same lock `file`; the system frees the lock of a process that is killed.
-
-    Raises StorageError, and CoterieError, saying `busy`, where somebody is.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("a")
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CoterieError(busy) from error
-        yield
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Replace `file` by `text` in one step. Raises StorageError where the disk is full."""
-    write_atomic_bytes(file, text.encode())
-
-
-def write_atomic_bytes(file: Path, content: bytes) -> None:
-    """Replace `file` by `content` in one step. Raises StorageError where the disk is full."""
-    scratch = file.with_name(f".tmp-{file.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        with scratch.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(scratch, file)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def check_name(name: str) -> str:
@@ -237,8 +197,7 @@ class Library:
     def export(self, name: str, target: Path, version: int | None = None) -> None:
         """Copy a version to `target`, a new folder. Raises UnknownExpert, CoterieError, StorageError."""
         source = self.folder(name, version)
-        if target.exists():
-            raise CoterieError(f"{target}: already there; name a new folder")
+        check_free(target)
         scratch = target.with_name(f".{target.name}.part")
         try:
             shutil.rmtree(scratch, ignore_errors=True)

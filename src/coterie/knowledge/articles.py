@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from coterie.errors import CoterieError, DataError, StorageError
-from coterie.experts.library import alone, write_atomic
+from coterie.files import alone, write_atomic
 from coterie.knowledge.documents_spec import ArticlesSpec
 
 if TYPE_CHECKING:  # it comes with coterie[salesforce]

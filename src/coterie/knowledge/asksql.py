@@ -19,7 +19,7 @@ from coterie.data.features import TfIdf
 from coterie.data.read import Message, read_objects
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
-from coterie.errors import ContextTooLong, DataError, QueryRefused, SourceError
+from coterie.errors import ContextTooLong, QueryRefused, SourceError
 from coterie.knowledge.database import Answer, Database
 from coterie.knowledge.entities import plain
 from coterie.knowledge.evidence import Evidence, Reader
@@ -185,12 +185,7 @@ def open_sql(
 
 def read_examples(file: Path) -> list[tuple[str, str]]:
     """Pairs of question and SQL, a JSON object a line. Raises DataError, naming file and line."""
-    out = []
-    for where, row in read_objects(file):
-        if not isinstance(row.get("question"), str) or not isinstance(row.get("sql"), str):
-            raise DataError(f"{where}: needs question and sql, both texts")
-        out.append((row["question"], row["sql"]))
-    return out
+    return [(row["question"], row["sql"]) for _, row in read_objects(file, question=str, sql=str)]
 
 
 def _turn(question: str, sql: str) -> list[Message]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import make_url
@@ -40,30 +40,6 @@ class Answer:
     cut: bool
 
 
-class Tabular(Protocol):
-    """What answers SQL: a database, or files as tables."""
-
-    dialect: str
-    rows: int
-
-    def views(self, reader: Reader) -> dict[str, View]:
-        """What `reader` may see, by table in lower case."""
-        ...
-
-    def schema(self, reader: Reader) -> dict[str, TableSchema]:
-        """The same, with types, comments, and samples of the rows that this reader may see."""
-        ...
-
-    def run(self, sql: str, reader: Reader) -> Answer:
-        """Raises QueryRefused before anything is run, SourceError where running it fails."""
-        ...
-
-
-def guarded(db: "Database", sql: str, reader: Reader) -> str:
-    """`sql` as `reader` may have it run."""
-    return guard(sql, db.views(reader), db.dialect, db.rows + 1)
-
-
 class Database:
     """The tables that `specs` names, of the database behind `fetch`; see `open_database` and tables.py."""
 
@@ -85,13 +61,8 @@ class Database:
                 self._tables = self._read()
             return self._tables
 
-    def refresh(self) -> None:
-        """Read the schema and the samples anew when next asked."""
-        with self._lock:
-            self._tables = None
-        self._sampled.cache_clear()
-
     def views(self, reader: Reader) -> dict[str, View]:
+        """What `reader` may see, by table in lower case."""
         found = {
             key: view_of(table.name, [c.name for c in table.columns], self._specs[key], reader, self.dialect)
             for key, table in self.tables().items()
@@ -99,19 +70,24 @@ class Database:
         return {key: view for key, view in found.items() if view}
 
     def schema(self, reader: Reader) -> dict[str, TableSchema]:
+        """The same, with types, comments, and samples of the rows that this reader may see."""
         return {key: self._sampled(key, view, reader) for key, view in self.views(reader).items()}
 
     def run(self, sql: str, reader: Reader) -> Answer:
-        ran = guarded(self, sql, reader)
+        """Raises QueryRefused before anything is run, SourceError where running it fails."""
+        ran = self._guarded(sql, reader)
         columns, rows, cut = self._fetch(ran, self.rows)
         return Answer(sql, ran, tuple(columns), tuple(tuple(r) for r in rows), cut)
+
+    def _guarded(self, sql: str, reader: Reader) -> str:
+        return guard(sql, self.views(reader), self.dialect, self.rows + 1)
 
     def values(self, table: str, column: str, reader: Reader, most: int = 1000) -> list[str]:
         """Different values of a text column, of the rows that `reader` may see. Empty where it cannot be read."""
         inner = f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL LIMIT {LOOKED_AT}"
         sql = f"SELECT DISTINCT {column} FROM ({inner}) AS looked LIMIT {most}"
         try:
-            found = self._fetch(guarded(self, sql, reader), most)[1]
+            found = self._fetch(self._guarded(sql, reader), most)[1]
         except CoterieError:
             return []
         return [r[0] for r in found if isinstance(r[0], str)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from coterie.data.read import read_objects
 from coterie.errors import CoterieError, DataError
-from coterie.experts.library import alone
+from coterie.files import alone
 from coterie.knowledge.articles import link_of
 from coterie.knowledge.chunk import Chunk, chunks
 from coterie.knowledge.documents_spec import KINDS, DocumentsSpec
@@ -198,15 +198,9 @@ class Judged:
     """
 
     def __init__(self, file: Path, embedder: Embedder) -> None:
-        self.paths: list[list[str]] = []
-        questions = []
-        for where, row in read_objects(file):
-            try:
-                questions.append(str(row["question"]))
-                self.paths.append([str(p) for p in row["documents"]])
-            except (KeyError, TypeError) as error:
-                raise DataError(f'{where}: must be {{"question": ..., "documents": [...]}} ({error})') from error
-        self.vectors = embedder.embed(questions)
+        rows = [row for _, row in read_objects(file, question=str, documents=list)]
+        self.paths = [[str(path) for path in row["documents"]] for row in rows]
+        self.vectors = embedder.embed([row["question"] for row in rows])
 
     def gains(self, question: Floats) -> dict[str, float]:
         """What each document gains, by path, for a question's vector."""

@@ -2,27 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel as Record
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-Several = Annotated[
-    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
-]
+from coterie.declared import Several, Strict
+
 KINDS = (".md", ".markdown", ".html", ".htm", ".pdf", ".docx", ".txt")
 
 
-class _Strict(Record):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ReadersSpec(_Strict):
+class ReadersSpec(Strict):
     """[[knowledge.NAME.permissions]]: who may read some of the files; of several that fit a file, the last holds."""
 
     files: Several = Field(min_length=1, description='which files, as in `"hr/*"`; `*` stands for `/` too')
     readers: Several = Field(description="groups that may read them; none: nobody")
 
 
-class ArticlesSpec(_Strict):
+class ArticlesSpec(Strict):
     """[knowledge.NAME.salesforce]: Salesforce Knowledge; `coterie learn` keeps its published articles in the folder."""
 
     url: str = Field(pattern="^https?://", description="https://NAME.my.salesforce.com")
@@ -41,7 +35,7 @@ class ArticlesSpec(_Strict):
     )
 
 
-class DocumentsSpec(_Strict):
+class DocumentsSpec(Strict):
     """[knowledge.NAME]: a folder of documents, with `kind = "documents"`."""
 
     kind: Literal["documents"] = Field(description="Markdown, HTML, PDF, DOCX and text files")

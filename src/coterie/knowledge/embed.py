@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from coterie.errors import CoterieError, ModelError
+from coterie.model.load import default_dtype
 from coterie.model.pull import EMBEDDER, pull
 
 Floats = NDArray[np.float32]
@@ -45,8 +46,9 @@ class Embedder(Protocol):
 class MiniLM:
     """A BERT encoder of sentence-transformers' kind: the mean over the tokens of the last layer, normed."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16, name: str = EMBEDDER) -> None:
-        """Raises ModelError where the folder holds no such model."""
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, name: str = EMBEDDER) -> None:
+        """`dtype`: None for what this processor computes fast. Raises ModelError where the folder holds no such
+        model."""
         try:
             config = json.loads((folder / "config.json").read_text())
             weights = load_file(folder / "model.safetensors")
@@ -61,7 +63,7 @@ class MiniLM:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"{folder}/tokenizer.json: cannot be read ({error})") from error
-        self.name, self.dtype = name, dtype
+        self.name, self.dtype = name, dtype or default_dtype()
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(min(LONGEST, int(config["max_position_embeddings"])))
         w = {key.removeprefix("bert."): value for key, value in weights.items()}
@@ -179,6 +181,6 @@ class Endpoint:
         return np.asarray(out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12), np.float32)
 
 
-def minilm(dtype: torch.dtype = torch.bfloat16, tell: Callable[[str], None] = lambda _: None) -> MiniLM:
+def minilm(dtype: torch.dtype | None = None, tell: Callable[[str], None] = lambda _: None) -> MiniLM:
     """all-MiniLM-L6-v2, pulled where it is absent. Raises ModelError."""
     return MiniLM(pull(EMBEDDER, tell, "embedding model", EMBEDDER), dtype)

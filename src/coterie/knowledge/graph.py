@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 import pyoxigraph as ox
 
 from coterie.errors import Busy, CoterieError, QueryRefused, SourceError, StorageError
-from coterie.experts.library import write_atomic
+from coterie.files import write_atomic
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.sparql import Rows, check, read_answer
 

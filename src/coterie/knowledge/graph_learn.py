@@ -9,7 +9,7 @@ from typing import Any
 import pyoxigraph as ox
 from sqlalchemy import Engine, create_engine
 
-from coterie.data.read import read_objects
+from coterie.data.read import Row, read_objects
 from coterie.errors import CoterieError, DataError, SourceError
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
@@ -167,20 +167,18 @@ def read_asked(file: Path, base: str) -> Iterator[Asked]:
     """Questions with their paths. A line has `question`, `names` (the words of it that name the thing), `path`, a list
     of relations ("^" before one that is followed backwards; plain words stand for a relation under `base`, and
     "^rdf:type" leads from a type to its things), and may have `count`: true. Raises DataError, naming file and line."""
-    return (asked_of(row, base, where) for where, row in read_objects(file))
+    rows = read_objects(file, question=str, names=str, path=list)
+    return (asked_of(row, base, where) for where, row in rows)
 
 
-def asked_of(row: Any, base: str, where: str) -> Asked:
+def asked_of(row: Row, base: str, where: str) -> Asked:
     """One such line, read. Raises DataError, naming `where` it stands."""
-    try:
-        question, names, path = str(row["question"]), str(row["names"]), [str(r) for r in row["path"]]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where}: needs question, names and path ({error})") from error
+    question, names = row["question"], row["names"]
     words, named = plain(question).split(), plain(names).split()
     at = next((i for i in range(len(words)) if named and words[i : i + len(named)] == named), -1)
     if at < 0:
         raise DataError(f"{where}: the question does not say {names!r}")
-    relations = tuple(_relation(r, base) for r in path)
+    relations = tuple(_relation(str(r), base) for r in row["path"])
     return Asked(mask(question, at, at + len(named)), relations, COUNT if row.get("count") else LIST)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding_bag
 
 from coterie.errors import DataError
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 from coterie.knowledge.entities import plain
 
 LIST, COUNT = "=list", "=count"  # how a path ends: the things it leads to, or how many they are
@@ -167,7 +167,7 @@ class Finder:
     def save(self, file: Path) -> None:
         """Write what was learned, whole or not at all; the labels are the graph's, which says who may see them."""
         about = {"choices": json.dumps(self.choices)}
-        write_atomic_bytes(file, save({"weight": self.weight.contiguous()}, about))
+        write_atomic(file, save({"weight": self.weight.contiguous()}, about))
 
     @classmethod
     def load(cls, file: Path) -> "Finder":

@@ -9,7 +9,7 @@ the document goes.
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from coterie.engine.constrain import Constraint, json_schema
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError
-from coterie.experts.library import write_atomic
+from coterie.files import write_atomic
 from coterie.knowledge.entities import plain
 from coterie.knowledge.graph import EXTRACTED, Graph
 from coterie.knowledge.mapping import LABEL, relation
@@ -123,13 +123,9 @@ class Pending:
         """In the order they came. Raises DataError, naming file and line."""
         if not self.file.exists():
             return []
-        out = []
-        for where, row in read_objects(self.file):
-            try:
-                out.append(Proposal(**row))
-            except TypeError as error:
-                raise DataError(f"{where}: not a proposal ({error})") from error
-        return out
+        names = [f.name for f in fields(Proposal)]
+        rows = read_objects(self.file, **dict.fromkeys(names, str))
+        return [Proposal(**{name: row[name] for name in names}) for _, row in rows]
 
     def add(self, proposals: Iterable[Proposal]) -> int:
         """Let new ones wait; one that was decided before is not asked again. How many are new."""

@@ -2,10 +2,11 @@
 
 A question may be a long story: its clauses are searched for one by one beside the whole of it. What each search finds
 best become candidates, and each candidate's signals are put on one scale and added up, and what its series lends it
-(series.py); docs/log.md has what was tried.
+(series.py), and documents that name the same fields and tools (links.py); docs/log.md has what was tried.
 Sources: Robertson and Zaragoza 2009 (BM25); Rocchio 1971 (relevance feedback).
 """
 
+import json
 import math
 import re
 import sqlite3
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 
 from coterie.errors import CoterieError
 from coterie.knowledge.embed import Embedder
-from coterie.knowledge.names import pairs
+from coterie.knowledge.links import lend
+from coterie.knowledge.names import FUNCTION_WORDS, pairs
 from coterie.knowledge.series import Series
 from coterie.knowledge.store import allowed, meta, open_db, open_words, space_of
 from coterie.knowledge.vectors import open_vectors
@@ -35,6 +37,7 @@ WHOLE, EACH = 200, 100  # candidates by the whole question, and by each clause
 TITLE = 2.0  # a word in title or heading counts as so many in the text
 FEEDBACK, FEEDBACK_WEIGHT = 10, 0.8  # passages like one of the first ten gain
 PAIRS = 0.15  # weight of pairs of words that name a document, beside all the rest
+LINKED = 0.1  # weight of what documents that name the same fields and tools lend
 SERIES, INTRODUCTION = 0.5, 1.0  # how much of what its series lends a document takes, and as its introduction
 
 
@@ -113,7 +116,8 @@ class Search:
 
     def by_words(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
         """The best passages by BM25 and their scores; only those of the access classes are looked at."""
-        words = list(dict.fromkeys(re.findall(r"[^\W_]+", question.lower())))[:WORDS_MOST]
+        every = dict.fromkeys(re.findall(r"[^\W_]+", question.lower()))
+        words = [w for w in every if w not in FUNCTION_WORDS][:WORDS_MOST] or list(every)
         if not words or not classes:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         return self._by(" ".join(words), {"title": TITLE, "text": 1.0}, classes, limit)
@@ -204,7 +208,19 @@ class Search:
         standing = _scaled(_scaled(of[0]) + PAIRS * _scaled(of[1]))
         lent, introducing = series.weigh(documents, standing)
         total = standing + SERIES * lent + INTRODUCTION * introducing
+        total += LINKED * _scaled(lend(*self._names(documents), total))
         return total[at] + (score - of[0][at]), lent[at]
+
+    def _names(self, documents: Ints) -> tuple[Ints, Ints]:
+        """Which of some documents (places in the table of files, ascending) holds which name, as links.py wants it."""
+        numbers = self._files[documents, 0]
+        found = self.db.execute(
+            "select document, name from names where document in (select value from json_each(?))",
+            (json.dumps(numbers.tolist()),),
+        ).fetchall()
+        held = np.searchsorted(numbers, np.array([d for d, _ in found], np.int64))
+        _, names = np.unique(np.array([name for _, name in found], np.str_), return_inverse=True)
+        return held, np.asarray(names, np.int64)
 
     def _held(self, ids: Ints) -> NDArray[np.bool_]:
         """Which of some passages the index has."""

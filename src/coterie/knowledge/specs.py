@@ -1,22 +1,16 @@
 """What coterie.toml says of graphs, databases and tables: fields, defaults and what each is for."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from coterie.declared import Several, Strict
 from coterie.knowledge.evidence import EVERYONE
 
-Names = Annotated[
-    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
-]
 READERS = 'groups that may read it; "*" is everyone'
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class MappingSpec(_Strict):
+class MappingSpec(Strict):
     """[[knowledge.NAME.tables]] of a graph: how rows become triples; {Column} is a cell of the row."""
 
     table: str = Field("", description="a table of `database`")
@@ -24,10 +18,10 @@ class MappingSpec(_Strict):
     id: str = Field(min_length=1, description='the row\'s address under `base`, as "album/{AlbumId}"')
     type: str = Field(min_length=1, description="what a row is, in the singular: album")
     label: str = Field("", description='its name, as "{FirstName} {LastName}"; found by it')
-    aliases: Names = Field([], description="other names, in the same way")
+    aliases: Several = Field([], description="other names, in the same way")
     properties: dict[str, str] = Field({}, description="relation = column")
     links: dict[str, str] = Field({}, description='relation = id of another row, as "artist/{ArtistId}"')
-    readers: Names = Field([EVERYONE], description=READERS)
+    readers: Several = Field([EVERYONE], description=READERS)
 
     @model_validator(mode="after")
     def _one_source(self) -> "MappingSpec":
@@ -36,14 +30,16 @@ class MappingSpec(_Strict):
         return self
 
 
-class PartSpec(_Strict):
+class PartSpec(Strict):
     """[[knowledge.NAME.parts]]: files of a graph that the same groups may read."""
 
-    files: Names = Field(min_length=1, description="Turtle (.ttl), N-Triples (.nt) or JSON-LD (.jsonld); * is any name")
-    readers: Names = Field([EVERYONE], description=READERS)
+    files: Several = Field(
+        min_length=1, description="Turtle (.ttl), N-Triples (.nt) or JSON-LD (.jsonld); * is any name"
+    )
+    readers: Several = Field([EVERYONE], description=READERS)
 
 
-class GraphSpec(_Strict):
+class GraphSpec(Strict):
     """[knowledge.NAME] with `kind = "graph"`: a knowledge graph of files and tables, or a SPARQL endpoint."""
 
     kind: Literal["graph"] = Field("graph", description="files and tables as triples, or a SPARQL endpoint")
@@ -54,9 +50,9 @@ class GraphSpec(_Strict):
     base: str = Field("urn:coterie:thing:", description="how the IRIs of mapped rows begin")
     shapes: str = Field("", description="a file of SHACL shapes that each file must fit (pip install 'coterie[shacl]')")
     endpoint: str = Field("", description="address of a SPARQL 1.1 endpoint, instead of files and tables")
-    endpoint_graphs: dict[str, Names] = Field({}, description="endpoint: who may read which named graph")
-    readers: Names = Field([EVERYONE], description="endpoint without `endpoint_graphs`: " + READERS)
-    examples: Names = Field([], description="JSONL files of question and path; the path finder learns from them")
+    endpoint_graphs: dict[str, Several] = Field({}, description="endpoint: who may read which named graph")
+    readers: Several = Field([EVERYONE], description="endpoint without `endpoint_graphs`: " + READERS)
+    examples: Several = Field([], description="JSONL files of question and path; the path finder learns from them")
     timeout_s: float = Field(5.0, gt=0, le=600, description="longest a query may take")
 
     @model_validator(mode="after")
@@ -70,18 +66,18 @@ class GraphSpec(_Strict):
         return self
 
 
-class RowsSpec(_Strict):
+class RowsSpec(Strict):
     """[knowledge.NAME.tables.TABLE]: who may read a table, which of its columns, and which rows each group sees."""
 
-    readers: Names = Field([EVERYONE], description=READERS)
-    columns: Names = Field([], description="columns that may be read; none named: all")
+    readers: Several = Field([EVERYONE], description=READERS)
+    columns: Several = Field([], description="columns that may be read; none named: all")
     rows: dict[str, str] = Field(
         {}, description="group = SQL condition on this table: the rows it sees; :reader is the name of who asks"
     )
     description: str = Field("", description="what a row is; shown to the model")
 
 
-class DatabaseSpec(_Strict):
+class DatabaseSpec(Strict):
     """[knowledge.NAME] with `kind = "database"`: a SQL database, read only."""
 
     kind: Literal["database"] = Field("database", description="SQLite or PostgreSQL")
@@ -89,12 +85,12 @@ class DatabaseSpec(_Strict):
     url: str = Field(min_length=1, description="SQLAlchemy address, as sqlite:///shop.db or postgresql+psycopg://...")
     tables: dict[str, RowsSpec] = Field(min_length=1, description="the tables that may be asked; no others exist")
     expert: str = Field("", description="expert that writes its SQL; none: the base model")
-    examples: Names = Field([], description="JSONL files of question and SQL: the nearest are shown to the model")
+    examples: Several = Field([], description="JSONL files of question and SQL: the nearest are shown to the model")
     rows: int = Field(100, ge=1, le=10_000, description="most rows of one answer")
     timeout_s: float = Field(5.0, gt=0, le=600, description="longest a query may take")
 
 
-class TablesSpec(_Strict):
+class TablesSpec(Strict):
     """[knowledge.NAME] with `kind = "tables"`: files that are asked like a database."""
 
     kind: Literal["tables"] = Field("tables", description="CSV, Parquet and Excel files")
@@ -102,6 +98,6 @@ class TablesSpec(_Strict):
     files: dict[str, str] = Field(min_length=1, description="table = file (.csv, .parquet, .xlsx)")
     tables: dict[str, RowsSpec] = Field({}, description="who may read what; tables not named here: everyone, all")
     expert: str = Field("", description="expert that writes its SQL; none: the base model")
-    examples: Names = Field([], description="JSONL files of question and SQL: the nearest are shown to the model")
+    examples: Several = Field([], description="JSONL files of question and SQL: the nearest are shown to the model")
     rows: int = Field(100, ge=1, le=10_000, description="most rows of one answer")
     timeout_s: float = Field(5.0, gt=0, le=600, description="longest a query may take")

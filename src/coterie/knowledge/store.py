@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from coterie.errors import CoterieError, StorageError
 from coterie.knowledge.chunk import Chunk
+from coterie.knowledge.links import names_of
 from coterie.knowledge.names import pairs, series_of
 from coterie.knowledge.near import bands, normalise, repeats
 from coterie.knowledge.vectors import drop_table, open_vectors
 
 Floats = NDArray[np.float32]
 HEAP = 64 << 20  # bytes that tantivy may hold while it writes
-FORMAT = "2"
+FORMAT = "3"
 IN_POSTGRES = " in PostgreSQL"
 
 TABLES = """
@@ -42,6 +43,7 @@ create table if not exists documents(
   indexed text, error text, series integer, part integer);
 create table if not exists chunks(
   id integer primary key autoincrement, document integer, place text, text text, line integer, repeats integer);
+create table if not exists names(document integer, name text, primary key(document, name)) without rowid;
 create index if not exists chunks_document on chunks(document);
 create index if not exists chunks_repeats on chunks(repeats) where repeats is not null;
 create table if not exists bands(hash integer, access integer, chunk integer, primary key(hash, access, chunk))
@@ -207,6 +209,8 @@ class Store:
             "values(?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), ?, ?, ?)",
             (file.path, file.sha256, file.size, file.changed, file.title, access, file.error, *series_of(file.path)),
         ).lastrowid
+        names = names_of([file.title, *(f"{passage.place}\n{passage.text}" for passage in passages)])
+        self.db.executemany("insert into names values(?, ?)", [(document, name) for name in names])
         for passage in passages:
             normal = normalise(f"{passage.place} {passage.text}")
             hashes = bands(normal)
@@ -256,6 +260,7 @@ class Store:
             self.db.execute("delete from bands where chunk = ?", (chunk,))
             self._words.delete_documents_by_term("chunk", chunk)
         self.db.execute("delete from chunks where document = ?", row)
+        self.db.execute("delete from names where document = ?", row)
         self.db.execute("delete from documents where id = ?", row)
 
     def pending(self) -> list[str]:

@@ -266,10 +266,10 @@ class Accounts:
 
     # The second factor (TOTP, RFC 6238)
 
-    def offer_second_factor(self, name: str, issuer: str = "Coterie") -> tuple[str, str]:
+    def offer_second_factor(self, name: str) -> tuple[str, str]:
         """A fresh secret, and its address for an authenticator's picture; nothing holds until `take_second_factor`."""
         secret = pyotp.random_base32()
-        return secret, pyotp.TOTP(secret).provisioning_uri(name=name, issuer_name=issuer)
+        return secret, pyotp.TOTP(secret).provisioning_uri(name=name, issuer_name="Coterie")
 
     def take_second_factor(self, name: str, secret: str, code: str) -> None:
         """From now on, a code is asked for. Raises AccountError where this one is wrong."""

@@ -120,20 +120,9 @@ class Keys:
         with reading(self.database) as session:
             return session.get(KeyRow, (name, 1)) is not None
 
-    def rotate(self, customer: str) -> int:
-        """A new key from now on; what is sealed under older ones stays readable. The new version."""
-        made = self._make(customer)
-        with self._lock:
-            self._current.pop(customer, None)
-        return made
-
     def current(self, customer: str) -> int:
         """The version of the customer's newest key; after an erasure it is another one."""
         return self._newest(customer).version
-
-    def version_of(self, sealed: bytes) -> int:
-        """Which of the customer's keys it is sealed under."""
-        return int.from_bytes(sealed[1:5], "big")
 
     def destroy(self, customer: str) -> int:
         """Destroy all keys of a customer: what was sealed under them cannot be read again, by nobody. How many.
@@ -173,12 +162,6 @@ class Keys:
             session.add(MasterRow(id=new.id, proof=new.wrap(PROOF, b"proof"), since=self.clock()))
         self.master = new
         return len(rows)
-
-    def customers(self) -> list[str]:
-        """Everybody who has a key that is not destroyed."""
-        with reading(self.database) as session:
-            query = select(KeyRow.customer).where(KeyRow.destroyed_at.is_(None)).distinct()
-            return sorted(session.scalars(query))
 
     def _newest(self, customer: str) -> _Open:
         now = self.clock()

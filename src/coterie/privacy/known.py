@@ -16,6 +16,7 @@ import phonenumbers
 from coterie.data.private import Span
 
 LONG = 8  # letters and digits from which a value is found with spaces anywhere in it
+REGION = "GB"  # of phone numbers without a country code
 SHORT = 3  # letters below which only the same case counts: "Al" is found, "al" is not
 POSTCODE = re.compile(
     r"\b[A-Z]{1,2}[0-9][0-9A-Z]? ?[0-9][A-Z]{2}\b|\b[0-9]{4} ?[A-Z]{2}\b|\b[0-9]{5,6}\b", re.IGNORECASE
@@ -57,11 +58,11 @@ class _Value:
 class KnownValues:
     """What is known of one customer: `values` by kind ("name": ["Anna Müller"], "born": ["1980-05-01"], ...)."""
 
-    def __init__(self, values: Mapping[str, Iterable[str]] = {}, region: str = "GB") -> None:
+    def __init__(self, values: Mapping[str, Iterable[str]] = {}) -> None:
         found: dict[tuple[str, str], _Value] = {}
         for kind, texts in values.items():
             for text in texts:
-                for way in _ways(kind, text.strip(), region):
+                for way in _ways(kind, text.strip()):
                     folded = Folded.of(way)
                     if len(folded.letters) < 2:
                         continue
@@ -122,7 +123,7 @@ def _stands(text: str, folded: Folded, value: _Value, at: int) -> Span | None:
     return Span(start, end, value.kind)
 
 
-def _ways(kind: str, text: str, region: str) -> Iterable[str]:
+def _ways(kind: str, text: str) -> Iterable[str]:
     """The forms in which a value may be written that differ by more than case and signs."""
     yield text
     words = text.split()
@@ -131,7 +132,7 @@ def _ways(kind: str, text: str, region: str) -> Iterable[str]:
         yield from (w for w in words if len(Folded.of(w).letters) > 1 and not w.islower())  # no "de", "van"
         yield f"{words[0]} {words[-1]}"
     elif kind == "phone":
-        yield from _numbers(text, region)
+        yield from _numbers(text)
     elif kind == "email":
         local, _, domain = text.partition("@")
         for name in (local, local.replace(".", " dot ")):
@@ -143,9 +144,9 @@ def _ways(kind: str, text: str, region: str) -> Iterable[str]:
         yield from _dates(text)
 
 
-def _numbers(text: str, region: str) -> Iterable[str]:
+def _numbers(text: str) -> Iterable[str]:
     try:
-        number = phonenumbers.parse(text, region)
+        number = phonenumbers.parse(text, REGION)
     except phonenumbers.NumberParseException:
         return
     for form in (phonenumbers.PhoneNumberFormat.E164, phonenumbers.PhoneNumberFormat.NATIONAL):

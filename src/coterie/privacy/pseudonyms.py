@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 from coterie.data.private import Span
 
@@ -41,8 +42,8 @@ class Pseudonyms:
         self._unsaved: dict[str, Pair] = {}
         for pair in pairs:
             kind, _, number = pair.pseudonym[1:-1].lower().partition("_")
-            stem = pair.pseudonym[:-1].rstrip("abcdefghijklmnopqrstuvwxyz")
-            self._numbers[kind] = max(self._numbers.get(kind, 0), int(number.rstrip("abcdefghijklmnopqrstuvwxyz")))
+            stem = pair.pseudonym[:-1].rstrip(ascii_lowercase)
+            self._numbers[kind] = max(self._numbers.get(kind, 0), int(number.rstrip(ascii_lowercase)))
             self._stems.setdefault((kind, letters(pair.value)), stem)
             self._keep(kind, stem, pair)
 

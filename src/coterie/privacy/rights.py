@@ -69,7 +69,7 @@ def erase_customer(rooms: Iterable[Room], keys: Keys, audit: Audit, customer: st
 
 
 def keep_only(
-    rooms: Iterable[Room], days: Mapping[str, float], audit: Audit, now: float | None = None, by: str = "retention",
+    rooms: Iterable[Room], days: Mapping[str, float], audit: Audit, now: float | None = None,
     hold: Callable[[Session], None] = lambda _: None,
 ) -> dict[str, int]:  # fmt: skip
     """Delete what is older than its room's days: how much, by room. Raises CoterieError: a rule that fits no room.
@@ -85,7 +85,7 @@ def keep_only(
 
         def noted(session: Session, count: int, name: str = name, limit: float = limit) -> None:
             hold(session)
-            audit.record_in(session, by, "retention", "", room=name, days=limit, deleted=count)
+            audit.record_in(session, "retention", "retention", "", room=name, days=limit, deleted=count)
 
         done[name] = 0
         while part := expire(now - limit * DAY_S, noted):

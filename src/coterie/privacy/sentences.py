@@ -7,6 +7,7 @@ write, in small letters or without the last sign.
 
 import random
 import re
+from string import ascii_uppercase, digits
 from typing import Any
 
 from faker import Faker
@@ -137,12 +138,12 @@ class Filler:
         return self.rng.choice(["{}-year-old", "{} year old"]).format(self.rng.randint(2, 99))
 
     def zip(self) -> Any:
-        return self.rng.choice([self.place.postcode(), self.person.postcode(), self._some("0123456789", 5, 5)])
+        return self.rng.choice([self.place.postcode(), self.person.postcode(), self._some(digits, 5, 5)])
 
     def phone(self) -> str:
         if self.rng.random() < 0.6:
             return str(self.rng.choice([self.person, self.place]).phone_number())
-        parts = [self._some("0123456789", 2, 4), self._some("0123456789", 2, 4), self._some("0123456789", 2, 4)]
+        parts = [self._some(digits, 2, 4), self._some(digits, 2, 4), self._some(digits, 2, 4)]
         return self.rng.choice(" -.").join(parts)
 
     def email(self) -> Any:
@@ -156,20 +157,18 @@ class Filler:
 
     def number(self) -> str:
         """Of an order, a ticket, a customer, an invoice."""
-        letters, digits = self._some("ABCDEFGHJKLMNPRSTUVWXYZ", 1, 4), self._some("0123456789", 4, 10)
-        forms = (f"{letters}-{digits}", f"{letters}{digits}", digits, f"#{digits}", f"{digits}-{letters}")
+        letters, number = self._some("ABCDEFGHJKLMNPRSTUVWXYZ", 1, 4), self._some(digits, 4, 10)
+        forms = (f"{letters}-{number}", f"{letters}{number}", number, f"#{number}", f"{number}-{letters}")
         return self.rng.choice(forms)
 
     def ssn(self) -> str:
         sep = self.rng.choice("- ")
-        return sep.join(
-            (self._some("0123456789", 3, 3), self._some("0123456789", 2, 2), self._some("0123456789", 4, 4))
-        )
+        return sep.join((self._some(digits, 3, 3), self._some(digits, 2, 2), self._some(digits, 4, 4)))
 
     def licence(self) -> str:
         """Of a driver, as several American states and Britain write it."""
-        letters = self._some("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 1, self.rng.choice([1, 1, 2, 5]))
-        return letters + self._some("0123456789", 6, 13)
+        letters = self._some(ascii_uppercase, 1, self.rng.choice([1, 1, 2, 5]))
+        return letters + self._some(digits, 6, 13)
 
     def ip(self) -> Any:
         return self.rng.choice([self.place.ipv4, self.place.ipv6])()

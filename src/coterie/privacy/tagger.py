@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from coterie.data.private import Span
 from coterie.errors import CoterieError
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
 
@@ -230,7 +230,7 @@ class Tagger:
         """Write the head, atomically."""
         tensors = {name: t.detach().contiguous() for name, t in self.head.state_dict().items()}
         about = {"kinds": " ".join(self.kinds), "lean": repr(self.lean), "layers": str(self.layers)}
-        write_atomic_bytes(file, save(tensors, about))
+        write_atomic(file, save(tensors, about))
 
     @classmethod
     def load(cls, base: BaseModel, file: Path) -> "Tagger":

@@ -10,9 +10,10 @@ from torch import Tensor
 from coterie.data.private import Span
 from coterie.errors import CoterieError
 from coterie.model.load import BaseModel
-from coterie.privacy.tagger import LAYERS, Head, Tagger, Words, allowed, batch_of, states_of, tags_of
+from coterie.privacy.tagger import Head, Tagger, Words, allowed, batch_of, states_of, tags_of
 
 LONGEST = 128  # words; longer sentences are left out
+BATCH, LEARNING_RATE = 32, 3e-3
 LEANS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -36,8 +37,7 @@ def gold(words: Words, spans: Iterable[Span], kinds: list[str]) -> list[int]:
 
 
 def teach(
-    base: BaseModel, sentences: list[Sentence], held_out: list[Sentence], epochs: int = 12, batch: int = 32,
-    learning_rate: float = 3e-3, seed: int = 0, layers: int = LAYERS,
+    base: BaseModel, sentences: list[Sentence], held_out: list[Sentence], epochs: int = 12, seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Tagger:  # fmt: skip
     """A tagger of the kinds in `sentences`; how far it leans to masking is chosen on `held_out` (F2).
@@ -50,20 +50,20 @@ def teach(
         raise CoterieError("no sentence to learn from has private data in it")
     cut = [(words, tags) for words, tags in rows if len(tags) <= LONGEST]
     texts = [words for words, _ in cut]
-    states = [s.half() for at in range(0, len(texts), 64) for s in states_of(base, texts[at : at + 64], layers)]
+    states = [s.half() for at in range(0, len(texts), 64) for s in states_of(base, texts[at : at + 64])]
     rng = np.random.default_rng(seed)
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         head = Head(base.decoder.config.width, len(tags_of(kinds)))
         bar = torch.from_numpy(np.where(allowed(kinds), 0, -1e4).astype(np.float32))
-        optimiser = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=0.01)
-        steps = epochs * -(-len(cut) // batch)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps + 1)
+        optimiser = torch.optim.AdamW(head.parameters(), LEARNING_RATE, weight_decay=0.01)
+        steps = epochs * -(-len(cut) // BATCH)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps + 1)
         head.train()
         done = 0
         for _ in range(epochs):
-            order = _alike([len(t) for _, t in cut], batch, rng)
+            order = _alike([len(t) for _, t in cut], BATCH, rng)
             for chosen in order:
                 b = batch_of([texts[i] for i in chosen], [states[i].float() for i in chosen])
                 scores = head(b.states, b.letters, b.ends, b.shapes, b.mask)
@@ -77,7 +77,7 @@ def teach(
                 progress(done, steps)
     finally:
         torch.random.set_rng_state(generator_state)
-    return lean(Tagger(base, head, kinds, 0.0, layers), held_out)
+    return lean(Tagger(base, head, kinds), held_out)
 
 
 def lean(tagger: Tagger, held_out: list[Sentence]) -> Tagger:

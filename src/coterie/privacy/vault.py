@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
@@ -34,15 +35,31 @@ def nothing_known(_customer: str) -> Mapping[str, Iterable[str]]:
     return {}
 
 
+Masking = Callable[[str, list[str], Mapping[str, Any]], Masked]  # customer, texts, what is known of them by kind
+
+
+def as_it_is(_customer: str, texts: list[str], _known: Mapping[str, Any]) -> Masked:
+    """The masking of a desk without one."""
+    return Masked(texts, lambda text: text)
+
+
+def loggable(mask: Masking, customer: str, text: str) -> str:
+    """`text` as a log or a list may show it: masked, or where that fails, only that it was not shown."""
+    try:
+        return mask(customer, [text], {}).texts[0]
+    except Exception as error:  # whatever it is: nothing is shown unmasked
+        return f"not shown, as it could not be masked ({type(error).__name__})"
+
+
 class Vault:
     """Masks and restores, customer by customer. `known`: a customer's own values by kind, where `mask` is not given
     them; where it fails, nothing goes out."""
 
     def __init__(
         self, detector: Callable[[str], list[Span]], database: Engine, keys: Keys,
-        known: Callable[[str], Mapping[str, Iterable[str]]] = nothing_known, region: str = "GB",
+        known: Callable[[str], Mapping[str, Iterable[str]]] = nothing_known,
     ) -> None:  # fmt: skip
-        self.detector, self.database, self.keys, self.known, self.region = detector, database, keys, known, region
+        self.detector, self.database, self.keys, self.known = detector, database, keys, known
         self._lock = threading.Lock()
         self._open: OrderedDict[str, tuple[int, Pseudonyms]] = OrderedDict()  # with the key they were kept under
 
@@ -50,7 +67,7 @@ class Vault:
         """The texts with pseudonyms, which are in the database before this returns; `values` are known to be the
         customer's own. Raises MaskingFailed."""
         try:
-            known = KnownValues(self.known(customer) if values is None else values, self.region)
+            known = KnownValues(self.known(customer) if values is None else values)
         except Exception as error:  # what a CRM may raise is not known here
             why = f"what is known of the customer could not be read ({type(error).__name__}), so the text was not used"
             raise MaskingFailed(why) from None

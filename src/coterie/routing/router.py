@@ -1,12 +1,13 @@
 """Which experts a request wakes, if any: the nearest to its text, as near as that expert's own inputs usually are.
 
-Products of the text's vector with the means of all experts give a shortlist, which is compared closely. There an
+One product of the text's vector with the means of all experts gives a shortlist, which is compared closely. There an
 expert's score is the sum of two: the mean cosine of the text to its three nearest training inputs, in a space whitened
 by the covariance within experts, so that what varies inside every subject (length, politeness, names) counts little;
 and a ridge regression of "is it this expert's?", in closed form from the experts' means and covariances. An expert is
 left out where fewer than a share `abstain` of its own inputs, each left out in turn, score as low as the text (a
-conformal p-value, Vovk et al. 2005); when all are left out the base model answers. Shares come from a softmax whose
-temperature is fitted to the experts' own inputs (Guo et al. 2017).
+conformal p-value, Vovk et al. 2005); when all are left out the base model answers. The best two, where they are close,
+are compared directly by what tells their own inputs apart (a kernel ridge regression on the pair). Shares come from a
+softmax whose temperature is fitted to the experts' own inputs (Guo et al. 2017).
 
 Notable: an expert's statistics never depend on another's. What is pooled is a mean over the covariances of at most
 POOLED experts, those whose names have the lowest hashes, so it depends on which experts there are and not on the
@@ -34,6 +35,11 @@ SHRINKAGE = 10  # of the covariance toward the plain distance, times dimensions 
 RIDGE = 0.5  # penalty of the regression, times dimensions / inputs, as a share of the mean variance
 REGRESSION = 0.3  # weight of the regression in the score, where the cosine has weight 1
 KEPT = 64  # experts whose whitened samples are kept in memory: at most 3.3 MB each at width 576
+DUEL = 0.4  # weight of the comparison of the best two, where the cosine has weight 1
+CLOSE = 0.1  # apart in score, from which on the best two are not compared
+DUELLISTS = 512  # inputs of each that the comparison is learned from
+SHARPNESS, PENALTY = 4.0, 0.03  # of its kernel exp(SHARPNESS (cosine - 1)), and of its ridge
+DUELS = 4096  # pairs that are remembered, 4 kB each
 OWN = 512  # of an expert's sample, the inputs whose own scores are known
 LONE = 0.6  # similarity asked for by an expert that was trained on a single input
 FITTED, FITTED_INPUTS = 8, 32  # experts, and inputs of each, that the temperature is fitted to
@@ -94,6 +100,7 @@ class Router:
         self._fresh = 0  # rows of `_units` that are up to date
         self._derived: tuple[Floats, Floats] | None = None  # from them; None: to be made
         self._samples: OrderedDict[str, _Sample] = OrderedDict()
+        self._duels: OrderedDict[tuple[str, str], Floats] = OrderedDict()  # what tells two experts apart
         self._temperature: float | None = None
         self.lost: dict[str, str] = {}  # experts whose statistics could not be read again, and why
 
@@ -138,6 +145,8 @@ class Router:
         self._names.pop()
         del self._open[name], self._ranks[name]
         self._samples.pop(name, None)
+        for pair in [pair for pair in self._duels if name in pair]:
+            del self._duels[pair]
         if name in self._scatters:
             del self._scatters[name], self._counts[name]
             others = [n for n in self._names if n not in self._scatters]
@@ -166,7 +175,13 @@ class Router:
                 cosines = sample.units @ text
                 found.append((float(_score(_nearest(cosines[None]), value)[0]), name, sample, cosines))
         found.sort(key=lambda f: (-f[0], f[1]))
-        logits = np.array([f[0] for f in found]) / self._fit_temperature()
+        scores = np.array([f[0] for f in found])
+        if len(found) > 1 and scores[0] - scores[1] < CLOSE:
+            lean = DUEL / 2 * self._duel(found[0][1:], found[1][1:])
+            scores[:2] += (lean, -lean)
+            order = np.argsort(-scores, kind="stable")
+            found, scores = [found[i] for i in order], scores[order]
+        logits = scores / self._fit_temperature()
         odds = np.exp(logits - logits.max(initial=-np.inf)) if found else logits
         scored = tuple(
             Scored(
@@ -184,6 +199,7 @@ class Router:
     def _forget_pooled(self) -> None:
         self._derived, self._temperature, self._fresh = None, None, 0
         self._samples.clear()
+        self._duels.clear()
 
     def _pooled(self) -> tuple[Floats, Floats]:
         """What whitens a vector, (width, width), and what makes the means a regression, (width + 1, width + 1)."""
@@ -219,21 +235,18 @@ class Router:
         return shared
 
     def _shortlist(self, text: Floats, regressed: Floats, only: Collection[str] | None) -> list[tuple[float, str]]:
-        """Regression's value and name of the experts that come first by it, or by the cosine of their means."""
+        """Regression's value and name of the experts whose means come first by their cosine."""
         end = len(self._names)
         if self._fresh < end:
             self._units[self._fresh : end] = self._see(self._means[self._fresh : end] + self.background.centre)
             self._fresh = end
-        values = np.clip(self._means[:end] @ regressed[:-1] + regressed[-1], -1, 1)
         cosines = self._units[:end] @ text
-        places = range(end) if only is None else [i for i, name in enumerate(self._names) if name in only]
+        places = list(range(end)) if only is None else [i for i, name in enumerate(self._names) if name in only]
         if len(places) > SHORTLIST:
             some = np.array(places)
-            halves = (
-                some[np.argpartition(-order[some], SHORTLIST // 2)[: SHORTLIST // 2]] for order in (values, cosines)
-            )
-            places = np.unique(np.concatenate(list(halves))).tolist()
-        return [(float(values[i]), self._names[i]) for i in places]
+            places = some[np.argpartition(-cosines[some], SHORTLIST)[:SHORTLIST]].tolist()
+        values = np.clip(self._means[places] @ regressed[:-1] + regressed[-1], -1, 1)
+        return [(float(value), self._names[i]) for value, i in zip(values, places, strict=True)]
 
     def _sample(self, name: str) -> _Sample | None:
         """An expert's sample; None where its file has gone bad, whereupon the expert is left out."""
@@ -256,6 +269,29 @@ class Router:
                 self._samples.popitem(last=False)
         self._samples.move_to_end(name)
         return self._samples[name]
+
+    def _duel(self, one: tuple[str, _Sample, Floats], other: tuple[str, _Sample, Floats]) -> float:
+        """How much more the text is like inputs of `one` than of `other`, about 1 to -1; each with its cosines to them.
+
+        A kernel ridge regression on the inputs that both keep, in closed form, with their classes weighing alike.
+        """
+        one_first = one[0] < other[0]
+        pair = (one, other) if one_first else (other, one)
+        names = pair[0][0], pair[1][0]
+        cosines = np.concatenate([known[:DUELLISTS] for _, _, known in pair])
+        if names not in self._duels:
+            units = [sample.units[:DUELLISTS] for _, sample, _ in pair]
+            sides = np.repeat(np.array([1, -1], np.float32), [len(u) for u in units])
+            penalty = np.repeat([2 * len(u) / len(sides) for u in units], [len(u) for u in units])
+            together = np.concatenate(units)
+            kernel = np.exp(SHARPNESS * (together @ together.T - 1))
+            kernel[np.diag_indices(len(kernel))] += (PENALTY * penalty).astype(np.float32)
+            self._duels[names] = np.linalg.solve(kernel, sides).astype(np.float32)
+            if len(self._duels) > DUELS:
+                self._duels.popitem(last=False)
+        self._duels.move_to_end(names)
+        margin = float(np.exp(SHARPNESS * (cosines - 1)) @ self._duels[names])
+        return margin if one_first else -margin
 
     def _left_out(self, vectors: Floats, statistics: Statistics) -> Floats:
         """The regression's value for an expert's own inputs (n, width), had each not been learned from.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from coterie.engine.step import Step
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
 from coterie.routing.words import PLACES, sketch
@@ -102,7 +102,7 @@ def background(base: BaseModel, folder: Path | None = None) -> Background:
         vectors = locate(base, SENTENCES)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic_bytes(file, save({"vectors": vectors}))
+            write_atomic(file, save({"vectors": vectors}))
     centre = vectors.mean(axis=0)
     return Background(space, centre, np.cov(vectors, rowvar=False, bias=True).astype(np.float32))
 

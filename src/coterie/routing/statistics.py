@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from coterie.errors import DataError, ModelError
-from coterie.experts.library import write_atomic_bytes
+from coterie.files import write_atomic
 from coterie.model.load import BaseModel
 from coterie.routing.space import Floats, identity, locate
 
@@ -45,7 +45,7 @@ class Statistics:
         triangle = self.scatter[np.triu_indices(len(self.mean))]
         facts = {"space": self.space, "count": str(self.count), "where": json.dumps(self.where)}
         content = save({"mean": self.mean, "scatter": triangle, "sample": self.sample}, facts)
-        write_atomic_bytes(folder / FILE, content)
+        write_atomic(folder / FILE, content)
 
 
 def load_statistics(folder: Path) -> Statistics | None:

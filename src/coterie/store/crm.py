@@ -1,6 +1,6 @@
 """What the desk writes to the CRM: one row for each event of a conversation that a rule of [desk.crm] names."""
 
-from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, String
+from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, LargeBinary, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from coterie.store.base import Base
@@ -8,7 +8,7 @@ from coterie.store.base import Base
 
 class CrmWriteRow(Base):
     """A case to open, or a note in the conversation's case. `next_at`: when it is tried; meanwhile whoever claimed it
-    is at it. `written`: the CRM's id of it, once it is there."""
+    is at it. `written`: the CRM's id of it, once it is there. `reason`: why it is not, masked and sealed."""
 
     __tablename__ = "crm_writes"
     __table_args__ = (
@@ -23,6 +23,6 @@ class CrmWriteRow(Base):
     state: Mapped[str] = mapped_column(String(16))
     tries: Mapped[int]
     next_at: Mapped[float] = mapped_column(Float)
-    error: Mapped[str] = mapped_column(String(300))
+    reason: Mapped[bytes | None] = mapped_column(LargeBinary)
     written: Mapped[str] = mapped_column(String(200))
     at: Mapped[float] = mapped_column(Float)

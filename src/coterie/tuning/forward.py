@@ -85,6 +85,13 @@ class _CompletionLoss(torch.autograd.Function):
         return slopes * grads[0].to(slopes.dtype), None, None
 
 
+def summed_loss(decoder: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of hidden (N, width) against targets (N); the scores are computed again going back."""
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    none = torch.zeros((), device=hidden.device)
+    return sum((checkpoint(_scored, h, t, decoder, use_reentrant=False) for h, t in parts), none)
+
+
 def _scored(hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
     return F.cross_entropy(decoder.logits(hidden), targets, reduction="sum")
 
@@ -101,9 +108,7 @@ def completion_loss(
     if applied.decoder is None:
         loss: Tensor = _CompletionLoss.apply(hidden, targets, decoder)  # type: ignore[no-untyped-call]
     else:
-        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        none = torch.zeros((), device=device)
-        loss = sum((checkpoint(_scored, h, t, applied.decoder, use_reentrant=False) for h, t in parts), none)
+        loss = summed_loss(applied.decoder, hidden, targets)
     return loss, int(marked.sum())
 
 

@@ -56,7 +56,6 @@ class Progress:
     steps: int
     loss: float
     tokens_per_s: float
-    examples_per_s: float
     seconds_left: float
     held_out_loss: float | None = None
 
@@ -110,8 +109,7 @@ def train(
 
     def report() -> None:
         seconds, left = outcome.seconds, (steps - step) * outcome.seconds / step
-        tell(Progress(step, steps, outcome.losses[-1], outcome.tokens / seconds, outcome.examples / seconds, left,
-                      outcome.held_out[-1]))  # fmt: skip
+        tell(Progress(step, steps, outcome.losses[-1], outcome.tokens / seconds, left, outcome.held_out[-1]))
 
     try:
         if not outcome.held_out:

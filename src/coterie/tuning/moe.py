@@ -10,16 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from coterie.data.encode import TokenSet, batches
 from coterie.errors import CoterieError
 from coterie.model import moe
 from coterie.model.decoder import Decoder, attend_packed, packed_positions
+from coterie.tuning.forward import summed_loss
 
-CHUNK = 512  # answer tokens scored at once
 WHAT = {"router": (".router",), "experts": (".router", ".experts.gate_up", ".experts.down")}
 
 
@@ -125,14 +123,8 @@ def answer_loss(
 
     positions = packed_positions(lengths, decoder.device)
     hidden = decoder.forward(inputs, positions, attend_packed(lengths), change)[marked]
-    total = torch.zeros((), device=decoder.device)
-    for part, wanted in zip(hidden.split(CHUNK), targets[marked].split(CHUNK), strict=True):
-        total = total + checkpoint(_chunk_loss, decoder, part, wanted, use_reentrant=False)
-    return total / max(int(marked.sum()), 1)
-
-
-def _chunk_loss(decoder: Decoder, hidden: Tensor, wanted: Tensor) -> Tensor:
-    return F.cross_entropy(decoder.logits(hidden), wanted, reduction="sum")
+    loss: Tensor = summed_loss(decoder, hidden, targets[marked]) / max(int(marked.sum()), 1)
+    return loss
 
 
 @torch.no_grad()

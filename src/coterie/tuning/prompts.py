@@ -83,7 +83,7 @@ def proposal_prompts(pool: Sequence[Example], declared: str, count: int, seed: i
     out = []
     for i in range(count):
         rows = [pool[j] for j in rng.permutation(len(pool))[:4]]
-        shown = "\n\n".join(f"Message: {e.prompt[-1]['content'][:300]}\nAnswer: {e.completion[:300]}" for e in rows)
+        shown = "\n\n".join(f"Message: {e.question[:300]}\nAnswer: {e.completion[:300]}" for e in rows)
         if i % 2 and declared:
             out.append(f"Rewrite this instruction so that it is clearer. Give only the instruction.\n\n{declared}")
         else:

@@ -5,7 +5,8 @@ route cannot be forgotten. A session's cookie counts for changes only where the 
 (Fetch metadata, else Origin, else the session's token in X-CSRF-Token).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
@@ -16,7 +17,18 @@ from pydantic import BaseModel as Record
 from pydantic import Field
 
 from coterie.knowledge.evidence import Reader
-from coterie.privacy.access import LOCAL, PASSER, ROLES, VISITOR, Forbidden, Limit, NotSignedIn, Permission, Person
+from coterie.privacy.access import (
+    LOCAL,
+    PASSER,
+    ROLES,
+    VISITOR,
+    Forbidden,
+    Limit,
+    NotSignedIn,
+    Permission,
+    Person,
+    Role,
+)
 from coterie.privacy.accounts import SHORTEST, Login
 from coterie.privacy.house import House
 from coterie.privacy.oidc import Attempt, Provider, provider
@@ -45,16 +57,28 @@ ROUTES: dict[str, Permission | str] = {
     "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
     "GET /knowledge/search": "ask",
 }  # fmt: skip
-PAGES = ("/", "/account")  # where a visitor is shown the way to sign in
+PAGES = {"/": "Chat", "/desk": "Desk", "/knowledge": "Knowledge", "/experts": "Experts", "/account": "Account"}
+LANDING: dict[Role, str] = {"agent": "/desk", "viewer": "/experts"}  # after signing in; the others: the first they may
 UNGATED = {"/static", "/widget", "/openapi.json"}  # what the gate does not see: files, and the widget's own door
 OWN_DOOR = ("/desk/",)  # of the desk, which has agents of its own
 
 
-class Gate:
-    """Asked before every route: who is it, and may they. `request.state.person` is who, `reader` what they may read."""
+@dataclass(frozen=True)
+class Page:
+    """A page of the navigation."""
 
-    def __init__(self, house: House | None) -> None:
-        self.house = house
+    path: str
+    name: str
+
+
+class Gate:
+    """Asked before every route: who is it, and may they. `request.state.person` is who, `reader` what they may read.
+
+    without: pages that this business does not have.
+    """
+
+    def __init__(self, house: House | None, without: Collection[str] = ()) -> None:
+        self.house, self.without = house, without
         self._calls = Limit(600, 60)  # of one person or address
         self._logins = Limit(20, 60)  # of one address
         self._any = False
@@ -82,11 +106,28 @@ class Gate:
             self._calls.count(person.name if person is not VISITOR else _address(request))
         if template in PAGES and person is VISITOR:
             raise HTTPException(303, "sign in first", {"Location": "/login"})
+        if template == "/" and rule not in person.may:  # whoever comes by the address alone is led on
+            raise HTTPException(303, "another page is yours", {"Location": self.landing(person)})
         if rule == SELF:
             if person.name == VISITOR.name or person is PASSER:
                 raise NotSignedIn("sign in first")
             return
         person.must(rule)  # type: ignore[arg-type] # the table has permissions beside OPEN, OWN and SELF
+
+    def pages(self, person: Person) -> list[Page]:
+        """What they may open, for the navigation."""
+        known = person not in (LOCAL, PASSER, VISITOR)  # by an account
+        open_to = {OWN: known and "converse" in person.may, SELF: known}
+        return [
+            Page(path, name) for path, name in PAGES.items()
+            if path not in self.without and open_to.get(rule := ROUTES[f"GET {path}"], rule in person.may)
+        ]  # fmt: skip
+
+    def landing(self, person: Person) -> str:
+        """The page that somebody comes to who signs in."""
+        paths = [page.path for page in self.pages(person)]
+        wanted = LANDING.get(person.role, "/")
+        return wanted if wanted in paths else next(iter(paths), "/login")
 
     def person(self, request: Request) -> Person:
         """Who asks. Raises NotSignedIn for a token that is over, Forbidden for a cookie that another site sent."""
@@ -163,9 +204,10 @@ class Changed(Record):
     disabled: bool | None = None
 
 
-def session_reply(request: Request, login: Login) -> Response:
-    """To the page, with the session's cookie."""
-    reply = RedirectResponse("/", 303)
+def session_reply(request: Request, gate: Gate, login: Login) -> Response:
+    """To the page of whoever it is, with the session's cookie."""
+    assert gate.house, "somebody has signed in"
+    reply = RedirectResponse(gate.landing(gate.house.accounts.who(login.secret) or VISITOR), 303)
     secure = request.url.scheme == "https" or request.headers.get("x-forwarded-proto") == "https"
     reply.set_cookie(COOKIE, login.secret, httponly=True, samesite="lax", secure=secure, path="/")
     return reply
@@ -187,7 +229,7 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
 
     @router.get("/login", response_class=HTMLResponse)
     def login_page() -> str:
-        return pages.get_template("login.html").render(wrong="", oidc=provider() is not None)
+        return pages.get_template("login.html").render(oidc=provider() is not None)
 
     @router.post("/login")
     def login(
@@ -197,11 +239,10 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise Forbidden("this request was not made by a page of ours")
         try:
-            return session_reply(request, gate.login(request, name, password, code))
+            return session_reply(request, gate, gate.login(request, name, password, code))
         except NotSignedIn as error:
-            return HTMLResponse(
-                pages.get_template("login.html").render(wrong=str(error), oidc=provider() is not None), 401
-            )
+            page = pages.get_template("login.html")
+            return HTMLResponse(page.render(wrong=str(error), name=name, oidc=provider() is not None), 401)
 
     @router.get("/account", response_class=HTMLResponse)
     def account_page(person: Me) -> str:
@@ -226,13 +267,13 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
                 "second_factor": bool(own and own.second_factor)}  # fmt: skip
 
     if house:
-        _of_provider(router, house)
+        _of_provider(router, gate, house)
         _of_accounts(router, house)
         _of_customers(router, house, rooms)
     app.include_router(router)
 
 
-def _of_provider(router: APIRouter, house: House) -> None:
+def _of_provider(router: APIRouter, gate: Gate, house: House) -> None:
     """Signing in by OpenID Connect. What is under way stands in a signed cookie for ten minutes."""
     signed = URLSafeTimedSerializer(house.keys.secret("coterie:oidc"), "coterie-oidc")
 
@@ -257,7 +298,7 @@ def _of_provider(router: APIRouter, house: House) -> None:
         except (BadSignature, TypeError) as error:
             raise NotSignedIn("this sign-in took too long, or began elsewhere; try again") from error
         who = known().finish(request.query_params, attempt, str(request.url_for("return_from_provider")))
-        reply = session_reply(request, house.accounts.login_oidc(who.subject, who.email))
+        reply = session_reply(request, gate, house.accounts.login_oidc(who.subject, who.email))
         reply.delete_cookie(ATTEMPT, path="/login")
         return reply
 

@@ -30,7 +30,6 @@ from coterie.engine.request import Generation, Piece, TokenChoice
 from coterie.errors import CoterieError
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.grounding import Grounding
-from coterie.privacy.access import LOCAL, PASSER
 from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 from coterie.web.access import Gate, add_access
@@ -55,10 +54,12 @@ def create_app(
 
     house: who may do what. rooms: who holds customers' data. grounding: the open sources, where the desk has them too.
     """
-    gate = Gate(house)
+    shelf = Shelf(grounding or Grounding.of(answerer))
+    gate = Gate(house, [*([] if desk else ["/desk"]), *([] if shelf.declared else ["/knowledge"])])
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
+    pages.globals |= {"nav": gate.pages, "business": answerer.business.config.business}
     registry = CollectorRegistry()
     registry.register(_EngineMetrics(answerer.engine))
     business, started = answerer.business, int(time.time())
@@ -67,19 +68,18 @@ def create_app(
     add_access(app, gate, pages, rooms)
     if desk:
         door = open_door(business.folder, desk.spec.origins)
-        add_desk(app, desk, pages, door, _on_record(house) if house else None)
+        saw, refused = (_on_record(house), _on_refusal(house)) if house else (None, None)
+        add_desk(app, desk, pages, door, saw, refused)
         if house:
             app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
-    shelf = Shelf(grounding or Grounding.of(answerer))
     app.include_router(knowledge_router(shelf, business, pages))
     app.include_router(experts_router(business, pages))
 
     @app.get("/", response_class=HTMLResponse)
     def page(request: Request) -> str:
-        person = request.state.person
         return pages.get_template("chat.html").render(
             business=business.config.business,
-            person=None if person in (LOCAL, PASSER) else person,
+            person=request.state.person,
             base=answerer.engine.base.name,
             experts=business.library.shelf(),
             knowledge=shelf.declared,
@@ -146,6 +146,11 @@ def create_app(
 def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, str, str], None]:
     """Says in the audit log which agent read whose conversation."""
     return lambda agent, id, customer: house.audit.record(f"agent:{agent}", what, customer, id=id)
+
+
+def _on_refusal(house: House) -> Callable[[str, str, str], None]:
+    """Says in the audit log which customer asked for whose conversation, and did not get it."""
+    return lambda who, id, customer: house.audit.record(f"customer:{who}", "conversation.refused", customer, id=id)
 
 
 class _ChatShape:

@@ -1,6 +1,7 @@
 """The agents' side of the desk: its page, and what it asks of the server. Nothing here that `desk/` does not decide."""
 
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -17,19 +18,18 @@ from coterie.desk.desk import Desk
 from coterie.desk.live import EVERY
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
 from coterie.errors import CoterieError
-from coterie.privacy.access import Forbidden, NotSignedIn
+from coterie.privacy.access import LOCAL, PASSER, Forbidden, NotSignedIn
 from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
 from coterie.web.events import event, next_news, stream
 from coterie.web.procedures import approvals_router
 from coterie.web.schema import Text
-from coterie.web.widget import STATIC, widget_app
+from coterie.web.widget import STATIC, again_after, widget_app
 
 ALL = ("message", "note", "suggestion", "event")
 VIEWS: dict[str, tuple[State, ...]] = {
     "waiting": ("waiting",), "mine": ("person", "snoozed"), "people": ("person",), "bot": ("bot",),
     "snoozed": ("snoozed",), "resolved": ("resolved",), "approvals": ("bot",), "all": (),
 }  # fmt: skip
-SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
 PRESENT_S = 20.0  # an agent's page says this often, or more so, where they look
 
 
@@ -49,17 +49,6 @@ class Snoozing(Record):
 
 class Looking(Record):
     typing: bool = False
-
-
-def _again_after(times: dict[tuple[str, str], float], key: tuple[str, str]) -> bool:
-    """Whether this was not so within SEEN_S: a page that reads a conversation at each change is one look."""
-    now = time.monotonic()
-    if len(times) > 10_000:
-        for old in [k for k, at in times.items() if at < now - SEEN_S]:
-            del times[old]
-    fresh = times.get(key, -SEEN_S) <= now - SEEN_S
-    times[key] = now
-    return fresh
 
 
 class _Presence:
@@ -87,11 +76,12 @@ class _Presence:
 
 def add_desk(
     app: FastAPI, desk: Desk, pages: Environment, door: Door | None = None,
-    saw: Callable[[str, str, str], None] | None = None,
+    saw: Callable[[str, str, str], None] | None = None, refused: Callable[[str, str, str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Routes of desk and widget. `saw` is told which agent opened which conversation, of which customer."""
+    """Routes of desk and widget. `saw` is told which agent opened which conversation, of which customer; `refused`,
+    which customer asked for which conversation of which other one."""
     door = door or open_door(desk.business.folder, desk.spec.origins)
-    app.mount("/widget", widget_app(desk, door))
+    app.mount("/widget", widget_app(desk, door, refused))
     app.include_router(_router(desk, door, pages, saw))
     app.include_router(approvals_router(desk, door))
 
@@ -119,14 +109,18 @@ def _router(
         try:
             agent = door.agent(request)
         except NotSignedIn:
+            accounts = request.state.person not in (LOCAL, PASSER)
             return HTMLResponse(
-                pages.get_template("desk_closed.html").render(business=desk.business.config.business), 401
-            )
+                pages.get_template("desk_closed.html").render(
+                    business=desk.business.config.business, accounts=accounts
+                ), 401,
+            )  # fmt: skip
         return HTMLResponse(
             pages.get_template("desk.html").render(
-                business=desk.business.config.business, agent=agent, canned=desk.spec.canned
+                business=desk.business.config.business, agent=agent, canned=desk.spec.canned,
+                person=request.state.person,
             )
-        )
+        )  # fmt: skip
 
     @router.get("/desk/api/conversations")
     def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting") -> dict[str, Any]:  # type: ignore[valid-type]
@@ -143,7 +137,7 @@ def _router(
     @router.get("/desk/api/conversations/{id}")
     def one(id: str, agent: ByAgent) -> dict[str, Any]:
         c = talks.get(id)
-        if saw and _again_after(opened, (agent.name, id)):
+        if saw and again_after(opened, (agent.name, id)):
             saw(agent.name, id, c.customer)
         try:
             profile, trouble = dict(desk.parts.profile(c.customer)), ""
@@ -250,4 +244,8 @@ def _row(c: Conversation) -> dict[str, Any]:
 
 
 def _short(m: Message | None) -> dict[str, Any] | None:
-    return {"author": m.author, "text": " ".join(m.text.split())[:140], "at": m.at} if m else None
+    """A message on one line, without the signs of its Markdown."""
+    if m is None:
+        return None
+    flat = " ".join(re.sub(r"\*\*|`|^\s*#+\s", "", m.text, flags=re.MULTILINE).split())
+    return {"author": m.author, "text": flat[:140], "at": m.at}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment
 
@@ -61,11 +61,12 @@ def router(business: Business, pages: Environment) -> APIRouter:
         }  # fmt: skip
 
     @routes.get("/experts", response_class=HTMLResponse)
-    def page() -> str:
+    def page(request: Request) -> str:
         experts = [told(facts) for facts in library.shelf()]
         return pages.get_template("experts.html").render(
-            business=business.config.business, experts=experts, chart=scores_chart() is not None
-        )
+            business=business.config.business, experts=experts, chart=scores_chart() is not None,
+            person=request.state.person,
+        )  # fmt: skip
 
     def scores_chart() -> charts.Chart | None:
         groups: dict[str, dict[str, charts.Bar]] = {}

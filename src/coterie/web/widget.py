@@ -1,9 +1,10 @@
 """The widget's side of the desk: what a visitor's page may ask. Mounted at /widget, with its own CORS rules."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -13,7 +14,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from coterie.desk.desk import Desk
-from coterie.desk.message import LONGEST_KEY, Conversation, Message
+from coterie.desk.message import LONGEST_KEY, Conversation, Message, NoConversation
 from coterie.privacy.access import Limit
 from coterie.web.door import Door
 from coterie.web.events import event, next_news, stream
@@ -22,7 +23,20 @@ from coterie.web.schema import Text
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("widget.js", "visit.js", "strings.js", "widget.css", "tokens.css", "render.js")
+Number = Annotated[int, Field(ge=0, le=2**31 - 1)]  # of an entry, as a database can hold it
+SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
 SAYS, VISITS = Limit(30, 60), Limit(120, 60)  # messages of a visitor, new visits from one address
+
+
+def again_after(times: dict[tuple[str, str], float], key: tuple[str, str]) -> bool:
+    """Whether this was not so within SEEN_S: a page that reads a conversation at each change is one look."""
+    now = time.monotonic()
+    if len(times) > 10_000:
+        for old in [k for k, at in times.items() if at < now - SEEN_S]:
+            del times[old]
+    fresh = times.get(key, -SEEN_S) <= now - SEEN_S
+    times[key] = now
+    return fresh
 
 
 class Visit(Record):
@@ -40,7 +54,7 @@ class Said(Record):
     text: Text
     key: str = Field(min_length=1, max_length=LONGEST_KEY)
     start: str = Field("", max_length=40, description="the procedure whose button was pressed")
-    asked: int | None = Field(None, description="the question whose button was pressed")
+    asked: Number | None = Field(None, description="the question whose button was pressed")
 
     def pressed(self) -> dict[str, Any]:
         """What goes with the words of a button."""
@@ -48,24 +62,30 @@ class Said(Record):
 
 
 class Rating(Record):
-    seq: int
+    seq: Number
     good: bool
     reason: Text = Field("", max_length=2000)
 
 
-def widget_app(desk: Desk, door: Door) -> FastAPI:
-    """The routes under /widget."""
+def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] | None = None) -> FastAPI:
+    """The routes under /widget. `refused` is told who asked for which conversation of somebody else."""
     app = FastAPI(title="Coterie's widget", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(
         CORSMiddleware, allow_origins=sorted(door.origins), allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"], max_age=3600,
     )  # fmt: skip
     handle_errors(app)
-    talks = desk.conversations
+    talks, tried = desk.conversations, dict[tuple[str, str], float]()
 
     def mine(request: Request, id: str) -> Conversation:
-        """The visitor's own conversation; another's reads as if there were none."""
-        return talks.get(id, door.visitor(request))
+        """The visitor's own conversation; another's reads as if there were none, and goes on record."""
+        customer = door.visitor(request)
+        found = talks.get(id)
+        if found.customer != customer:
+            if refused and again_after(tried, (customer, id)):
+                refused(customer, id, found.customer)
+            raise NoConversation(f"there is no conversation {id!r}")
+        return found
 
     @app.post("/visits")
     def visit(body: Visit, request: Request) -> dict[str, Any]:
@@ -113,7 +133,7 @@ def widget_app(desk: Desk, door: Door) -> FastAPI:
         return {}
 
     @app.get("/conversations/{id}/events")
-    def events(id: str, request: Request, after: int = 0) -> Response:
+    def events(id: str, request: Request, after: Number = 0) -> Response:
         mine(request, id)
         return stream(_events(desk, id, after))
 

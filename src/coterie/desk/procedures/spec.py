@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import sqlglot
-from pydantic import BaseModel as Record
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
 from coterie.config import FILE, described
+from coterie.declared import Strict
 from coterie.desk.procedures.conditions import expression, places
 from coterie.desk.procedures.functions import check_signature, load_function
 from coterie.desk.procedures.values import SAMPLES, Kind, Value
@@ -33,11 +33,7 @@ ALWAYS: dict[str, Kind] = {"customer.id": "text", "today": "date"}
 Name = Annotated[str, Field(pattern=NAME.pattern)]
 
 
-class _Strict(Record):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class SlotSpec(_Strict):
+class SlotSpec(Strict):
     """[slots.NAME]: one thing that the customer is asked for."""
 
     kind: Kind = Field("text", description="what is taken as an answer; code reads it, never a model")
@@ -59,7 +55,7 @@ class SlotSpec(_Strict):
         return self
 
 
-class ActionSpec(_Strict):
+class ActionSpec(Strict):
     """[actions.NAME]: something that is looked up or done, as a typed function."""
 
     kind: Literal["http", "sql", "python"] = Field(description="how it is done")
@@ -81,7 +77,7 @@ class ActionSpec(_Strict):
     function: str = Field("", description="python: module:function, beside the procedure's file or installed")
 
 
-class StepSpec(_Strict):
+class StepSpec(Strict):
     """[[steps]]: one of `ask`, `check`, `do`, `say`."""
 
     ask: str = Field("", description="a slot to be filled")
@@ -101,7 +97,7 @@ class StepSpec(_Strict):
         return self
 
 
-class TextsSpec(_Strict):
+class TextsSpec(Strict):
     """[texts]: what the procedure says of itself, in the customers' language."""
 
     agree: str = Field("Yes, do it", min_length=1, description="the button that agrees")
@@ -117,7 +113,7 @@ class TextsSpec(_Strict):
     handed: str = Field("I have called a person, who takes it from here.", description="when something went wrong")
 
 
-class ProcedureSpec(_Strict):
+class ProcedureSpec(Strict):
     """A whole file procedures/NAME.toml."""
 
     title: str = Field(min_length=1, max_length=60, description="on the button that begins it, and at the desk")

@@ -10,7 +10,7 @@ from pathlib import Path
 from coterie.data.read import Example
 from coterie.data.split import hold_out
 from coterie.errors import DataError
-from coterie.evaluation.task import Score, Splits, Task, asked, row
+from coterie.evaluation.task import Score, Splits, Task, row
 from coterie.evaluation.tunes import parse
 
 FEWEST_NOTES = 4  # that an answer adds: an empty one would leave a valid tune
@@ -34,14 +34,14 @@ def splits(path: Path) -> Splits:
         raise DataError(f"{path}: no .abc files here")
     rows = [tune for file in files for tune in tunes(file)]
     # A tune and its variants begin alike: split on the notes, without title and number.
-    notes = [re.sub(r"(?m)^[A-Z]:.*$", "", e.prompt[-1]["content"]) for e in rows]
+    notes = [re.sub(r"(?m)^[A-Z]:.*$", "", e.question) for e in rows]
     train, test = hold_out(notes, 0.2, 200, seed=0)
     return Splits([rows[i] for i in train], [rows[i] for i in test])
 
 
 def scorer(_path: Path) -> Score:
     def score(answer: str, example: Example) -> float:
-        begun = asked(example).removeprefix(LEADS)
+        begun = example.question.removeprefix(LEADS)
         whole = parse(f"{begun}\n{answer}")
         return float(whole.valid and whole.notes >= parse(begun).notes + FEWEST_NOTES)
 

@@ -47,8 +47,15 @@ async function choose(id) {
   find("#reply").value = drafts.get(id) ?? "";
   for (const button of document.querySelectorAll("#list button")) button.ariaCurrent = String(button.dataset.id === id);
   problem("");
+  document.body.classList.add("reading");
   await refresh();
   look();
+}
+
+/** On a narrow screen, where there is room for one of both: from the conversation to the list. */
+function back() {
+  document.body.classList.remove("reading");
+  find("#list [aria-current=true]")?.focus();
 }
 
 async function refresh() {
@@ -141,17 +148,26 @@ function write(what) {
 
 async function overview() {
   const s = await get("state");
-  const rows = [
-    ["Waiting", s.counts.waiting ?? 0], ["Longest wait", span(s.longest_wait_s)],
-    ...Object.entries(s.queues).map(([queue, n]) => [`Waiting in ${queue}`, n]),
-    ["With people", s.counts.person ?? 0], ...Object.entries(s.people).map(([name, n]) => [name, n]),
-    ["With the assistant", s.counts.bot ?? 0], ["Assistant", s.assistant.alive ? "at work" : "stopped"],
-    ["Answers being written", s.assistant.writing],
-    ["Confidence", s.assistant.calibrated ? `${Math.round(s.assistant.calibrated.handled * 100)}% handled at ${s.assistant.calibrated.error * 100}% error` : "not calibrated"],
-    ["Thumbs today", `${s.ratings.up} up, ${s.ratings.down} down`],
-    ...Object.entries(s.reasons).map(([reason, n]) => [`Handed over: ${words(reason)}`, n]),
-  ];
-  find("#overview-body").replaceChildren(element("dl", {}, ...rows.flatMap(([k, v]) => [element("dt", {}, k), element("dd", {}, String(v))])));
+  const sure = s.assistant.calibrated;
+  const groups = {
+    Conversations: [
+      ["Waiting", s.counts.waiting ?? 0], ...Object.entries(s.queues).map(([queue, n]) => [`in the queue ${queue}`, n]),
+      ["Longest wait", span(s.longest_wait_s)], ["With the assistant", s.counts.bot ?? 0],
+      ["With people", s.counts.person ?? 0], ...Object.entries(s.people).map(([name, n]) => [`with ${name}`, n]),
+    ],
+    Assistant: [
+      ["State", s.assistant.alive ? "at work" : "stopped"], ["Answers being written", s.assistant.writing],
+      ["Confidence", sure ? `${Math.round(sure.handled * 100)}% handled at ${sure.error * 100}% error` : "not calibrated"],
+    ],
+    "Last 24 hours": [
+      ["Thumbs", `${s.ratings.up} up, ${s.ratings.down} down`],
+      ...Object.entries(s.reasons).map(([reason, n]) => [`Handed over: ${words(reason)}`, n]),
+    ],
+  };
+  find("#overview-body").replaceChildren(...Object.entries(groups).flatMap(([name, rows]) => [
+    element("h3", {}, name),
+    element("dl", {}, ...rows.flatMap(([k, v]) => [element("dt", {}, k), element("dd", {}, String(v))])),
+  ]));
   if (!find("#overview").open) find("#overview").showModal();
 }
 
@@ -205,6 +221,8 @@ find("#reply").addEventListener("keydown", (event) => {
 });
 for (const radio of document.querySelectorAll("[name=kind]")) radio.addEventListener("change", () => (find("#hint").textContent = hint()));
 find("#overview-open")?.addEventListener("click", overview);
+find("#back").addEventListener("click", back);
+document.body.classList.toggle("reading", open !== null);
 shortcuts.listen({
   next: () => step(1), previous: () => step(-1), take: () => find("[data-action=take]").click(),
   reply: () => write("replies"), note: () => write("notes"), insert: () => find("#suggestion").hidden || find("#insert").click(),

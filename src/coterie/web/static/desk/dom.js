@@ -19,7 +19,12 @@ export function span(seconds) {
 /** A visitor whom no site has vouched for has a long random name. */
 export const shortName = (customer) => customer.replace(/^visitor-(.{6}).*$/, "Visitor $1");
 
-export const time = (at) => new Date(at * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+/** The hour, and before it the day where that is not today. */
+export function time(at) {
+  const when = new Date(at * 1000);
+  const today = when.toDateString() === new Date().toDateString();
+  return when.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" });
+}
 
 /** "low confidence", of low_confidence. */
 export const words = (code) => code.replaceAll("_", " ");
