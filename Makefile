@@ -24,7 +24,7 @@ check: .venv/ready-test
 
 # Hours on 2 cores; each also runs alone and takes --quick (docs/benchmarks.md).
 BENCHES = tuning serving methods routing retrieval support groundedness graph sql privacy desk switch conversation \
-	anatomy precision
+	anatomy
 bench: .venv/ready-test
 	for name in $(BENCHES); do $(PY) benchmarks/$$name.py --record || exit; done
 

@@ -141,7 +141,7 @@ def test_every_kind_of_expert_and_the_base_get_the_scores_that_pytorch_gives(
         for one, other in ((found, exact), (plain, exact), (base, exact))
     )
     assert (effect[1:] > 5 * error[1:]).all(), "an expert whose effect does not show proves nothing"
-    assert (error < (theirs if DTYPE == torch.bfloat16 else 1e-4 * effect[1:].mean())).all()
+    assert (error < (theirs if torch.bfloat16 == DTYPE else 1e-4 * effect[1:].mean())).all()
 
 
 @given(
@@ -333,7 +333,7 @@ def test_the_engine_answers_alike_with_and_without_it(
             engine.close()
 
     ours = answers()
-    monkeypatch.setattr(Step, "open", classmethod(lambda cls, decoder: None))
+    monkeypatch.setattr(Step, "open", classmethod(lambda cls, *_: None))
     for with_c, without in zip(ours, answers(), strict=True):
         one, other = dict(with_c.top), dict(without.top)
         both = one.keys() & other.keys()

@@ -132,8 +132,8 @@ class BusinessSpec(Strict):
     pinned: list[str] = Field([], description="experts that stay in memory, however long they are idle")
     weights: Literal["exact", "int8"] = Field(
         "exact",
-        description="the base model's weights while answers are written: as they are, or rounded to 8 bits where that "
-        "is faster on this machine, which changes some answers",
+        description="what the base model's matrices may be held in while answers are written: as they are, or "
+        "rounded to 8 bits on a processor without AVX512-BF16, which changes some answers of a base that is no GGUF",
     )
 
 

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,11 +24,10 @@ from coterie.engine.constrain import Grammars, failure
 from coterie.engine.guess import continuation
 from coterie.engine.pages import PAGE, Pages, Part
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
-from coterie.engine.rounded import rounded
 from coterie.engine.running import Running, Turn, batch
 from coterie.engine.sampling import sample
 from coterie.engine.shelf import Loaded, Shelf
-from coterie.engine.step import Step
+from coterie.engine.step import Step, Weights
 from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped
 from coterie.experts import arrow
@@ -41,7 +39,9 @@ from coterie.model.threads import give_back_pool
 
 PREFILL_TOKENS = 2048  # prompt tokens that PyTorch takes in one step: bounds the pause of those already streaming
 CHUNK = 256  # prompt tokens that the step in C takes along with everyone's next token
-SPECULATED = 8  # rows up to which a step costs hardly more than with one: those free are used for guesses
+SPECULATED = (
+    8  # rows up to which a step costs hardly more than with one: those free are used for guesses; half in float32
+)
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
 EXPERT_MEMORY = 1 << 30  # bytes: 26 LoRA experts of rank 16 on SmolLM2-135M
 CACHE_MEMORY = 256 << 20  # bytes: 11,600 tokens of SmolLM2-135M
@@ -75,17 +75,18 @@ class Engine:
     def __init__(
         self, base: BaseModel, library: Library | None = None, slots: int = 16, context: int = 2048, queue: int = 64,
         expert_memory: int = EXPERT_MEMORY, pinned: frozenset[str] = frozenset(), cache_memory: int = CACHE_MEMORY,
-        weights: Literal["exact", "int8"] = "exact",
+        weights: Weights = "exact",
     ) -> None:  # fmt: skip
         """`expert_memory`: bytes that experts in memory may take, those `pinned` by name never leave it;
-        `cache_memory`: bytes that keys and values may take after their requests have ended; `weights`: what the base
-        model's matrices may be while answers are written (rounded.py)."""
+        `cache_memory`: bytes that keys and values may take after their requests have ended; `weights`: what the
+        base model's matrices may be held in (step.py)."""
         config = base.decoder.config
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.stats = Stats()
-        self.step = Step.open(base.decoder)  # None where PyTorch has to do it
-        self.rounded = rounded(base.decoder, slots) if weights == "int8" else None
+        self.step = Step.open(base.decoder, weights, slots)  # None where PyTorch has to do it
+        if weights == "int8" and not (self.step and self.step.in8):
+            log.warning("weights = int8 changes nothing here (docs/performance.md)")
         dtype, device = base.decoder.dtype, base.decoder.device
         self.pages = Pages(config, slots, self.context, dtype, cache_memory) if self.step else None
         self.cache = self.pages or KVCache(config, slots, self.context, dtype, device)
@@ -297,7 +298,8 @@ class Engine:
     def _turns(self, rows: list[Running]) -> list[Turn]:
         """How many of its unread tokens each row reads in one step, and its guess of those that follow."""
         out: list[Turn] = []
-        chunk, free = CHUNK, SPECULATED - len(rows)
+        cheap = SPECULATED if self.base.decoder.dtype == torch.bfloat16 else SPECULATED // 2
+        chunk, free = CHUNK, cheap - len(rows)
         for row in [row for row in rows if row.leads]:
             reads, want = not row.request.generated, row.request.sampling
             if reads and chunk <= 0:
@@ -364,11 +366,9 @@ class Engine:
             self._room(row, row.length + 1)
             row.length += 1
         attend = self.cache.attend_decode(slots, positions)
-        light = self.rounded if self.rounded and len(rows) <= self.rounded.most else None
-        decoder = light.decoder if light else self.base.decoder
-        hidden = decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
+        hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
         self.stats.steps += 1
-        return [(row, []) for row in rows], decoder.logits(hidden)
+        return [(row, []) for row in rows], self.base.decoder.logits(hidden)
 
     def _change(self, rows: list[Running], repeats: Tensor) -> Change | None:
         """What the experts of `rows` make of `repeats` (rows) tokens of each."""

@@ -24,10 +24,20 @@ enum { ATTN, FFN, BLOCKS };
 enum { RELU, SILU, GELU };
 enum { AHEAD = 4096 };  // numbers of a matrix asked of memory before their turn: with 16 rows, 1.7 times as fast
 
+enum { GROUP = 32 };   // inputs that share a scale and an offset, where a matrix is in 8 bits
+
+// A matrix of the base, as it is or, where `exact` is NULL, in 8 bits: [out/16][in][16], and the groups' scales and
+// offsets [out/16][in/32][2][16] (int8.py packs it).
+typedef struct {
+    const num *exact;
+    const int8_t *in8;
+    const float *scales;
+} Matrix;
+
 // Of one layer. Biases, q_norm and k_norm may be NULL. Norm weights and biases are float32.
 typedef struct {
     const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *qkv_bias, *o_bias;
-    const num *qkv, *o, *gate_up, *down;
+    Matrix qkv, o, gate_up, down;
 } Layer;
 
 typedef struct {
@@ -35,7 +45,7 @@ typedef struct {
     float eps;
     const Layer *layer;
     const float *final_norm, *cos, *sin;  // tables (context, head_dim / 2)
-    const num *head;                     // (vocab, width)
+    Matrix head;                         // (vocab, width)
 } Model;
 
 // A low-rank update of one projection: a (rank, in), b (out, rank), rank a multiple of 16. Where a is NULL, none.
@@ -88,9 +98,9 @@ static void activate(float *x, int64_t n, int64_t kind) {  // n is a multiple of
 }
 
 #ifdef __AVX512BF16__
-enum { TILE = 16 };  // rows, as registers allow
+enum { TILE = 16, STRETCH = 1 << 30 };  // rows, as registers allow; inputs that all rows meet before the next ones
 #else
-enum { TILE = 6 };
+enum { TILE = 6, STRETCH = 192, FEW = 4 };
 #endif
 
 // out (m, 16), rows `step` apart, += x (m, in), rows `stride` apart, by one block of a packed matrix.
@@ -121,18 +131,86 @@ tile(const int m, float *out, int64_t step, const num *x, int64_t stride, const 
     for (int i = 0; i < m; i++) store16(out + i * step, sum[i]);
 }
 
-// The same for any number of rows.
+// The same for any number of rows. A stretch of the block stays in the nearest cache while all rows pass.
 static void block(int64_t m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in) {
-    for (; m > 0; m -= TILE, out += TILE * step, x += TILE * stride) {
-#define ROWS(n) case n: tile(n, out, step, x, stride, w, in); break;
-        switch (m < TILE ? m : TILE) {
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+    for (int64_t k = 0; k < in; k += STRETCH)
+        for (int64_t n = 0; n < m; n += TILE) {
+            int64_t wide = in - k < STRETCH ? in - k : STRETCH;
+#define ROWS(r) case r: tile(r, out + n * step, step, x + n * stride + k, stride, w + k * 16, wide); break;
+            switch (m - n < TILE ? m - n : TILE) {
+                ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #if __AVX512BF16__
-            ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
+                ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
 #endif
-        }
+            }
 #undef ROWS
+        }
+}
+
+#ifndef __AVX512BF16__
+
+static inline Wide widened(const int8_t *w, Wide scale, Wide offset) {
+    __m256i a = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w));
+    __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + 8)));
+    return fma16((Wide){_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}, scale, offset);
+}
+
+static inline void ask_group(const int8_t *w) {
+    for (int i = 0; i < GROUP * 16; i += 64) _mm_prefetch((const char *)(w + i + AHEAD), _MM_HINT_T0);
+}
+
+// As `tile`, by a block in 8 bits.
+static inline __attribute__((always_inline)) void
+tile_in8(const int m, float *out, int64_t step, const num *x, int64_t stride, const int8_t *w, const float *scales, int64_t in) {
+    Wide sum[FEW];
+#pragma GCC unroll 4
+    for (int i = 0; i < m; i++) sum[i] = load16(out + i * step);
+    for (int64_t g = 0; g < in; g += GROUP, scales += 32) {
+        Wide scale = load16(scales), offset = load16(scales + 16);
+        ask_group(w + g * 16);
+        for (int64_t k = g; k < g + GROUP; k++) {
+            Wide one = widened(w + k * 16, scale, offset);
+#pragma GCC unroll 4
+            for (int i = 0; i < m; i++) sum[i] = fma16(set16(x[i * stride + k]), one, sum[i]);
+        }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < m; i++) store16(out + i * step, sum[i]);
+}
+
+// As `block`, by one in 8 bits. For more than a few rows it becomes float32 first, stretch by stretch: the same numbers.
+static void block_in8(int64_t m, float *out, int64_t step, const num *x, int64_t stride, const int8_t *w,
+                      const float *scales, int64_t in) {
+    if (m <= 2 * FEW) {
+        for (; m > 0; m -= FEW, out += FEW * step, x += FEW * stride)
+            switch (m < FEW ? m : FEW) {
+#define ROWS(r) case r: tile_in8(r, out, step, x, stride, w, scales, in); break;
+                ROWS(1) ROWS(2) ROWS(3) ROWS(4)
+#undef ROWS
+            }
+        return;
+    }
+    num wide[STRETCH * 16];
+    for (int64_t k = 0; k < in; k += STRETCH) {
+        int64_t end = in - k < STRETCH ? in - k : STRETCH;
+        for (int64_t g = 0; g < end; g += GROUP, scales += 32) {
+            Wide scale = load16(scales), offset = load16(scales + 16);
+            ask_group(w + (k + g) * 16);
+            for (int64_t i = g; i < g + GROUP; i++) store16(wide + i * 16, widened(w + (k + i) * 16, scale, offset));
+        }
+        block(m, out, step, x + k, stride, wide, end);
+    }
+}
+
+#endif
+
+// out (rows, 16) = x W^T for 16 columns of a matrix of the base, from `column`.
+static void columns_of(const Matrix *a, int64_t column, int64_t rows, float *out, const num *x, int64_t in) {
+    memset(out, 0, rows * 16 * sizeof(float));
+    if (a->exact) block(rows, out, 16, x, in, a->exact + column * in, in);
+#ifndef __AVX512BF16__
+    else block_in8(rows, out, 16, x, in, a->in8 + column * in, a->scales + column * in / GROUP * 2, in);
+#endif
 }
 
 static void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
@@ -237,11 +315,11 @@ static void raise_(const Step *s, int64_t layer, int projection, int64_t column,
     }
 }
 
-// 16 columns of a projection with its updates and its bias: out (rows, 16). `column` counts within the projection.
-static void project(const Step *s, int64_t layer, int projection, int64_t column, const num *w, const num *x,
-                    int64_t in, const float *bias, float *out) {
-    memset(out, 0, s->rows * 16 * sizeof(float));
-    block(s->rows, out, 16, x, in, w, in);
+// 16 columns of a projection with its updates and its bias: out (rows, 16). `column` counts within the projection, `at`
+// within its matrix `a`.
+static void project(const Step *s, int64_t layer, int projection, int64_t column, const Matrix *a, int64_t at,
+                    const num *x, int64_t in, const float *bias, float *out) {
+    columns_of(a, at, s->rows, out, x, in);
     raise_(s, layer, projection, column, out);
     if (bias)
         for (int64_t n = 0; n < s->rows; n++)
@@ -412,14 +490,14 @@ static void adapt(const Step *s, int64_t layer, int which, int thread, int threa
 }
 
 // A block's last projection, into the residual stream, or into `added` where adapters come after it.
-static void close_block(const Step *s, int64_t layer, int projection, const num *w, const num *x, int64_t in,
+static void close_block(const Step *s, int64_t layer, int projection, const Matrix *a, const num *x, int64_t in,
                         const float *bias, int which, int thread, int threads) {
     int64_t width = s->model->width, first, end;
     int more = adapted(s, layer, which);
     float out[s->rows * 16];
     share_of(width / 16, thread, threads, &first, &end);
     for (int64_t c = first * 16; c < end * 16; c += 16) {
-        project(s, layer, projection, c, w + c * in, x, in, bias ? bias + c : NULL, out);
+        project(s, layer, projection, c, a, c, x, in, bias ? bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) {
             Wide v = load16(out + n * 16);
             if (!more) v = add16(v, load16(s->hidden + n * width + c));
@@ -443,7 +521,7 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     for (int64_t c = first * 16; c < end * 16; c += 16) {
         int p = c < q ? Q : c < q + kv ? K : V;
         int64_t column = c - (p == Q ? 0 : p == K ? q : q + kv);
-        project(s, layer, p, column, l->qkv + c * width, s->x, width, l->qkv_bias ? l->qkv_bias + c : NULL, out);
+        project(s, layer, p, column, &l->qkv, c, s->x, width, l->qkv_bias ? l->qkv_bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) store16(s->qkv + n * all + c, load16(out + n * 16));
     }
     meet(s->meeting, threads);
@@ -457,7 +535,7 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     }
     meet(s->meeting, threads);
     lower(s, layer, O, O, s->mixed, q, thread, threads);
-    close_block(s, layer, O, l->o, s->mixed, q, l->o_bias, ATTN, thread, threads);
+    close_block(s, layer, O, &l->o, s->mixed, q, l->o_bias, ATTN, thread, threads);
 
     norm_rows(s, l->ffn_norm, s->rows, NULL, thread, threads);
     meet(s->meeting, threads);
@@ -465,14 +543,14 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     float up[s->rows * 16];
     share_of(m->ffn / 16, thread, threads, &first, &end);
     for (int64_t c = first * 16; c < end * 16; c += 16) {
-        project(s, layer, GATE, c, l->gate_up + c * width, s->x, width, NULL, out);
-        project(s, layer, UP, c, l->gate_up + (m->ffn + c) * width, s->x, width, NULL, up);
+        project(s, layer, GATE, c, &l->gate_up, c, s->x, width, NULL, out);
+        project(s, layer, UP, c, &l->gate_up, m->ffn + c, s->x, width, NULL, up);
         for (int64_t n = 0; n < s->rows; n++)
             narrow(s->fed + n * m->ffn + c, mul16(silu16(load16(out + n * 16)), load16(up + n * 16)));
     }
     meet(s->meeting, threads);
     lower(s, layer, DOWN, DOWN, s->fed, m->ffn, thread, threads);
-    close_block(s, layer, DOWN, l->down, s->fed, m->ffn, NULL, FFN, thread, threads);
+    close_block(s, layer, DOWN, &l->down, s->fed, m->ffn, NULL, FFN, thread, threads);
 }
 
 // The first `rows` of the batch through one layer, and what comes out of it to where the next one's entry is kept.
@@ -491,6 +569,53 @@ static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 6
 
 // The bytes of a number in weights and cache.
 int coterie_num(void) { return sizeof(num); }
+
+// Round a matrix w (out, in), in a multiple of GROUP, to whole numbers in 8 bits as `Matrix` has them. A group is rounded
+// in the better of two ways: evenly about zero, or evenly from its least to its largest number, as GGUF's Q8_0 and Q4_1
+// have stored theirs. Returns the squared error as a share of the squared norm.
+double coterie_round(const float *w, int64_t out, int64_t in, int8_t *in8, float *scales, int threads) {
+    double off = 0, norm = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : off, norm)
+    for (int64_t row = 0; row < (out + 15) / 16 * 16; row++)
+        for (int64_t g = 0; g < in / GROUP; g++) {
+            float x[GROUP] = {0}, least = 0, largest = 0, best = INFINITY;
+            if (row < out) memcpy(x, w + row * in + g * GROUP, sizeof x);
+            least = largest = x[0];
+            for (int k = 1; k < GROUP; k++) least = fminf(least, x[k]), largest = fmaxf(largest, x[k]);
+            float even = fmaxf(-least, largest) / 127, between = (largest - least) / 255;
+            const float ways[2][2] = {{even, 0}, {between, least + 128 * between}};
+            for (int way = 0; way < 2; way++) {
+                float scale = ways[way][0] > 0 ? ways[way][0] : 1, offset = ways[way][1], error = 0, value[GROUP];
+                for (int k = 0; k < GROUP; k++) {
+                    value[k] = fminf(fmaxf(rintf((x[k] - offset) / scale), -128), 127);
+                    float d = offset + value[k] * scale - x[k];
+                    error += d * d;
+                }
+                if (error >= best) continue;
+                best = error;
+                for (int k = 0; k < GROUP; k++) in8[row / 16 * in * 16 + (g * GROUP + k) * 16 + row % 16] = (int8_t)value[k];
+                float *to = scales + (row / 16 * (in / GROUP) + g) * 32 + row % 16;
+                to[0] = scale, to[16] = offset;
+            }
+            off += best;
+            for (int k = 0; k < GROUP; k++) norm += x[k] * x[k];
+        }
+    return norm > 0 ? off / norm : 0;
+}
+
+// y (rows, out) = x (rows, in) W^T, out a multiple of 16: what a step does with each matrix.
+void coterie_product(const Matrix *a, int64_t rows, const num *x, int64_t in, float *y, int64_t out, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float columns[rows * 16];
+        int64_t first, end;
+        share_of(out / 16, omp_get_thread_num(), omp_get_num_threads(), &first, &end);
+        for (int64_t c = first * 16; c < end * 16; c += 16) {
+            columns_of(a, c, rows, columns, x, in);
+            for (int64_t n = 0; n < rows; n++) memcpy(y + n * out + c, columns + n * 16, 16 * sizeof(float));
+        }
+    }
+}
 
 // Go on with every row: `embedded` (rows, width) are the tokens' embeddings, `positions` where they stand, `slots` where
 // their sequences lie in the cache, `starts` (rows, ascending) the layers at which they begin: a row that begins above 0
@@ -536,8 +661,7 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const num *em
             share_of((m->vocab + 15) / 16, thread, team, &first, &end);
             float out[(scored + 1) * 16];
             for (int64_t c = first * 16; c < end * 16 && scored; c += 16) {
-                memset(out, 0, scored * 16 * sizeof(float));
-                block(scored, out, 16, s.x, width, m->head + c * width, width);
+                columns_of(&m->head, c, scored, out, s.x, width);
                 int64_t columns = m->vocab - c < 16 ? m->vocab - c : 16;
                 for (int64_t n = 0; n < scored; n++) memcpy(logits + n * m->vocab + c, out + n * 16, columns * 4);
             }

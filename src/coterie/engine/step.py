@@ -1,16 +1,23 @@
 """The engine's step in C (step.c): built on this machine, fed with packed weights, called once for each step.
 
-Only where the processor has AVX2, a C compiler is there, and the base is a dense decoder whose sizes are multiples of 32,
-in bfloat16 where the processor multiplies that (AVX512-BF16), else in float32. Everywhere else, and for rows that Arrow
-routes, PyTorch computes the same.
+Only where the processor has AVX2, a C compiler is there, and the base is a dense decoder whose sizes are multiples of
+32, in bfloat16 where the processor multiplies that (AVX512-BF16), else in float32. Everywhere else, and for rows that
+Arrow routes, PyTorch computes the same.
+
+Notable: few rows wait for memory. In float32 the base's matrices are therefore held in 8 bits, a third of the bytes,
+where that loses nothing (a base that comes out of GGUF's Q4_1 or Q8_0 lies on just such a grid) or the business allows
+it, and a measurement at the start finds it slower for no number of rows. One way for all of them: which numbers a
+request meets must not depend on who else is served. Inputs and sums stay in float32.
 """
 
 import ctypes
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +33,13 @@ from coterie.model.native import built
 SOURCE = Path(__file__).with_name("step.c")
 LANES = 16  # numbers that one instruction sums, and outputs in a block of a packed matrix
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GROUP = 32  # inputs of a matrix in 8 bits that share a scale and an offset
+LOST_NOTHING = 1e-12  # of a matrix's squared norm: float32's own rounding, and what is left of it in GGUF's grids
+SAMPLE = 64 << 20  # bytes of float32 that are multiplied to see what is faster: more than a cache holds
+AS_FAST = 1.05  # times as long is as fast, to a clock
+PASSES = 3  # of each way, in turns; the shortest counts
+Weights = Literal["exact", "int8"]
+log = logging.getLogger(__name__)
 ACTIVATIONS = {"relu": 0, "swish": 1, "silu": 1, "gelu": 2}
 
 
@@ -34,10 +48,11 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
-_Layer = _struct("Layer", attn_norm=_P, ffn_norm=_P, q_norm=_P, k_norm=_P, qkv_bias=_P, o_bias=_P, qkv=_P, o=_P,
-                 gate_up=_P, down=_P)  # fmt: skip
+_Matrix = _struct("Matrix", exact=_P, in8=_P, scales=_P)
+_Layer = _struct("Layer", attn_norm=_P, ffn_norm=_P, q_norm=_P, k_norm=_P, qkv_bias=_P, o_bias=_P, qkv=_Matrix,
+                 o=_Matrix, gate_up=_Matrix, down=_Matrix)  # fmt: skip
 _Model = _struct("Model", layers=_N, width=_N, heads=_N, kv_heads=_N, head_dim=_N, ffn=_N, vocab=_N,
-                 eps=ctypes.c_float, layer=_P, final_norm=_P, cos=_P, sin=_P, head=_P)  # fmt: skip
+                 eps=ctypes.c_float, layer=_P, final_norm=_P, cos=_P, sin=_P, head=_Matrix)  # fmt: skip
 _LowRank = _struct("LowRank", a=_P, b=_P, gain=_P, rank=_N)
 _Bottleneck = _struct("Bottleneck", down=_P, up=_P, down_bias=_P, up_bias=_P, size=_N, activation=_N, reads_sum=_N)
 _Expert = _struct("Expert", low_rank=_P, bottleneck=_P, widest=_N)
@@ -50,6 +65,10 @@ def _library() -> Any | None:
     library = built(SOURCE, needs=("avx2", "fma"))
     if library:
         library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
+        library.coterie_round.argtypes = [_P, _N, _N, _P, _P, ctypes.c_int]
+        library.coterie_round.restype = ctypes.c_double
+        library.coterie_product.argtypes = [_P, _N, _P, _N, _P, _N, ctypes.c_int]
+        library.coterie_product.restype = None
     return library
 
 
@@ -60,12 +79,44 @@ def dtype() -> torch.dtype | None:
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix (out, in) in `dtype` as step.c reads it; zeros fill the last block of 16 outputs, and an odd input."""
+    """A matrix (out, in) in `dtype` as step.c reads it; zeros fill the last block of 16 outputs, and the last pair."""
     out, wide = weight.shape
-    padded = torch.zeros(-(-out // LANES) * LANES, wide + wide % 2, dtype=dtype)
-    padded[:out, :wide] = weight
     together = 4 // dtype.itemsize  # inputs that one instruction takes: a pair in bfloat16
+    padded = torch.zeros(-(-out // LANES) * LANES, wide + wide % together, dtype=dtype)
+    padded[:out, :wide] = weight
     return padded.view(-1, LANES, padded.shape[1] // together, together).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class In8:
+    """A matrix (out, in) in 8 bits as step.c reads it, `in` a multiple of 32.
+
+    values (out/16, in, 16), scales (out/16, in/32, 2, 16): scales and offsets; off: the share of its squared norm that
+    rounding took.
+    """
+
+    values: Tensor
+    scales: Tensor
+    off: float
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "In8":
+        """The nearest to `weight` (out, in), float32."""
+        (out, wide), weight, library = weight.shape, weight.contiguous(), _library()
+        assert library, "asked for by a step"
+        values = torch.empty(-(-out // LANES), wide, LANES, dtype=torch.int8)
+        scales = torch.empty(len(values), wide // GROUP, 2, LANES)
+        off = library.coterie_round(
+            weight.data_ptr(), out, wide, values.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+        )
+        return cls(values, scales, off)
+
+    @property
+    def dense(self) -> Tensor:
+        """What it multiplies by, (out, in), rows of zeros at the end up to a multiple of 16."""
+        wide = self.values.shape[1]
+        scale, offset = self.scales.repeat_interleave(GROUP, 1).unbind(2)  # (blocks, in, 16)
+        return (self.values * scale + offset).transpose(1, 2).reshape(-1, wide)
 
 
 @dataclass(eq=False)
@@ -79,30 +130,90 @@ class Prepared:
 class Step:
     """The step of one base model."""
 
-    def __init__(self, decoder: Decoder, library: Any) -> None:
+    def __init__(self, decoder: Decoder, library: Any, weights: Weights, slots: int) -> None:
         self.decoder, self._library = decoder, library
+        self.in8 = 0  # bytes of matrices in 8 bits
         self._keep: list[Any] = []
         c, w = decoder.config, decoder.weights
+        head = "embed" if c.tied else "head"
+        names = [*(f"{n}.{site}" for n in range(c.layers) for site in SITES), head]
+        self._lossy = weights == "int8"
+        self._rounds = decoder.dtype == torch.float32 and self._gains(names, slots)
         layers = (_Layer * c.layers)()
         for n, layer in enumerate(layers):
             for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm"):
                 setattr(layer, name, self._wide(w.get(f"{n}.{name}")))
             layer.qkv_bias, layer.o_bias = self._wide(w.get(f"{n}.qkv.bias")), self._wide(w.get(f"{n}.o.bias"))
             for site in SITES:
-                setattr(layer, site, self._kept(pack(w[f"{n}.{site}"], decoder.dtype)))
+                setattr(layer, site, self._matrix(f"{n}.{site}"))
         self._layers = layers
         self._model = _Model(
             c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.eps, ctypes.addressof(layers),
-            self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin),
-            self._kept(pack(w["embed" if c.tied else "head"], decoder.dtype)),
+            self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin), self._matrix(head),
         )  # fmt: skip
 
     @classmethod
-    def open(cls, decoder: Decoder) -> "Step | None":
-        """None where this machine or this base cannot do it."""
+    def open(cls, decoder: Decoder, weights: Weights = "exact", slots: int = 16) -> "Step | None":
+        """None where this machine or this base cannot do it.
+
+        weights: what the base's matrices may be held in; slots: up to how many rows decode at once.
+        """
         c = decoder.config
         fits = all(n % 32 == 0 for n in (c.width, c.head_dim, c.ffn)) and not c.sparse
-        return cls(decoder, _library()) if fits and decoder.device.type == "cpu" and decoder.dtype == dtype() else None
+        if not fits or decoder.device.type != "cpu" or decoder.dtype != dtype():
+            return None
+        return cls(decoder, _library(), weights, slots)
+
+    def _gains(self, names: list[str], slots: int) -> bool:
+        """Whether products by matrices in 8 bits are at least as fast as by the exact ones, for each number of rows."""
+        pairs: list[tuple[Tensor, Any, Any]] = []
+        keep, self._keep = self._keep, []
+        try:
+            for name in names:
+                if sum(weight.nbytes for weight, _, _ in pairs) < SAMPLE:
+                    weight = self.decoder.weights[name]
+                    exact, light = self._exact(weight), self._light(weight)
+                    if light is None:
+                        return False
+                    pairs.append((weight, exact, light))
+            for rows in sorted({1 << n for n in range(slots.bit_length())} | {slots}):
+                best = {1: float("inf"), 2: float("inf")}
+                for _ in range(PASSES):
+                    for way, fastest in best.items():
+                        began = time.perf_counter()
+                        for pair in pairs:
+                            self._product(pair[way], rows, *pair[0].shape)
+                        best[way] = min(fastest, time.perf_counter() - began)
+                log.debug("%d rows: %.2f ms exact, %.2f ms in 8 bits", rows, best[1] * 1e3, best[2] * 1e3)
+                if best[2] > AS_FAST * best[1]:
+                    return False
+            return True
+        finally:
+            self._keep, self.in8 = keep, 0
+
+    def _product(self, matrix: Any, rows: int, out: int, wide: int) -> Tensor:
+        y = torch.empty(rows, -(-out // LANES) * LANES)
+        x = torch.ones(rows, wide)
+        self._library.coterie_product(
+            ctypes.byref(matrix), rows, x.data_ptr(), wide, y.data_ptr(), y.shape[1], torch.get_num_threads()
+        )
+        return y
+
+    def _matrix(self, name: str) -> Any:
+        weight = self.decoder.weights[name]
+        light = self._light(weight) if self._rounds else None
+        return self._exact(weight) if light is None else light
+
+    def _exact(self, weight: Tensor) -> Any:
+        return _Matrix(self._kept(pack(weight, self.decoder.dtype)), None, None)
+
+    def _light(self, weight: Tensor) -> Any | None:
+        """The matrix in 8 bits; None where that would lose what may not be lost."""
+        light = In8.of(weight)
+        if light.off > LOST_NOTHING and not self._lossy:
+            return None
+        self.in8 += light.values.nbytes + light.scales.nbytes
+        return _Matrix(None, self._kept(light.values), self._kept(light.scales))
 
     def _kept(self, weight: Tensor) -> int:
         self._keep.append(weight)
@@ -211,7 +322,12 @@ def _bottleneck(expert: Expert, layer: int, block: str, dtype: torch.dtype, read
     bias[: config.size] = part("adapter_down.0.bias")
     up = torch.zeros(len(part("adapter_up.weight")), size, dtype=dtype)
     up[:, : config.size] = part("adapter_up.weight") * config.scaling
-    parts = [pack(part("adapter_down.0.weight"), dtype), pack(up, dtype), bias, (part("adapter_up.bias") * config.scaling).float()]
+    parts = [
+        pack(part("adapter_down.0.weight"), dtype),
+        pack(up, dtype),
+        bias,
+        (part("adapter_up.bias") * config.scaling).float(),
+    ]
     ready.keep += parts
     ready.struct.widest = max(ready.struct.widest, size)
     pointers = [p.data_ptr() for p in parts]

@@ -11,7 +11,6 @@ Sources: Touvron et al. 2023 (Llama 2); Su et al. 2021 (RoPE); Ainslie et al. 20
 import hashlib
 import math
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from coterie.model import grouped, moe
 from coterie.model.gradients import Padded, rms_norm, rotate, swiglu, written_out_attention
-from coterie.model.int8 import Int8Matrix
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N,H,D), k and v (N,Hkv,D) -> (N,H,D)
 # Layer, site, x (N, in), out (N, out) -> what out becomes; it may write into out, and leaves unknown sites alone.
@@ -107,6 +105,11 @@ class _FrozenLinear(torch.autograd.Function):
         return ctx.decoder.apply(grad.contiguous(), ctx.decoder.backward_pack(ctx.name)), None, None
 
 
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN has matrices in bfloat16 on this processor: with AVX-512."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Decoder:
     """A frozen decoder: `weights` by name, fused by site, and one `forward`."""
 
@@ -119,7 +122,7 @@ class Decoder:
         # oneDNN keeps a blocked copy of each matrix: twice as fast for the few rows of a decoding step.
         self.packed: dict[str, Tensor] = {}
         self.packed_back: dict[str, Tensor] = {}
-        self.prepack = packed and self.device.type == "cpu" and self.dtype == torch.bfloat16
+        self.prepack = packed and self.device.type == "cpu" and self.dtype == torch.bfloat16 and _packs_bfloat16()
         if self.prepack:
             for name, w in weights.items():
                 if w.dim() == 2 and w.dtype == self.dtype and (name != "embed" or config.tied):
@@ -128,20 +131,6 @@ class Decoder:
         if all(grouped.takes(w) for w in experts.values()):
             experts = {}  # grouped.c wants them plain
         self.packed_experts = {name: [self.pack(expert) for expert in w] for name, w in experts.items()}
-        self.int8: dict[str, Int8Matrix] = {}  # of those that `linear` multiplies by in their place
-
-    @property
-    def matrices(self) -> list[str]:
-        """The names of the weights that `linear` multiplies by in a step, in order."""
-        sites = [f"{layer}.{site}" for layer in range(self.config.layers) for site in self.config.dense_sites(layer)]
-        return [*sites, "embed" if self.config.tied else "head"]
-
-    def in_int8(self) -> "Decoder":
-        """This decoder with its matrices rounded to 8 bits, for inference only. All else is shared: what embeds tokens,
-        norms, a mixture's experts, and the weights themselves, so that it has the same `mark`."""
-        rounded = copy(self)
-        rounded.int8 = {name: Int8Matrix(self.weights[name]) for name in self.matrices}
-        return rounded
 
     @cached_property
     def mark(self) -> str:
@@ -173,8 +162,6 @@ class Decoder:
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.weights.get(name + ".bias")
-        if name in self.int8:
-            return self.int8[name].product(x, bias)
         if name in self.packed:
             if torch.is_grad_enabled() and x.requires_grad:
                 trained: Tensor = _FrozenLinear.apply(x, self, name)  # type: ignore[no-untyped-call]
