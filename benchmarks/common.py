@@ -219,6 +219,11 @@ def machine() -> dict[str, str]:
     }  # fmt: skip
 
 
+def precision() -> str:
+    """What every side computes in: "bfloat16" where the processor multiplies it, else "float32"."""
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(machine()["instructions"].split()) else "float32"
+
+
 def versions() -> dict[str, str]:
     """Python, the packages compared, and the commit."""
     found = {"python": platform.python_version()}
@@ -257,11 +262,12 @@ def _record(report: Report, facts: dict[str, str]) -> None:
     where = "Measured with `{command}` on {date}: {processor}, {cores} cores ({instructions}), {memory}; "
     where = where.format(**facts)
     where += ", ".join(f"{k} {facts[k]}" for k in ("python", *PACKAGES, "coterie") if k in facts) + "."
-    section = "\n".join([f"## {report.title}", "", *ratios, where, *report.markdown]).strip() + "\n"
+    title = report.title + ("" if precision() == "bfloat16" else ", on a processor with AVX2 only")
+    section = "\n".join([f"## {title}", "", *ratios, where, *report.markdown]).strip() + "\n"
     old = RESULTS.read_text() if RESULTS.exists() else "# Results\n"
     parts = re.split(r"(?m)^(?=## )", old)
     kept = [part.strip() + "\n" for part in parts]
-    places = [n for n, part in enumerate(kept) if part.startswith(f"## {report.title}\n")]
+    places = [n for n, part in enumerate(kept) if part.startswith(f"## {title}\n")]
     if places:
         kept[places[0]] = section
     else:

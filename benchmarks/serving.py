@@ -221,7 +221,7 @@ def main() -> None:
                 f"{LLAMA} with LoRA": {v: [llama, gguf, threads, v, gguf_loras] for v in llama_cpp.VARIANTS},
                 f"{LLAMA}, bf16": {v: [llama, str(folder / "bf16.gguf"), threads, v] for v in llama_cpp.VARIANTS},
                 "PEFT": {v: [peft, *both, threads, v] for v in peft_generate.VARIANTS},
-                "vLLM with LoRA": {"": [str(PEERS / "vllm_cpu.py"), *both, threads, ""]},
+                "vLLM with LoRA": {"": [str(PEERS / "vllm_cpu.py"), *both, threads, common.precision()]},
             }
 
         def start(peer: str, command: list[str]) -> common.Side:
@@ -313,7 +313,7 @@ def tell(report: common.Report, found: Found, tokens: int, rounds: int, threads:
         f"{', '.join(map(str, LEVELS))} requests at once, spread over the base and 4 LoRA experts of rank 16: prompts "
         f"of Banking77 in the chat template, {tokens} tokens generated for each, {threads} threads. Medians of "
         f"{rounds} rounds; in each, all sides do the same job in turn. llama.cpp computes from the same GGUF (4-bit "
-        "weights), the base model for every request but where LoRA is said; Coterie, PEFT and vLLM in bfloat16. "
+        f"weights), the base model for every request but where LoRA is said; Coterie, PEFT and vLLM in {common.precision()}. "
         "Guesses: while few requests run, Coterie looks tokens up in what was said before, and the model checks them. "
         "Over HTTP: streamed, the client on the same cores."
     )

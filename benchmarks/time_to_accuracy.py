@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import precision
 
 from coterie.data.encode import encode_all
 from coterie.data.read import Example, read
@@ -91,7 +92,7 @@ def llama_factory(python: Path, folder: Path, out: Path, job: dict[str, Any]) ->
         "dataset_dir": str(folder), "template": "smollm2", "cutoff_len": 1024, "output_dir": str(out),
         "per_device_train_batch_size": job["batch"], "learning_rate": job["learning_rate"],
         "num_train_epochs": job["epochs"], "lr_scheduler_type": "cosine", "warmup_steps": job["warmup"],
-        "optim": "adamw_torch_fused", "train_sampling_strategy": "group_by_length", "bf16": True, "use_cpu": True,
+        "optim": "adamw_torch_fused", "train_sampling_strategy": "group_by_length", "bf16": precision() == "bfloat16", "use_cpu": True,
         "logging_steps": 1, "save_steps": job["keep_every"], "save_only_model": True, "report_to": "none", "seed": 0,
         "max_grad_norm": 1.0, "overwrite_output_dir": True, "preprocessing_num_workers": 1, "disable_tqdm": True,
         "dataloader_num_workers": 0, "gradient_accumulation_steps": 1, "disable_gradient_checkpointing": True,

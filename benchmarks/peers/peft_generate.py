@@ -14,13 +14,9 @@ import transformers
 from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import peak_mib, take_jobs
+from common import peak_mib, precision, take_jobs
 
-# Name: precision, and whether one call takes all requests (PEFT's adapter_names) or one adapter's requests.
-VARIANTS = {
-    "mixed batch, bf16": (torch.bfloat16, True),
-    "switching, bf16": (torch.bfloat16, False),
-}
+VARIANTS = {"mixed batch": True, "switching": False}  # whether one call takes all requests, or one adapter's
 
 
 class Ticks(transformers.StoppingCriteria):
@@ -37,7 +33,7 @@ class Ticks(transformers.StoppingCriteria):
 def main(model_dir: str, experts: str, threads: str, variant: str) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(int(threads))
-    dtype, mixed = VARIANTS[variant]
+    dtype, mixed = getattr(torch, precision()), VARIANTS[variant]
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     names = sorted(p.name for p in Path(experts).iterdir())
     model = PeftModel.from_pretrained(base, Path(experts) / names[0], adapter_name=names[0])

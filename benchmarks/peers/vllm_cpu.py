@@ -1,8 +1,8 @@
 """A peer of benchmarks/serving.py: vLLM's CPU build, its LoRA on.
 
 Run by serving.py with the Python of $COTERIE_VLLM, an environment of its own (docs/benchmarks.md says how it is made):
-`vllm_cpu.py MODEL EXPERTS THREADS VARIANT`, where EXPERTS holds a folder for each adapter; jobs on stdin, see
-common.take_jobs. No variant but one.
+`vllm_cpu.py MODEL EXPERTS THREADS PRECISION`, where EXPERTS holds a folder for each adapter; jobs on stdin, see
+common.take_jobs.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 CONTEXT = 512  # tokens of each request, as the other peers
 
 
-def main(model: str, experts: str, threads: str, _variant: str) -> None:
+def main(model: str, experts: str, threads: str, dtype: str) -> None:
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{int(threads) - 1}",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
@@ -25,7 +25,7 @@ def main(model: str, experts: str, threads: str, _variant: str) -> None:
 
     names = sorted(p.name for p in Path(experts).iterdir())
     engine = LLM(
-        model, dtype="bfloat16", enable_lora=True, max_loras=len(names), max_lora_rank=16, enforce_eager=True,
+        model, dtype=dtype, enable_lora=True, max_loras=len(names), max_lora_rank=16, enforce_eager=True,
         max_model_len=CONTEXT, enable_prefix_caching=False, disable_log_stats=False,
     )  # fmt: skip
     loras = {name: LoRARequest(name, n + 1, str(Path(experts) / name)) for n, name in enumerate(names)}
