@@ -313,7 +313,8 @@ def tell(report: common.Report, found: Found, tokens: int, rounds: int, threads:
         f"{', '.join(map(str, LEVELS))} requests at once, spread over the base and 4 LoRA experts of rank 16: prompts "
         f"of Banking77 in the chat template, {tokens} tokens generated for each, {threads} threads. Medians of "
         f"{rounds} rounds; in each, all sides do the same job in turn. llama.cpp computes from the same GGUF (4-bit "
-        f"weights), the base model for every request but where LoRA is said; Coterie, PEFT and vLLM in {common.precision()}. "
+        "weights), the base model for every request but where LoRA is said; Coterie, PEFT and vLLM in "
+        f"{common.precision()}. "
         "Guesses: while few requests run, Coterie looks tokens up in what was said before, and the model checks them. "
         "Over HTTP: streamed, the client on the same cores."
     )
