@@ -87,5 +87,5 @@ def test_the_page_of_sources_shows_freshness_and_errors(browser: Browser, knowin
         expect(page.locator(".errors")).to_contain_text("broken.pdf: broken, or no PDF")
         expect(page.get_by_role("row", name="policy.md")).to_contain_text("House rules")
         expect(page.locator("time")).not_to_be_empty()
-        page.get_by_role("link", name="The Shop").click()
+        page.get_by_role("link", name="Chat").click()
         expect(page.get_by_label("Your message")).to_be_visible()

@@ -15,8 +15,8 @@ from coterie.web.app import create_app
 from coterie.web.door import Agent, open_door
 from desk_support import Script, scripted
 from mail_support import mail, mail_desk
-from test_account_page import running
 from test_desk_page import axe, open_conversation, tab, violations
+from web_support import listening
 
 __all__ = ["axe"]
 SCRIPT = "<script>document.title = 'run'</script>"
@@ -47,7 +47,7 @@ class Office:
 @pytest.fixture
 def office(tmp_path: Path) -> Iterator[Office]:
     office = Office(tmp_path)
-    with running(office.app) as office.address:
+    with listening(office.app) as office.address:
         yield office
     office.desk.close()
 

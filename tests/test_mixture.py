@@ -70,11 +70,11 @@ def test_each_expert_is_merged_as_it_serves(tiny_base: BaseModel) -> None:
 
 def test_a_mixture_of_experts_is_averaged_attention_and_each_experts_feed_forward(trained: Path, mixed: Path) -> None:
     business = Business.open(trained)
-    dense = load(Path(business.config.business.base), torch.bfloat16)
+    dense = load(Path(business.config.business.base))  # in the precision that it was mixed in
     experts = [
         merged(dense, loras.load(business.library.folder(n), dense.decoder.config)) for n in ("colors", "greet")
     ] + [dense.decoder.weights]
-    found = load(mixed, torch.bfloat16).decoder.weights
+    found = load(mixed).decoder.weights
     for e, weights in enumerate(experts):
         assert torch.equal(found["1.experts.gate_up"][e], weights["1.gate_up"])
         assert torch.equal(found["0.experts.down"][e], weights["0.down"])

@@ -90,7 +90,7 @@ def test_one_is_tried_in_the_terminal_and_writes_only_where_told_to(
     assert code == 0
     assert "Shall I refund 24.90 for the order LW-10001?\n[Yes, do it] [No]" in out
     assert "You get 24.90 back" in out
-    assert ("doing" if options else "would do") + ": refund (order = LW-10001, amount = 24.9, why = Broken)" in err
+    assert ("doing" if options else "would do") + ": refund (order = LW-10001, amount = 24.90, why = Broken)" in err
     assert err.strip().endswith("done")
     assert refunds(shop) == kept
 

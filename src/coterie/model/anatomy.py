@@ -17,7 +17,7 @@ import torch
 from coterie.errors import ModelError
 from coterie.model.decoder import SITES, ModelConfig
 from coterie.model.hf import config_of, read_facts
-from coterie.model.load import gguf_config
+from coterie.model.load import default_dtype, gguf_config
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}  # int4: blocks of 32 with a scale of 2 bytes
 REACHED = 0.6  # share of the hardware's rates that a step is taken to reach
@@ -183,10 +183,11 @@ def estimate(a: Anatomy, on: Hardware, dtype: str, context: int, batch: int) -> 
 
 
 def probe(price: float = 0.0, seconds: float = 0.3) -> Hardware:
-    """This machine, measured on the spot: a matrix product in bfloat16, and a pass over memory beyond the caches."""
+    """This machine, measured on the spot: a matrix product in the precision that models are loaded in, and a pass over
+    memory beyond the caches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device).bfloat16()
+    a = torch.randn(size, size, device=device, dtype=default_dtype())
     flops = 2 * size**3 / _fastest(lambda: a @ a, seconds, device)
     # In float32, because a CPU's product of a bfloat16 matrix and vector is bound by arithmetic.
     rows = torch.ones((1 << 16) if device.type == "cuda" else (1 << 14), 4096, device=device)

@@ -105,7 +105,7 @@ class _FrozenLinear(torch.autograd.Function):
         return ctx.decoder.apply(grad.contiguous(), ctx.decoder.backward_pack(ctx.name)), None, None
 
 
-def _packs_bfloat16() -> bool:
+def packs_bfloat16() -> bool:
     """Whether oneDNN has matrices in bfloat16 on this processor: with AVX-512."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -122,7 +122,7 @@ class Decoder:
         # oneDNN keeps a blocked copy of each matrix: twice as fast for the few rows of a decoding step.
         self.packed: dict[str, Tensor] = {}
         self.packed_back: dict[str, Tensor] = {}
-        self.prepack = packed and self.device.type == "cpu" and self.dtype == torch.bfloat16 and _packs_bfloat16()
+        self.prepack = packed and self.device.type == "cpu" and self.dtype == torch.bfloat16 and packs_bfloat16()
         if self.prepack:
             for name, w in weights.items():
                 if w.dim() == 2 and w.dtype == self.dtype and (name != "embed" or config.tied):
