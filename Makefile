@@ -12,7 +12,7 @@ run: .venv/ready
 
 # Two processes share the files of tests; each needs a core and 2 GB. For one test: .venv/bin/python -m pytest -k NAME
 test: .venv/ready-test
-	$(PY) -m pytest -m "not slow" -q -n 2 --dist loadfile
+	$(PY) -m pytest -m "not slow" -q -n 2 --dist loadfile --durations=15
 
 test-all: .venv/ready-test .venv/adapters
 	COTERIE_EXPLORE=1 $(PY) -m pytest -q

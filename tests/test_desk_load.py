@@ -4,10 +4,13 @@ import asyncio
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from desk_load import check, killer, load, make_business, running, scripted_server
 
 
+@pytest.mark.slow
 def test_two_kills_under_load_lose_and_double_no_accepted_message(tmp_path: Path, tiny: Path) -> None:
     folder = make_business(tmp_path / "shop", str(tiny))
     with running(scripted_server(folder, token_s=0.005, lease_s=4.0)) as server:
