@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.errors import ModelError
-from coterie.model.decoder import KVCache, packed_positions
+from coterie.model.decoder import KVCache, packed_positions, packs_bfloat16
 from coterie.model.load import BaseModel, load
 from support import logits_of, random_rows, reference_model, train_tokenizer
 
@@ -166,6 +166,7 @@ def test_smollm2_scores_as_in_transformers(
     assert found.argmax(-1).tolist() == wanted.argmax(-1).tolist()
 
 
+@pytest.mark.skipif(not packs_bfloat16(), reason="bfloat16 is only emulated on this processor")
 def test_bfloat16_chooses_the_token_of_float32_wherever_the_choice_is_clear(
     smol_path: Path, smol32: BaseModel, public_data: Callable[[str], Path]
 ) -> None:

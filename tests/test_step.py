@@ -268,7 +268,7 @@ def test_smollm2_chooses_the_token_that_transformers_chooses_in_float32(
     step = Step.open(base.decoder)
     assert step is not None
     asked = read(public_data("banking77/test.csv"), {"prompt": "text", "completion": "category"}, "")
-    rows = [base.encode(base.chat(list(e.prompt))) for e in islice(asked, 40)]
+    rows = [base.encode(base.chat(list(e.prompt))) for e in islice(asked, 40 if torch.bfloat16 == DTYPE else 10)]
     reference, agreed = reference_model(smol_path), 0
     for row in rows:
         at, slots = torch.arange(len(row)), torch.zeros(len(row), dtype=torch.long)

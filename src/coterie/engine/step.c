@@ -578,27 +578,38 @@ double coterie_round(const float *w, int64_t out, int64_t in, int8_t *in8, float
 #pragma omp parallel for num_threads(threads) reduction(+ : off, norm)
     for (int64_t row = 0; row < (out + 15) / 16 * 16; row++)
         for (int64_t g = 0; g < in / GROUP; g++) {
-            float x[GROUP] = {0}, least = 0, largest = 0, best = INFINITY;
+            float x[GROUP] = {0}, lows[16], highs[16], value[GROUP], best = INFINITY;
             if (row < out) memcpy(x, w + row * in + g * GROUP, sizeof x);
-            least = largest = x[0];
-            for (int k = 1; k < GROUP; k++) least = fminf(least, x[k]), largest = fmaxf(largest, x[k]);
-            float even = fmaxf(-least, largest) / 127, between = (largest - least) / 255;
+            const Wide v[2] = {load16(x), load16(x + 16)};
+            store16(lows, min16(v[0], v[1]));
+            store16(highs, max16(v[0], v[1]));
+            float least = lows[0], largest = highs[0];
+            for (int k = 1; k < 16; k++) {
+                least = lows[k] < least ? lows[k] : least;
+                largest = highs[k] > largest ? highs[k] : largest;
+            }
+            float even = (-least > largest ? -least : largest) / 127, between = (largest - least) / 255;
             const float ways[2][2] = {{even, 0}, {between, least + 128 * between}};
             for (int way = 0; way < 2; way++) {
-                float scale = ways[way][0] > 0 ? ways[way][0] : 1, offset = ways[way][1], error = 0, value[GROUP];
-                for (int k = 0; k < GROUP; k++) {
-                    value[k] = fminf(fmaxf(rintf((x[k] - offset) / scale), -128), 127);
-                    float d = offset + value[k] * scale - x[k];
-                    error += d * d;
+                float scale = ways[way][0] > 0 ? ways[way][0] : 1, offset = ways[way][1];
+                Wide error = set16(0), number[2];
+                for (int half = 0; half < 2; half++) {
+                    Wide whole = round16(div16(sub16(v[half], set16(offset)), set16(scale)));
+                    number[half] = max16(min16(whole, set16(127)), set16(-128));
+                    Wide d = sub16(fma16(number[half], set16(scale), set16(offset)), v[half]);
+                    error = fma16(d, d, error);
                 }
-                if (error >= best) continue;
-                best = error;
-                for (int k = 0; k < GROUP; k++) in8[row / 16 * in * 16 + (g * GROUP + k) * 16 + row % 16] = (int8_t)value[k];
+                if (sum16(error) >= best) continue;
+                best = sum16(error);
+                store16(value, number[0]);
+                store16(value + 16, number[1]);
                 float *to = scales + (row / 16 * (in / GROUP) + g) * 32 + row % 16;
                 to[0] = scale, to[16] = offset;
             }
+            int8_t *to = in8 + row / 16 * in * 16 + g * GROUP * 16 + row % 16;
+            for (int k = 0; k < GROUP; k++) to[k * 16] = (int8_t)value[k];
             off += best;
-            for (int k = 0; k < GROUP; k++) norm += x[k] * x[k];
+            norm += sum16(fma16(v[0], v[0], mul16(v[1], v[1])));
         }
     return norm > 0 ? off / norm : 0;
 }
