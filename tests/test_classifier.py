@@ -229,6 +229,7 @@ def test_at_the_desk_a_label_that_is_not_sure_goes_to_a_person(
         answerer.close()
 
 
+@pytest.mark.slow
 def test_real_intents_of_a_restaurant(smol: BaseModel, public_data: Callable[[str], Path]) -> None:
     """A few hundred rows of MultiDoGO are enough for most of what is asked in a restaurant."""
     data = multidogo.splits(public_data("multidogo/fastfood"))
