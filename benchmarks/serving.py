@@ -62,13 +62,14 @@ Found = dict[tuple[str, int | tuple[int, int]], list[dict[str, Any]]]  # of a si
 Job = dict[str, Any]  # "requests": each with prompt (ids), text, expert ("" for the base); "tokens" to generate
 
 
-def make_business(folder: Path) -> None:
-    """A business with four experts. Their weights are random: what they cost does not depend on values."""
+def make_business(folder: Path, loras_too: bool) -> None:
+    """A business with four experts and many of mixed kinds, with `loras_too` as many LoRAs. Their weights are random:
+    what they cost does not depend on values."""
     base = load(pull(DEFAULT))
     (folder / "coterie.toml").write_text(
         f'[business]\nname = "Benchmark"\nbase = "{pull(DEFAULT)}"\nqueue = 256\nslots = 64\n'
     )
-    several, many = EXPERTS[1:], tuple(f"lora{n}" for n in range(MANY))
+    several, many = EXPERTS[1:], tuple(f"lora{n}" for n in range(MANY if loras_too else 0))
     for seed, name in enumerate((*several, *many)):
         peers = folder / ("several" if name in several else "many")  # what the peers load
         lora = loras.fresh(loras.LoraConfig(), base.decoder, seed)
@@ -208,7 +209,7 @@ def main() -> None:
     work = jobs(tokens)
     with tempfile.TemporaryDirectory() as scratch:
         folder, model, vllm = Path(scratch), pull(DEFAULT), os.environ.get("COTERIE_VLLM", "")
-        make_business(folder)
+        make_business(folder, loras_too=not args.quick)
         common.hugging_face_copy(model, folder / "base")
         threads = str(args.threads)
         gguf = str(next(model.glob("*.gguf"), "")) or common.skip(f"{model} holds no GGUF for llama.cpp")
