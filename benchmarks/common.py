@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from coterie.model.load import default_dtype
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -220,8 +222,8 @@ def machine() -> dict[str, str]:
 
 
 def precision() -> str:
-    """What every side computes in: "bfloat16" where the processor multiplies it, else "float32"."""
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(machine()["instructions"].split()) else "float32"
+    """What every side computes in, as Coterie does here: "bfloat16" or "float32"."""
+    return str(default_dtype()).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from coterie.cli.desk import FolderOption, Json
 from coterie.cli.desk import app as desk
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import result, table
 from coterie.errors import CoterieError
 

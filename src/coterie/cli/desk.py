@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.procedures import procedures
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError, DataError
@@ -16,8 +17,6 @@ if TYPE_CHECKING:  # loaded when the command needs them, so that --help is quick
     from coterie.data.read import Example
 
 app = typer.Typer(help="Customer service: agents, conversations, and when to hand over.", no_args_is_help=True)
-FolderOption = Annotated[Path, typer.Option("--folder", "-f", help="The folder of the business.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 app.command("procedures")(procedures)
 
 

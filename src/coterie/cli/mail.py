@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.desk import FolderOption, Json, app
+from coterie.cli.desk import app
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import result, tell
 from coterie.errors import CoterieError
 

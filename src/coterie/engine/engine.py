@@ -39,9 +39,8 @@ from coterie.model.threads import give_back_pool
 
 PREFILL_TOKENS = 2048  # prompt tokens that PyTorch takes in one step: bounds the pause of those already streaming
 CHUNK = 256  # prompt tokens that the step in C takes along with everyone's next token
-SPECULATED = (
-    8  # rows up to which a step costs hardly more than with one: those free are used for guesses; half in float32
-)
+# Rows up to which a step costs hardly more than with one: those free are used for guesses. In float32 half as many.
+SPECULATED = 8
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
 EXPERT_MEMORY = 1 << 30  # bytes: 26 LoRA experts of rank 16 on SmolLM2-135M
 CACHE_MEMORY = 256 << 20  # bytes: 11,600 tokens of SmolLM2-135M

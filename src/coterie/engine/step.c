@@ -24,10 +24,10 @@ enum { ATTN, FFN, BLOCKS };
 enum { RELU, SILU, GELU };
 enum { AHEAD = 4096 };  // numbers of a matrix asked of memory before their turn: with 16 rows, 1.7 times as fast
 
-enum { GROUP = 32 };   // inputs that share a scale and an offset, where a matrix is in 8 bits
+enum { GROUP = 32 };  // inputs that share a scale and an offset, where a matrix is in 8 bits
 
 // A matrix of the base, as it is or, where `exact` is NULL, in 8 bits: [out/16][in][16], and the groups' scales and
-// offsets [out/16][in/32][2][16] (int8.py packs it).
+// offsets [out/16][in/32][2][16] (coterie_round makes it).
 typedef struct {
     const num *exact;
     const int8_t *in8;
@@ -45,7 +45,7 @@ typedef struct {
     float eps;
     const Layer *layer;
     const float *final_norm, *cos, *sin;  // tables (context, head_dim / 2)
-    Matrix head;                         // (vocab, width)
+    Matrix head;                          // (vocab, width)
 } Model;
 
 // A low-rank update of one projection: a (rank, in), b (out, rank), rank a multiple of 16. Where a is NULL, none.
@@ -139,7 +139,7 @@ static void block(int64_t m, float *out, int64_t step, const num *x, int64_t str
 #define ROWS(r) case r: tile(r, out + n * step, step, x + n * stride + k, stride, w + k * 16, wide); break;
             switch (m - n < TILE ? m - n : TILE) {
                 ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-#if __AVX512BF16__
+#ifdef __AVX512BF16__
                 ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
 #endif
             }
@@ -251,7 +251,7 @@ typedef struct {
     const int64_t *positions, *slots;
     int64_t rows, n_groups, widest, longest;
     float *hidden, *qkv, *added;           // added: a block's output
-    num *x, *mixed, *fed, *low;           // low: (groups, PROJECTIONS, rows, widest) x A^T
+    num *x, *mixed, *fed, *low;            // low: (groups, PROJECTIONS, rows, widest) x A^T
     float *scores;                         // (threads, longest)
 } Step;
 
@@ -599,8 +599,9 @@ double coterie_round(const float *w, int64_t out, int64_t in, int8_t *in8, float
                     Wide d = sub16(fma16(number[half], set16(scale), set16(offset)), v[half]);
                     error = fma16(d, d, error);
                 }
-                if (sum16(error) >= best) continue;
-                best = sum16(error);
+                float all = sum16(error);
+                if (all >= best) continue;
+                best = all;
                 store16(value, number[0]);
                 store16(value + 16, number[1]);
                 float *to = scales + (row / 16 * (in / GROUP) + g) * 32 + row % 16;

@@ -112,6 +112,10 @@ class In8:
         return cls(values, scales, off)
 
     @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    @property
     def dense(self) -> Tensor:
         """What it multiplies by, (out, in), rows of zeros at the end up to a multiple of 16."""
         wide = self.values.shape[1]
@@ -132,7 +136,6 @@ class Step:
 
     def __init__(self, decoder: Decoder, library: Any, weights: Weights, slots: int) -> None:
         self.decoder, self._library = decoder, library
-        self.in8 = 0  # bytes of matrices in 8 bits
         self._keep: list[Any] = []
         c, w = decoder.config, decoder.weights
         head = "embed" if c.tied else "head"
@@ -164,32 +167,38 @@ class Step:
             return None
         return cls(decoder, _library(), weights, slots)
 
+    @property
+    def in8(self) -> int:
+        """Bytes of the matrices that are held in 8 bits."""
+        return sum(kept.nbytes for kept in self._keep if isinstance(kept, In8))
+
     def _gains(self, names: list[str], slots: int) -> bool:
         """Whether products by matrices in 8 bits are clearly slower than by the exact ones for no number of rows."""
-        pairs: list[tuple[Tensor, Any, Any]] = []
-        keep, self._keep = self._keep, []
+        pairs: list[tuple[Any, Any, torch.Size]] = []  # a matrix in both ways, and its shape
+        keep, self._keep, read = self._keep, [], 0
         try:
             for name in names:
-                if sum(weight.nbytes for weight, _, _ in pairs) < SAMPLE:
+                if read < SAMPLE:
                     weight = self.decoder.weights[name]
                     exact, light = self._exact(weight), self._light(weight)
                     if light is None:
                         return False
-                    pairs.append((weight, exact, light))
+                    pairs.append((exact, light, weight.shape))
+                    read += weight.nbytes
             for rows in sorted({1 << n for n in range(slots.bit_length())} | {slots}):
-                best = {1: float("inf"), 2: float("inf")}
+                best = [float("inf")] * 2
                 for _ in range(PASSES):
-                    for way, fastest in best.items():
+                    for way, fastest in enumerate(best):
                         began = time.perf_counter()
-                        for pair in pairs:
-                            self._product(pair[way], rows, *pair[0].shape)
+                        for *matrices, (out, wide) in pairs:
+                            self._product(matrices[way], rows, out, wide)
                         best[way] = min(fastest, time.perf_counter() - began)
-                log.debug("%d rows: %.2f ms exact, %.2f ms in 8 bits", rows, best[1] * 1e3, best[2] * 1e3)
-                if best[2] > CLEARLY * best[1]:
+                log.debug("%d rows: %.2f ms exact, %.2f ms in 8 bits", rows, best[0] * 1e3, best[1] * 1e3)
+                if best[1] > CLEARLY * best[0]:
                     return False
             return True
         finally:
-            self._keep, self.in8 = keep, 0
+            self._keep = keep  # what was only measured is let go
 
     def _product(self, matrix: Any, rows: int, out: int, wide: int) -> Tensor:
         y = torch.empty(rows, -(-out // LANES) * LANES)
@@ -212,8 +221,8 @@ class Step:
         light = In8.of(weight)
         if light.off > LOST_NOTHING and not self._lossy:
             return None
-        self.in8 += light.values.nbytes + light.scales.nbytes
-        return _Matrix(None, self._kept(light.values), self._kept(light.scales))
+        self._keep.append(light)
+        return _Matrix(None, light.values.data_ptr(), light.scales.data_ptr())
 
     def _kept(self, weight: Tensor) -> int:
         self._keep.append(weight)

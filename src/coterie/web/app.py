@@ -78,7 +78,6 @@ def create_app(
     @app.get("/", response_class=HTMLResponse)
     def page(request: Request) -> str:
         return pages.get_template("chat.html").render(
-            business=business.config.business,
             person=request.state.person,
             base=answerer.engine.base.name,
             experts=business.library.shelf(),

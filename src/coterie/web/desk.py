@@ -110,17 +110,10 @@ def _router(
             agent = door.agent(request)
         except NotSignedIn:
             accounts = request.state.person not in (LOCAL, PASSER)
-            return HTMLResponse(
-                pages.get_template("desk_closed.html").render(
-                    business=desk.business.config.business, accounts=accounts
-                ), 401,
-            )  # fmt: skip
+            return HTMLResponse(pages.get_template("desk_closed.html").render(accounts=accounts), 401)
         return HTMLResponse(
-            pages.get_template("desk.html").render(
-                business=desk.business.config.business, agent=agent, canned=desk.spec.canned,
-                person=request.state.person,
-            )
-        )  # fmt: skip
+            pages.get_template("desk.html").render(agent=agent, canned=desk.spec.canned, person=request.state.person)
+        )
 
     @router.get("/desk/api/conversations")
     def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting") -> dict[str, Any]:  # type: ignore[valid-type]

@@ -64,9 +64,8 @@ def router(business: Business, pages: Environment) -> APIRouter:
     def page(request: Request) -> str:
         experts = [told(facts) for facts in library.shelf()]
         return pages.get_template("experts.html").render(
-            business=business.config.business, experts=experts, chart=scores_chart() is not None,
-            person=request.state.person,
-        )  # fmt: skip
+            experts=experts, chart=scores_chart() is not None, person=request.state.person
+        )
 
     def scores_chart() -> charts.Chart | None:
         groups: dict[str, dict[str, charts.Bar]] = {}

@@ -115,9 +115,7 @@ def router(shelf: Shelf, business: Business, pages: Environment) -> APIRouter:
     @routes.get("/knowledge", response_class=HTMLResponse)
     def page(request: Request) -> str:
         found = overview(business, reader_of(request))
-        return pages.get_template("knowledge.html").render(
-            business=business.config.business, sources=found, person=request.state.person
-        )
+        return pages.get_template("knowledge.html").render(sources=found, person=request.state.person)
 
     @routes.get("/knowledge/sources")
     def sources(request: Request) -> dict[str, Any]:

@@ -80,12 +80,13 @@ def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] 
     def mine(request: Request, id: str) -> Conversation:
         """The visitor's own conversation; another's reads as if there were none, and goes on record."""
         customer = door.visitor(request)
-        found = talks.get(id)
-        if found.customer != customer:
+        try:
+            return talks.get(id, customer)
+        except NoConversation:
+            whose = talks.get(id).customer  # raises again where there is none at all
             if refused and again_after(tried, (customer, id)):
-                refused(customer, id, found.customer)
-            raise NoConversation(f"there is no conversation {id!r}")
-        return found
+                refused(customer, id, whose)
+            raise
 
     @app.post("/visits")
     def visit(body: Visit, request: Request) -> dict[str, Any]:
