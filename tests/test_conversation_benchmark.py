@@ -1,13 +1,8 @@
 """What benchmarks/conversation.py makes of the times that it took."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import common
 import conversation
+import pytest
 
 
 def test_turns_are_compared_one_by_one_and_the_first_does_not_count() -> None:

@@ -1,12 +1,9 @@
 """The harness of whole contacts says what happened: the gold oracle is right, and nobody else is by accident."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from desk_tasks import Reply, Run, Task, oracle, play, products, read_documents, read_tasks, replay, state
 
 

@@ -1,12 +1,9 @@
 """A server that is killed with -9 under load loses no message that it has accepted, and doubles none."""
 
 import asyncio
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from desk_load import check, killer, load, make_business, running, scripted_server
 
 

@@ -1,20 +1,16 @@
 """Forty questions about two businesses, answered over their databases and over a graph of the same tables: alike."""
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from businesses import FOLDER, NAMES, build
 
 from coterie.knowledge.database import Database
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import asked_of
 from coterie.knowledge.specs import GraphSpec
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from businesses import FOLDER, NAMES, build
 
 QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
 ANYONE = Reader()

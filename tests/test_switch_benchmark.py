@@ -1,12 +1,10 @@
 """What benchmarks/switch.py says of its runs, and how a section of RESULTS.md is written."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 common, switch = pytest.importorskip("common"), pytest.importorskip("switch")
 
 
