@@ -43,7 +43,9 @@ function showEntries(entries, disliked) {
   const list = find("#entries");
   const follows = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
   const shown = entries.filter((m) => !(m.kind === "suggestion" || (m.kind === "note" && m.author === "bot")));
+  const unfolded = list.dataset.id ? [...list.querySelectorAll("li:has(details[open])")].map((li) => li.dataset.seq) : [];
   list.replaceChildren(...shown.map((m) => entry(m, disliked)));
+  for (const seq of unfolded) list.querySelector(`[data-seq="${seq}"] details`).open = true;
   if (follows || !list.dataset.id) list.scrollTop = list.scrollHeight;
 }
 
@@ -64,7 +66,7 @@ function entry(m, disliked) {
   if (m.data.files?.length) parts.push(element("ul", { class: "aside files" }, ...m.data.files.map(fileLink)));
   if (m.data.stopped) parts.push(element("p", { class: "aside" }, "The customer stopped it here."));
   if (m.seq in disliked) parts.push(element("p", { class: "warn" }, `Not helpful${disliked[m.seq] ? `: ${disliked[m.seq]}` : ""}`));
-  return element("li", { class: `entry ${m.kind} ${m.author.split(":")[0]}` }, ...parts);
+  return element("li", { class: `entry ${m.kind} ${m.author.split(":")[0]}`, "data-seq": m.seq }, ...parts);
 }
 
 const mailLine = ({ from, name, subject, verified, cut }) =>
