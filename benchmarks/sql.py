@@ -27,7 +27,6 @@ from common import Report, finish, need_data, options, screen
 from coterie.business import Business, fit
 from coterie.data.read import Example
 from coterie.data.split import leaks
-from coterie.engine.constrain import Constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.evaluation.metrics import wilson
@@ -39,6 +38,7 @@ from coterie.knowledge.database import open_database
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.plainsql import simplify
 from coterie.knowledge.specs import DatabaseSpec
+from coterie.model.constrain import Constraint
 
 GEO = ("state", "border_info", "city", "highlow", "river", "mountain", "lake")
 WHO = Reader("benchmark")

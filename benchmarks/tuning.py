@@ -4,9 +4,9 @@ The same rows of Banking77 in the same chat template, the same base weights, ran
 and threads. Each run is a process of its own, so that neither warms or fills memory for the other, and the runs
 take turns. Of the peer's settings (VARIANTS in peers/peft_trainer.py) the fastest is compared. Steps that warm up
 are not counted. The adapters are then scored on the same held-out rows by the same code, to show that both learn.
-Then the time to the same held-out accuracy (time_to_accuracy.py), beside LLaMA-Factory too where it is installed in an
-environment of its own: python -m venv DIR; DIR/bin/pip install torch==2.13.0 llamafactory, and --llamafactory
-DIR/bin/python.
+Then the time to the same held-out accuracy (time_to_accuracy.py), where ours learn decisions only, beside LLaMA-Factory
+too where it is installed in an environment of its own: python -m venv DIR; DIR/bin/pip install torch==2.13.0
+llamafactory, and --llamafactory DIR/bin/python.
 Ratios: `vs_peft`, our examples per second over theirs; `time_to_accuracy_vs_peft` and `_vs_llamafactory`, their seconds
 over ours.
 """
@@ -32,6 +32,7 @@ from coterie.experts.expert import Applied
 from coterie.experts.kinds import apply
 from coterie.model.load import load
 from coterie.model.pull import DEFAULT, pull
+from coterie.tuning.decisions import decisions
 from coterie.tuning.loop import Progress, Training, held_out_loss, train
 from coterie.tuning.objective import completions
 from coterie.tuning.trunk import Trunk
@@ -59,7 +60,7 @@ class Course:
     labels: int | None = None
 
 
-COURSE, COURSE_QUICK = Course(1600, 400, 3, 30, 0.7), Course(256, 100, 1, 4, 0.5, 12)
+COURSE, COURSE_QUICK = Course(960, 300, 2, 20, 0.45), Course(256, 100, 1, 4, 0.45, 12)
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,9 @@ def our_side(base_dir: str, data_file: str, out: str, job: dict[str, Any]) -> No
     torch.set_num_threads(job["threads"])
     base = load(Path(base_dir), packed=True)
     data = rows_of(Path(data_file))
-    cut, every = job.get("first_layer", 0), job.get("keep_every", 0)
+    cut, every, choices = job.get("first_layer", 0), job.get("keep_every", 0), job.get("choices")
     lora = loras.fresh(loras.LoraConfig(job["rank"], job["alpha"], first_layer=cut), base.decoder)
     settings = Training(job.get("epochs", 1), job["batch"], job["learning_rate"], job["warmup"])
-    tokens = [int(data.lengths()[batch].sum()) for batch in batches(data.lengths(), job["batch"], settings.seed)]
     checkpoint = Path(out) / "checkpoint"
     checkpoint.unlink(missing_ok=True)  # an earlier round's: training would go on where that ended
 
@@ -123,11 +123,14 @@ def our_side(base_dir: str, data_file: str, out: str, job: dict[str, Any]) -> No
                     loras.save(lora, kept, "base", base.decoder.config)
 
     clock = common.Clock()
+    decided = decisions(base, data, choices) if choices else None
+    data = decided.data if decided else data
     trunk = Trunk(base.decoder, data, cut, Path(out) / "trunk") if cut else None
     outcome = train(
-        base.decoder, lora, completions(base.decoder, data, trunk), data.lengths(), list(range(len(data))), [0],
-        settings, checkpoint, tell,
+        base.decoder, lora, completions(base.decoder, data, trunk, decided), data.lengths(), list(range(len(data))),
+        [0], settings, checkpoint, tell,
     )  # fmt: skip
+    tokens = [int(data.lengths()[batch].sum()) for batch in batches(data.lengths(), job["batch"], settings.seed)]
     peak = common.peak_mib()
     loras.save(lora, Path(out), "base", base.decoder.config)
     print(json.dumps(clock.steps() | {"tokens": tokens, "peak_mib": peak, "losses": outcome.losses}))
@@ -210,7 +213,8 @@ def accuracy(report: common.Report, folder: Path, best: str, quick: bool, thread
         out.mkdir(parents=True)
         paths = [str(folder / "base"), str(folder / "course.npz"), str(out)]
         command = [str(PEER), *paths, who] if who == best else [__file__, "--side", *paths]
-        found[who] = common.run_side([*command, json.dumps(job | {"first_layer": cut})], threads)
+        ours = {"first_layer": cut, "choices": rows.labels}
+        found[who] = common.run_side([*command, json.dumps(job | ours)], threads)
     if factory:
         found[FACTORY] = time_to_accuracy.llama_factory(factory, folder, folder / "course" / FACTORY, job)
     grown = time_to_accuracy.courses(rows, folder, found, size.every)
@@ -226,16 +230,18 @@ def accuracy(report: common.Report, folder: Path, best: str, quick: bool, thread
         report.figures[f"{keys[who]} accuracy at the end"] = course.accuracy[-1]
         if (seconds := until[who]) is not None:
             report.figures[f"{keys[who]} seconds to accuracy"] = seconds
-    ours = until[BRANCH]
-    if ours:
+    seconds = until[BRANCH]
+    if seconds:
         for name, who in (("peft", best), ("llamafactory", FACTORY)):
             theirs = until.get(who)
             if theirs:
-                report.ratios[f"time_to_accuracy_vs_{name}"] = theirs / ours
+                report.ratios[f"time_to_accuracy_vs_{name}"] = theirs / seconds
     report.say(
         f"Time to {size.target:.0%} of {len(rows.held_out)} held-out questions answered with the right one of "
         f"{len(rows.labels)} intents: {len(rows.train)} rows, {size.epochs} passes, the same rank, batch, learning "
-        f"rate and schedule for all; an adapter kept every {size.every} steps, all answering in the same engine."
+        f"rate and schedule for all; an adapter kept every {size.every} steps, all answering in the same engine, "
+        "held to the intents. Ours learn decisions between the intents (coterie/tuning/decisions.py), the peers whole "
+        "answers."
     )
     report.table(
         "Accuracy as training goes on", ("step", *(names.get(who, who) for who in grown)),

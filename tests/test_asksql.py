@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from coterie.engine.constrain import Grammars
 from coterie.engine.engine import Engine
 from coterie.errors import DataError, SourceError
 from coterie.knowledge.asksql import Nearest, SqlSource, Written, instruction, open_sql
@@ -16,6 +15,7 @@ from coterie.knowledge.plainsql import simplify
 from coterie.knowledge.specs import DatabaseSpec, TablesSpec
 from coterie.knowledge.sqlgrammar import sql_grammar
 from coterie.knowledge.sqlguard import guard
+from coterie.model.constrain import Grammars
 from coterie.model.load import BaseModel
 
 ANYONE, STAFF = Reader("eve"), Reader("ada", frozenset({"staff"}))

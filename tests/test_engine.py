@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.engine import constrain
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Piece, Sampling
 from coterie.errors import Busy, ContextTooLong, CoterieError, ModelError, Stopped, UnknownExpert
@@ -30,6 +29,7 @@ from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
 from coterie.experts.prefix import PrefixConfig
 from coterie.experts.prompt import PromptConfig
+from coterie.model import constrain
 from coterie.model.load import BaseModel
 from support import Gate, greedy, logits_with, random_rows, trained
 

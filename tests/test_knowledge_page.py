@@ -12,8 +12,8 @@ from coterie import sources
 from coterie.answer import Answer, Answerer
 from coterie.business import Business
 from coterie.data.read import Message
-from coterie.engine.constrain import choices
 from coterie.engine.request import Sampling
+from coterie.model.constrain import choices
 from coterie.sources import learn
 from knowledge_support import WordEmbedder
 from test_grounding import DELIVERY, KNOWS, POLICY

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from coterie.business import Business, Tell
 from coterie.choose import Choice, Chooser, question
 from coterie.data.read import Message, last_said
-from coterie.engine.constrain import choices
 from coterie.engine.engine import Engine
 from coterie.engine.request import Blend, Callback, Combine, Generation, Piece, Sampling, TokenChoice
 from coterie.errors import CoterieError
@@ -16,6 +15,7 @@ from coterie.experts.classifier import KIND, Verdict
 from coterie.experts.instruction import frame, weights_of
 from coterie.experts.kinds import Labeller, labeller
 from coterie.experts.library import ExpertFacts
+from coterie.model.constrain import choices
 
 ARROW_MOST = 64  # experts that Arrow may choose among
 LABELLERS = 8  # classifiers in memory: one of 10,000 rows takes 90 MB

@@ -208,7 +208,9 @@ def _fit_one(
         tell(f"{name}: {text}")
 
     try:
-        outcome = tune(spec, base, expert, data.tokens, rows, held, work, trunks, partial(progress, name), say)
+        outcome = tune(
+            spec, base, expert, data.tokens, rows, held, data.choices, work, trunks, partial(progress, name), say
+        )
     except TrainingError as error:  # of numbers of rows, which say nothing to people
         batch = _pick(business.examples(name, spec.train), {data.numbers[i] for i in error.rows})
         first = min(batch) if batch else None

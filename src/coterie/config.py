@@ -73,6 +73,10 @@ class TrainingSpec(Strict):
     seed: int = Field(0, ge=0, lt=2**32, description="fixes split, order and start: same seed, same expert")
     held_out: float = Field(0.05, gt=0, le=0.5, description="share of the rows kept for evaluation while training")
     max_tokens: int = Field(1024, ge=16, description="rows longer than this are left out, and named")
+    whole_answers: bool = Field(
+        False,
+        description="choices: learn to write them out, too, for programs that do not hold the answer to a list",
+    )
 
 
 class ExpertSpec(Strict):

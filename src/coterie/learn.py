@@ -1,6 +1,6 @@
 """An expert from its declaration: made, trained on examples, then on preferences, and written down."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from coterie.experts import adapter, classifier, full, kinds, lora, prefix, prom
 from coterie.experts.expert import Expert
 from coterie.model.load import BaseModel
 from coterie.model.save import save_model
+from coterie.tuning.decisions import decisions
 from coterie.tuning.loop import Outcome, Progress, Training, train
 from coterie.tuning.objective import completions, preferences
 from coterie.tuning.trunk import Trunk
@@ -55,14 +56,19 @@ def learning_rate(spec: ExpertSpec) -> float:
 
 def tune(
     spec: ExpertSpec, base: BaseModel, expert: Expert, data: TokenSet, rows: list[int], held: list[int],
-    work: Path, trunks: Path, progress: Callable[[Progress], None], say: Say,
+    options: Sequence[str], work: Path, trunks: Path, progress: Callable[[Progress], None], say: Say,
 ) -> Outcome:  # fmt: skip
-    """Train `expert` on `rows` of `data`, from the cached trunk where it leaves the lower layers alone."""
+    """Train `expert` on `rows` of `data`, from the cached trunk where it leaves the lower layers alone.
+
+    Answers that are one of `options` are learned as decisions between these, unless they are to be learned whole.
+    """
     how = spec.training
+    decided = decisions(base, data, options) if options and not how.whole_answers else None
+    data = decided.data if decided else data
     trunk = Trunk(base.decoder, data, how.first_layer, trunks, tell=say) if how.first_layer else None
     settings = Training(how.epochs, how.batch, learning_rate(spec), how.warmup, how.weight_decay, seed=how.seed)
     return train(
-        base.decoder, expert, completions(base.decoder, data, trunk), data.lengths(), rows, held, settings,
+        base.decoder, expert, completions(base.decoder, data, trunk, decided), data.lengths(), rows, held, settings,
         work / "checkpoint.safetensors", progress, say,
     )  # fmt: skip
 

@@ -17,7 +17,6 @@ import numpy as np
 from coterie.business import Business, Tell, route_statistics
 from coterie.data.read import Example, Message
 from coterie.data.split import hold_out, leaks
-from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError, DataError
@@ -27,6 +26,7 @@ from coterie.evaluation.significance import compare_scores
 from coterie.evaluation.task import METRICS
 from coterie.experts.instruction import KIND, posed
 from coterie.experts.library import ExpertFacts, check_name
+from coterie.model.constrain import choices as choice_constraint
 from coterie.tuning import prompts
 from coterie.tuning.prompts import Candidate, Tried
 

@@ -28,7 +28,7 @@ from coterie.experts.card import in_words, percent
 
 if TYPE_CHECKING:  # what loads torch is imported when a command needs it
     from coterie.business import Business
-    from coterie.engine.constrain import Constraint
+    from coterie.model.constrain import Constraint
 
 app = typer.Typer(
     help="Coterie makes one small open language model into a coterie of experts for your business.\n\n"
@@ -180,7 +180,7 @@ def generate(
 
 def _constraint(choice: list[str], regex: str, schema: Path | None) -> "Constraint | None":
     """What the answer must be. Raises CoterieError where two options say different things, or one cannot be read."""
-    from coterie.engine import constrain
+    from coterie.model import constrain
 
     given = [o for o, v in (("--choice", choice), ("--regex", regex), ("--schema", schema)) if v]
     if len(given) > 1:

@@ -18,9 +18,9 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
-from coterie.engine.constrain import Grammars, failure
 from coterie.engine.guess import continuation
 from coterie.engine.pages import PAGE, Pages, Part
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
@@ -33,6 +33,7 @@ from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped
 from coterie.experts import arrow
 from coterie.experts.library import Library
 from coterie.experts.mixture import Gates, mixed
+from coterie.model.constrain import Grammars, failure
 from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 from coterie.model.threads import give_back_pool
@@ -428,22 +429,39 @@ class Engine:
             self.stats.first_token_seconds.append(request.first_at - request.asked_at)
         text, ended = "", token in self.base.eos
         if not ended:
-            request.generated.append(token)
-            self.stats.generated_tokens += 1
-            text = row.stream.push(token)
-            if row.matcher:
-                row.matcher.consume_token(token)
+            text = self._say(row, token)
+            if row.matcher and self.step and not row.woken and request.sampling.logprobs is None:
+                text += self._say_forced(row, row.matcher)
         if row.matcher and (broken := failure(row.matcher)):
             self._finish(row, "error", error=broken)
         elif ended or row.stream.stopped or (row.matcher and row.matcher.is_stopped()):
             # After an echo the end mark is told too: who scores a prompt counts on one token more than it has.
             told = () if ended and not request.sampling.echo else detail
             self._finish(row, "stop", text + row.stream.flush(), told)
-        elif len(request.generated) >= request.sampling.max_tokens or row.length + 1 >= self.context:
+        elif len(request.generated) >= request.sampling.max_tokens or row.length + row.unread >= self.context:
             text += row.stream.flush()
             self._finish(row, "stop" if row.stream.stopped else "length", text, detail)
         elif text or detail:
             request.emit(Piece(text, detail))
+
+    def _say(self, row: Running, token: int) -> str:
+        """Take a token into the answer; the text that is certain with it."""
+        row.request.generated.append(token)
+        self.stats.generated_tokens += 1
+        if row.matcher:
+            row.matcher.consume_token(token)
+        return row.stream.push(token)
+
+    def _say_forced(self, row: Running, matcher: LLMatcher) -> str:
+        """Say what the constraint leaves no choice about; the row reads it together with what it chooses next, if there
+        is anything left to choose."""
+        text, want = "", row.request.sampling
+        for token in matcher.compute_ff_tokens():
+            full = len(row.request.generated) >= want.max_tokens or row.length + row.unread >= self.context
+            if full or row.stream.stopped:
+                break
+            text += self._say(row, token)
+        return text
 
     def _finish(
         self, row: Running, why: str, text: str = "", detail: tuple[TokenChoice, ...] = (),

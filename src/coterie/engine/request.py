@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from coterie.engine.constrain import Constraint
 from coterie.errors import CoterieError
+from coterie.model.constrain import Constraint
 
 Adapter = tuple[str, int]  # name and version of an expert
 Combine = Literal["merge", "logits", "arrow"]

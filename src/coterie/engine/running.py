@@ -43,7 +43,7 @@ class Running:
 
     @property
     def unread(self) -> int:
-        """Tokens that are not in the cache yet: of the prompt, or the last one chosen."""
+        """Tokens that are not in the cache yet: of the prompt, or the last one chosen and those it brought with it."""
         return self.ahead + len(self.request.prompt) + len(self.request.generated) - self.length
 
     @property
@@ -68,8 +68,8 @@ class Running:
 
     def next_tokens(self, count: int) -> list[int]:
         """The first `count` that are not in the cache, 0 for a virtual one."""
-        if self.request.generated:  # all of the prompt has been read: what is left is the last token
-            return [self.request.generated[-1]]
+        if self.request.generated:  # all of the prompt has been read
+            return self.request.generated[-self.unread :][:count]
         start, end = self.length, self.length + count
         virtual = min(count, max(0, self.ahead - start))
         return [0] * virtual + self.request.prompt[max(0, start - self.ahead) : max(0, end - self.ahead)]

@@ -6,13 +6,13 @@ from itertools import islice
 from typing import Any
 
 from coterie.data.read import Example, Message, last_said
-from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Generation, Sampling
 from coterie.errors import ContextTooLong, DataError
 from coterie.evaluation.metrics import summarise
 from coterie.experts.classifier import TOGETHER
 from coterie.experts.kinds import Labeller
+from coterie.model.constrain import choices as choice_constraint
 
 ROOM = 8  # tokens
 

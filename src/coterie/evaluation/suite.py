@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from coterie.data.read import Example, Message
-from coterie.engine.constrain import choices as choice_constraint
 from coterie.engine.engine import Engine
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError
@@ -24,6 +23,7 @@ from coterie.experts import classifier, kinds
 from coterie.experts.expert import Applied
 from coterie.experts.instruction import KIND, posed, weights_of
 from coterie.experts.library import ExpertFacts, Library
+from coterie.model.constrain import choices as choice_constraint
 from coterie.model.decoder import Decoder
 
 Tell = Callable[[int], None]

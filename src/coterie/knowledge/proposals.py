@@ -16,7 +16,6 @@ from typing import Any, Literal
 import pyoxigraph as ox
 
 from coterie.data.read import read_objects
-from coterie.engine.constrain import Constraint, json_schema
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError
@@ -24,6 +23,7 @@ from coterie.files import write_atomic
 from coterie.knowledge.entities import plain
 from coterie.knowledge.graph import EXTRACTED, Graph
 from coterie.knowledge.mapping import LABEL, relation
+from coterie.model.constrain import Constraint, json_schema
 
 State = Literal["waiting", "accepted", "rejected"]
 MOST = 6  # proposals of one passage

@@ -7,9 +7,9 @@ case. What it lets through still passes sqlguard.py; the grammar only keeps a sm
 import re
 from collections.abc import Iterable
 
-from coterie.engine.constrain import Constraint
 from coterie.errors import CoterieError
 from coterie.knowledge.schema import TableSchema
+from coterie.model.constrain import Constraint
 
 # Words that cannot stand as a name without quotes; a few more than each database reserves do no harm.
 _WORDS = """

@@ -51,11 +51,15 @@ def common_start(rows: list[Row]) -> int:
 
     The token that follows is not to be learned in any row, since it is foretold from what is shared.
     """
+    learned = [int(marks.nonzero()[0]) if marks.any() else len(marks) - 1 for _, marks in rows]
+    return same_start([tokens for tokens, _ in rows], max(min(learned) - 1, 0))
+
+
+def same_start(rows: list[Tensor], most: int) -> int:
+    """How many of their first `most` tokens all rows have in common, 0 where sharing them is not worth it."""
     if len(rows) < 2:
         return 0
-    learned = [int(marks.nonzero()[0]) if marks.any() else len(marks) - 1 for _, marks in rows]
-    most = max(min(learned) - 1, 0)
-    same = torch.stack([tokens[:most] for tokens, _ in rows]) == rows[0][0][:most]
+    same = torch.stack([tokens[:most] for tokens in rows]) == rows[0][:most]
     found = int(same.all(dim=0).long().cumprod(0).sum())
     return found if found >= SHARED_LEAST else 0
 
@@ -97,19 +101,34 @@ def _scored(hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
 
 
 def completion_loss(
-    decoder: Decoder, applied: Applied, rows: list[Row], start: Tensor | None = None, first_layer: int = 0
-) -> tuple[Tensor, int]:
-    """Summed loss in nats over the marked tokens of `rows`, and how many there are."""
+    decoder: Decoder, applied: Applied, rows: list[Row], start: Tensor | None = None, first_layer: int = 0,
+    among: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Summed loss in nats over the marked tokens of `rows`, and how many there are.
+
+    `among`, where given, are tokens (C), and which of them may stand at each marked place, (marked, C): the loss is
+    over those alone.
+    """
     device, shared = decoder.device, common_start(rows)
     targets = torch.cat([tokens[shared + 1 :] for tokens, _ in rows]).long().to(device)
     marked = torch.cat([marks[shared + 1 :] for _, marks in rows]).to(device)
     hidden = hidden_states(decoder, applied, [tokens[:-1] for tokens, _ in rows], shared, start, first_layer)
     hidden, targets = hidden[marked], targets[marked]
+    if among is not None:
+        return _loss_among(applied.decoder or decoder, hidden, targets, *among), len(targets)
     if applied.decoder is None:
         loss: Tensor = _CompletionLoss.apply(hidden, targets, decoder)  # type: ignore[no-untyped-call]
     else:
         loss = summed_loss(applied.decoder, hidden, targets)
-    return loss, int(marked.sum())
+    return loss, len(targets)
+
+
+def _loss_among(decoder: Decoder, hidden: Tensor, targets: Tensor, tokens: Tensor, allowed: Tensor) -> Tensor:
+    """Summed cross-entropy of hidden (N, width) against targets (N), among those of `tokens` (C, ascending) that are
+    `allowed` (N, C)."""
+    table = decoder.weights["embed" if decoder.config.tied else "head"][tokens]
+    scores = (hidden @ table.T).float().masked_fill(~allowed, float("-inf"))
+    return F.cross_entropy(scores, torch.searchsorted(tokens, targets), reduction="sum")
 
 
 def row_losses(decoder: Decoder, applied: Applied, rows: list[Row]) -> Tensor:

@@ -12,6 +12,7 @@ from coterie.data.encode import TokenSet
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply
 from coterie.model.decoder import Decoder
+from coterie.tuning.decisions import Decisions
 from coterie.tuning.forward import Row, completion_loss, row_losses
 from coterie.tuning.trunk import Trunk
 
@@ -26,13 +27,18 @@ def _rows(data: TokenSet, rows: list[int]) -> list[Row]:
     return out
 
 
-def completions(decoder: Decoder, data: TokenSet, trunk: Trunk | None = None) -> Loss:
-    """Cross-entropy of the completion tokens of `data`, in nats; from the cached trunk where there is one."""
+def completions(decoder: Decoder, data: TokenSet, trunk: Trunk | None = None, decided: Decisions | None = None) -> Loss:
+    """Cross-entropy of the completion tokens of `data`, in nats; from the cached trunk where there is one.
+
+    With `decided`, whose rows `data` must be, of the decisions between choices alone, over the tokens that may come.
+    """
 
     def loss(applied: Applied, rows: list[int]) -> tuple[Tensor, int]:
-        if trunk is None:
-            return completion_loss(decoder, applied, _rows(data, rows))
-        return completion_loss(decoder, applied, _rows(data, rows), trunk.start(rows), trunk.cut)
+        start, cut = (trunk.start(rows), trunk.cut) if trunk else (None, 0)
+        among = None
+        if decided:
+            among = decided.tokens.to(decoder.device), decided.allowed[decided.of(rows)].to(decoder.device)
+        return completion_loss(decoder, applied, _rows(data, rows), start, cut, among)
 
     return loss
 

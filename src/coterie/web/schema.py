@@ -12,9 +12,9 @@ from pydantic import BaseModel as Record
 from pydantic_core import PydanticCustomError
 
 from coterie.data.read import Message
-from coterie.engine import constrain
 from coterie.engine.request import Sampling
 from coterie.errors import CoterieError
+from coterie.model import constrain
 
 ANSWER_TOKENS, COMPLETION_TOKENS = 1024, 16  # most tokens where a request does not say; 16 is OpenAI's own
 
