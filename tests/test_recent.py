@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from coterie.errors import Busy
 from coterie.privacy import vault as vaults
+from coterie.privacy.access import Limit
 from coterie.privacy.keys import KEPT_S, Keys
 from coterie.privacy.master import MasterKey
 from coterie.privacy.vault import Vault
 from coterie.recent import Recent
 from coterie.store.database import open_database
+from coterie.web import widget
+from coterie.web.widget import Looks
 
 
 class Clock:
@@ -62,6 +66,19 @@ def test_keys_of_customers_who_are_gone_are_not_in_memory(keys: Keys, clock: Clo
     assert len(keys._current) <= KEPT_S
 
 
+def test_a_limit_knows_only_the_names_of_its_time(clock: Clock) -> None:
+    limit = Limit(2, 60.0, clock)
+    for n in range(500):
+        limit.count(f"visitor {n}")
+        clock.now += 1.0
+    assert len(limit._times) <= 60
+    limit.count("visitor 499")
+    with pytest.raises(Busy):
+        limit.count("visitor 499")
+    clock.now += 60.0
+    limit.count("visitor 499")
+
+
 def test_pseudonyms_that_left_memory_are_the_same_when_they_are_needed(
     keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,3 +92,12 @@ def test_pseudonyms_that_left_memory_are_the_same_when_they_are_needed(
     again = vault.mask("anna", ["Ben Okri", "Anna Müller and Ben Okri"], known)
     assert again.texts[1:] == first
     assert again.restore(again.texts[0]) == "Ben Okri"
+
+
+def test_looks_are_forgotten_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widget, "SEEN", 3)
+    looks = Looks()
+    assert [looks.again("kim", "a"), looks.again("kim", "a"), looks.again("lee", "a")] == [True, False, True]
+    for n in range(10):
+        looks.again("kim", str(n))
+    assert len(looks._seen) == 3
