@@ -108,10 +108,12 @@ def serve(folder: Path, port: int, token_s: float, lease_s: float) -> None:
     from coterie.desk.desk import Desk
     from coterie.desk.flow import Parts
     from coterie.desk.rights import house_of, rooms_of
+    from coterie.model.memory import few_arenas
     from coterie.privacy.deidentify import Detector
     from coterie.privacy.vault import Vault
     from coterie.web.app import create_app
 
+    few_arenas()
     conversation.LEASE_S = lease_s
     business = Business.open(folder)
     house = house_of(business)

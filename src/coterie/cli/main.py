@@ -284,8 +284,10 @@ def serve(
     from coterie.desk.retention import RetentionTask
     from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.grounding import Grounding
+    from coterie.model.memory import few_arenas
     from coterie.web.app import create_app
 
+    few_arenas()  # before there are threads
     business = Business.open(folder)
     house = house_of(business)
     retention = RetentionTask(house.database, business.config.retention, rooms_of(house, business), house.audit)
