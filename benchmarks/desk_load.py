@@ -108,7 +108,7 @@ def serve(folder: Path, port: int, token_s: float, lease_s: float) -> None:
     from coterie.desk.desk import Desk
     from coterie.desk.flow import Parts
     from coterie.desk.rights import house_of, rooms_of
-    from coterie.model.memory import few_arenas
+    from coterie.model.memory import few_arenas, settle
     from coterie.privacy.deidentify import Detector
     from coterie.privacy.vault import Vault
     from coterie.web.app import create_app
@@ -123,6 +123,7 @@ def serve(folder: Path, port: int, token_s: float, lease_s: float) -> None:
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
     desk.start()
     application = create_app(answerer, desk, house, lambda: rooms_of(house, business))
+    settle()
     uvicorn.run(application, host="127.0.0.1", port=port, log_level="error")
 
 

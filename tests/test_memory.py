@@ -7,6 +7,28 @@ from pathlib import Path
 
 import pytest
 
+COLLECTED = """
+import gc, weakref
+from coterie.model.memory import settle
+
+
+class Knot:
+    def __init__(self):
+        self.itself = self
+
+
+held = [[] for _ in range(400_000)]  # as much as a server with a base model has
+settle()
+knot = Knot()
+oldest = weakref.ref(knot)
+gc.collect(1)  # it has outlived the young ones, as what hangs on an open connection does
+del knot
+assert oldest(), "only a whole collection takes it"
+for _ in range(200_000):
+    Knot()
+assert not oldest()
+assert len(held) == 400_000
+"""
 THREADS = """
 import ctypes, sys, threading
 from coterie.model.memory import few_arenas
@@ -41,3 +63,8 @@ def test_eight_threads_share_two_heaps(tmp_path: Path) -> None:
         pytest.skip("only glibc has these heaps")
     subprocess.run([sys.executable, "-c", THREADS, str(tmp_path / "info.xml")], check=True)
     assert (tmp_path / "info.xml").read_text().count("<heap nr=") == 2
+
+
+def test_what_hangs_in_circles_is_collected_however_much_is_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
