@@ -4,7 +4,8 @@ Four parts, each with servers of its own; all of them in one call, or one with -
 load    200 visitors of a scripted model behind the engine's interface, so that the desk is what is measured
 real    16 visitors of the real model
 kills   50 visitors of the scripted model, whose server is killed with -9 and started again ten times
-memory  few visitors for --minutes, a new customer for each conversation: does the serving process grow?
+memory  few visitors for --minutes, a new customer for each conversation: does the serving process grow? With --hurry
+        they do not think, so that minutes bring as many customers as hours do
 
 The application is the one of `coterie serve`, in a process of its own, and visitors are HTTP clients of the widget's
 routes: each has a conversation, keeps its event stream open, writes, reads the answer to its end, thinks, writes again.
@@ -14,6 +15,7 @@ again with its key, and must stand there once. After the last kill every accepte
     python benchmarks/desk_load.py --quick
     python benchmarks/desk_load.py --minutes 60 --record     # 72 minutes; the last 60 take a tenth of a core
     python benchmarks/desk_load.py --part memory --minutes 60 --record
+    python benchmarks/desk_load.py --part memory --minutes 10 --hurry    # about 4,000 customers
 """
 
 import argparse
@@ -48,6 +50,7 @@ WORDS = "Thank you. Your order has left us this morning, and you will have it in
 TOKEN_S = 0.02  # of the scripted model, for one word of each answer
 THINK_S, TURNS = 2.5, 10  # between an answer and the next message; messages of one conversation
 SLOW, SLOW_THINK_S, SLOW_TURNS = 16, 20.0, 3  # visitors of part memory
+HURRY, HURRY_TOKEN_S = 8, 0.001  # the same with --hurry: they do not think, and the model speaks at once
 WARM, BLOCKS = 1 / 6, 15  # the share of part memory that is not judged; stretches of the rest
 T_975 = 2.160  # Student's t for a 95% interval with BLOCKS - 2 degrees of freedom
 SEVERAL = 40  # visitors of one address: the widget admits 120 new ones in a minute
@@ -105,10 +108,12 @@ def serve(folder: Path, port: int, token_s: float, lease_s: float) -> None:
     from coterie.desk.desk import Desk
     from coterie.desk.flow import Parts
     from coterie.desk.rights import house_of, rooms_of
+    from coterie.model.memory import few_arenas, settle
     from coterie.privacy.deidentify import Detector
     from coterie.privacy.vault import Vault
     from coterie.web.app import create_app
 
+    few_arenas()
     conversation.LEASE_S = lease_s
     business = Business.open(folder)
     house = house_of(business)
@@ -118,6 +123,7 @@ def serve(folder: Path, port: int, token_s: float, lease_s: float) -> None:
     desk = Desk(answerer, house.database, parts, house.seal, house.unseal)
     desk.start()
     application = create_app(answerer, desk, house, lambda: rooms_of(house, business))
+    settle()
     uvicorn.run(application, host="127.0.0.1", port=port, log_level="error")
 
 
@@ -301,7 +307,7 @@ class Found:
 
     visitors: list[Visitor]
     seconds: float
-    memory: list[tuple[float, float]]  # seconds since the beginning, MiB
+    memory: list[tuple[float, float, int]]  # seconds since the beginning, MiB, customers so far
     lost: int = 0
     doubled: int = 0
     disordered: int = 0
@@ -321,7 +327,7 @@ class Found:
         A line through the means of BLOCKS equal stretches: neighbouring seconds say nearly the same, and each counted
         as a reading of its own would make the interval far too narrow.
         """
-        at, mib = np.array(self.memory).T
+        at, mib, _ = np.array(self.memory).T
         edges = np.linspace(WARM * self.seconds, self.seconds, BLOCKS + 1)
         within = [(at >= low) & (at < high) for low, high in pairwise(edges)]
         blocks = [(at[w].mean() / 3600, mib[w].mean()) for w in within if w.any()]
@@ -330,30 +336,45 @@ class Found:
         line, covariance = np.polyfit(*np.array(blocks).T, 1, cov=True)
         return float(line[0]), T_975 * float(covariance[0, 0]) ** 0.5
 
+    def by_customers(self) -> tuple[float, float]:
+        """MiB for each 1,000 new customers: in the first third after warm-up, and in the last. What fills a cache
+        ends; what is forgotten nowhere does not."""
+        at, mib, customers = np.array(self.memory).T
+        edges = np.linspace(WARM * self.seconds, self.seconds, 4)
+        first, last = at[(at >= edges[0]) & (at < edges[1])], at[at >= edges[2]]
+        out = []
+        for part in (first, last):
+            within = np.isin(at, part)
+            enough = within.sum() > 2 and np.ptp(customers[within]) > 0
+            out.append(float(np.polyfit(customers[within], mib[within], 1)[0]) * 1000 if enough else float("nan"))
+        return out[0], out[1]
+
 
 async def load(
     server: Server, count: int, seconds: float, think_s: float = THINK_S, patience_s: float = 60.0,
-    meanwhile: Callable[[], None] | None = None, name: str = "visitor", turns: int = TURNS,
+    meanwhile: Callable[[], None] | None = None, name: str = "visitor", turns: int = TURNS, several: int = SEVERAL,
 ) -> Found:  # fmt: skip
     """`count` visitors for so long, or for as long as `meanwhile` takes (kills), in a thread. Their first messages are
-    spread over `think_s`."""
-    over, began, memory = asyncio.Event(), time.monotonic(), list[tuple[float, float]]()
+    spread over `think_s`; `several` share an address."""
+    over, began, memory = asyncio.Event(), time.monotonic(), list[tuple[float, float, int]]()
     clients = [
         httpx.AsyncClient(
             base_url=server.address, timeout=httpx.Timeout(60, pool=None),
             transport=httpx.AsyncHTTPTransport(
                 local_address=f"127.0.0.{n + 2}", limits=httpx.Limits(max_connections=None)
             ),
-        ) for n in range((count + SEVERAL - 1) // SEVERAL)
+        ) for n in range((count + several - 1) // several)
     ]  # fmt: skip
-    visitors = [Visitor(f"{name}-{n}", clients[n // SEVERAL], think_s, turns) for n in range(count)]
+    visitors = [Visitor(f"{name}-{n}", clients[n // several], think_s, turns) for n in range(count)]
 
     async def watch() -> None:
         for second in itertools.count():
             with suppress(OSError):  # between a kill and the next start
-                memory.append((time.monotonic() - began, server.resident_mib()))
+                customers = sum(len(v.talks) for v in visitors)
+                memory.append((time.monotonic() - began, server.resident_mib(), customers))
                 if second % 60 == 0:
-                    screen.print(f"{name}: minute {second // 60}, {memory[-1][1]:.1f} MiB", highlight=False)
+                    now = f"minute {second // 60}, {memory[-1][1]:.1f} MiB, {customers} customers"
+                    screen.print(f"{name}: {now}", highlight=False)
             await asyncio.sleep(1.0)
 
     watching = asyncio.create_task(watch())
@@ -462,20 +483,24 @@ def killed(report: Report, place: Path, args: argparse.Namespace) -> Found:
 def over_time(report: Report, place: Path, args: argparse.Namespace) -> Found:
     """The same few visitors' worth of work, minute after minute."""
     minutes = args.minutes or (0.4 if args.quick else 60.0)
-    with running(scripted_server(make_business(place, args.mute))) as server:
-        work = load(server, SLOW, minutes * 60, SLOW_THINK_S, name="memory", turns=SLOW_TURNS)
+    with running(scripted_server(make_business(place, args.mute), HURRY_TOKEN_S if args.hurry else TOKEN_S)) as server:
+        count, think_s, several = (HURRY, 0.0, 1) if args.hurry else (SLOW, SLOW_THINK_S, SEVERAL)
+        work = load(server, count, minutes * 60, think_s, name="memory", turns=SLOW_TURNS, several=several)
         found = asyncio.run(work)
     check(place, found)
-    slope, around = found.growth()
+    (slope, around), (first, last) = found.growth(), found.by_customers()
     report.figures |= {
         "memory_minutes": minutes, "memory_messages": found.accepted, "memory_mib": found.memory[-1][1],
         "memory_mib_per_hour": slope, "memory_mib_per_hour_interval": around, "memory_lost": found.lost,
+        "memory_customers": found.memory[-1][2], "memory_mib_per_1000_customers_first": first,
+        "memory_mib_per_1000_customers_last": last,
     }  # fmt: skip
     report.say(
         f"Memory of the serving process after {minutes:g} minutes, {found.accepted} messages and "
-        f"{sum(len(v.talks) for v in found.visitors)} customers: {found.memory[-1][1]:.0f} MiB. After the first "
+        f"{found.memory[-1][2]} customers: {found.memory[-1][1]:.0f} MiB. After the first "
         f"{WARM * minutes:.0f} minutes it grew by {slope:+.1f} MiB an hour (95% interval {slope - around:+.1f} to "
-        f"{slope + around:+.1f}: a line through the means of {BLOCKS} stretches)."
+        f"{slope + around:+.1f}: a line through the means of {BLOCKS} stretches); for each 1,000 new customers "
+        f"{first:+.1f} MiB in the first third of the rest, {last:+.1f} MiB in the last."
     )
     return found
 
@@ -487,6 +512,7 @@ def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, help="only this part; default: all, but with --quick not the real one")
     parser.add_argument("--minutes", type=float, help="of part memory; default 60, with --quick 0.4")
+    parser.add_argument("--hurry", action="store_true", help="of part memory: as many customers as there can be")
     parser.add_argument("--visitors", type=int, default=200, help="of part load")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--model", default=DEFAULT, help="base model: a hub id, a folder or a .gguf file")
@@ -509,11 +535,12 @@ def main() -> None:
     head = ["", "visitors", "seconds", "messages", "messages/s", "first words p50, ms", "p99, ms",
             "whole answer p50, ms", "lost", "doubled", "out of order", "unanswered"]  # fmt: skip
     report.table("The desk under load", head, rows)
+    hurry = " With --hurry they do not think, and the model speaks at once." if args.hurry else ""
     report.say(
         f"The scripted model gives every answer a word each {1000 * TOKEN_S:.0f} ms, {len(WORDS.split())} in all; "
         f"first words are a whole sentence. Visitors think {THINK_S} s, in part memory {SLOW_THINK_S:.0f} s; after "
-        f"{TURNS} messages, there after {SLOW_TURNS}, comes another customer. Lost, doubled and out of order: counted "
-        "in the database, against what the server had confirmed."
+        f"{TURNS} messages, there after {SLOW_TURNS}, comes another customer.{hurry} Lost, doubled and out of order: "
+        "counted in the database, against what the server had confirmed."
     )
     finish(report, args)
 

@@ -284,8 +284,10 @@ def serve(
     from coterie.desk.retention import RetentionTask
     from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.grounding import Grounding
+    from coterie.model.memory import few_arenas, settle
     from coterie.web.app import create_app
 
+    few_arenas()  # before there are threads
     business = Business.open(folder)
     house = house_of(business)
     retention = RetentionTask(house.database, business.config.retention, rooms_of(house, business), house.audit)
@@ -308,6 +310,7 @@ def serve(
     address = f"http://{shown}:{port}"
     application = create_app(answerer, desk, house, lambda: rooms_of(house, business), grounding)
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
+    settle()
     result({"address": address, "experts": business.library.names()}, as_json,
            f"{business.config.business.name} is at {address} (Ctrl-C stops it)")  # fmt: skip
     try:

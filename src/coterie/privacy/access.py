@@ -7,10 +7,12 @@ set-up. The first account (`coterie accounts add`) closes the door.
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from coterie.errors import Busy, CoterieError
+from coterie.recent import Recent
 
 Role = Literal["owner", "admin", "agent", "reviewer", "viewer", "visitor"]
 Permission = Literal[
@@ -65,6 +67,8 @@ class Person:
             )
 
 
+COUNTED = 10_000  # names that a limit knows at once, 1 KiB each; beyond that the quietest begins anew
+
 VISITOR = Person.of("visitor", "visitor")
 LOCAL = Person.of("local", "owner")  # at this machine, while there are no accounts
 PASSER = Person("anyone", "visitor", frozenset({"ask", "see", "metrics"}))  # from elsewhere, while there are none
@@ -72,20 +76,21 @@ PASSER = Person("anyone", "visitor", frozenset({"ask", "see", "metrics"}))  # fr
 
 @dataclass
 class Limit:
-    """At most `most` in any `seconds`, for each name."""
+    """At most `most` in any `seconds` of `clock`, for each name."""
 
     most: int
     seconds: float
-    _times: dict[str, deque[float]] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._times = Recent[str, deque[float]](COUNTED, self.seconds, self.clock)
 
     def count(self, name: str) -> None:
         """Raises Busy, with the time to wait, where it is too often."""
-        now = time.monotonic()
+        now = self.clock()
         with self._lock:
-            if len(self._times) > 10_000:  # names that have been quiet
-                self._times = {n: t for n, t in self._times.items() if t and t[-1] > now - self.seconds}
-            times = self._times.setdefault(name, deque())
+            times = self._times.get(name) or deque()
             while times and times[0] <= now - self.seconds:
                 times.popleft()
             if len(times) >= self.most:
@@ -93,3 +98,4 @@ class Limit:
                 error.retry_after_s = max(1, round(times[0] + self.seconds - now))
                 raise error
             times.append(now)
+            self._times.put(name, times)

@@ -8,12 +8,9 @@ nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so 
 
 import hashlib
 import secrets
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -23,14 +20,13 @@ from sqlalchemy.exc import IntegrityError
 from coterie.errors import CoterieError
 from coterie.privacy.master import NONCE, KeyLost, MasterKey
 from coterie.privacy.tables import KeyRow, MasterRow
+from coterie.recent import Recent
 from coterie.store.database import reading, writing
 
-K = TypeVar("K")
-V = TypeVar("V")
 FORM = b"\x01"
 HEADER = 1 + 4 + NONCE  # bytes before the encrypted text
 PROOF = b"this is the right master key"
-KEPT = 4096  # open keys in memory
+KEPT = 4096  # open keys in memory, 1 KiB each: a search of the desk opens those of the newest 5,000 messages
 KEPT_S = 60.0  # seconds until another process's destruction is noticed
 
 
@@ -50,10 +46,13 @@ class Unreadable(CoterieError):
 
 @dataclass(frozen=True)
 class _Open:
+    """A key unwrapped. Its cipher is made at each use, in 2 µs: one that is kept holds 3 KiB of OpenSSL's."""
+
     version: int
     key: bytes = field(repr=False)
-    cipher: AESGCM
-    until: float
+
+    def cipher(self) -> AESGCM:
+        return AESGCM(self.key)
 
 
 class Keys:
@@ -62,9 +61,8 @@ class Keys:
     def __init__(self, database: Engine, master: MasterKey, clock: Callable[[], float] = time.time) -> None:
         """Raises KeyLost, and writes nothing, where the database belongs to another master key."""
         self.database, self.master, self.clock = database, master, clock
-        self._lock = threading.Lock()
-        self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
-        self._current: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._open = Recent[tuple[str, int], _Open](KEPT, KEPT_S, clock)
+        self._current = Recent[str, int](KEPT, KEPT_S, clock)  # the version of each customer's newest key
         with reading(database) as session:
             found = session.scalars(select(MasterRow).order_by(MasterRow.since.desc())).first()
         if found is None:
@@ -94,7 +92,7 @@ class Keys:
         key = self._newest(customer)
         nonce = secrets.token_bytes(NONCE)
         head = FORM + key.version.to_bytes(4, "big")
-        return head + nonce + key.cipher.encrypt(nonce, plain, _about(customer, purpose, head))
+        return head + nonce + key.cipher().encrypt(nonce, plain, _about(customer, purpose, head))
 
     def unseal(self, customer: str, sealed: bytes, purpose: str = "") -> str:
         """What was sealed. Raises Erased, Unreadable."""
@@ -105,7 +103,7 @@ class Keys:
         if len(sealed) < HEADER + 16 or sealed[:1] != FORM:
             raise Unreadable(f"data of customer {customer!r} was cut short, or was never encrypted")
         head, nonce = sealed[:5], sealed[5:HEADER]
-        cipher = self._key(customer, int.from_bytes(head[1:], "big")).cipher
+        cipher = self._key(customer, int.from_bytes(head[1:], "big")).cipher()
         try:
             return cipher.decrypt(nonce, sealed[HEADER:], _about(customer, purpose, head))
         except InvalidTag:
@@ -129,18 +127,17 @@ class Keys:
 
         On SQLite the place is overwritten and the log emptied, so that no old page has the wrapped key.
         """
-        with self._lock:
-            for key in [k for k in self._open if k[0] == customer]:
-                del self._open[key]
-            self._current.pop(customer, None)
         sqlite = self.database.dialect.name == "sqlite"
         with writing(self.database) as session:
             if sqlite:
                 session.execute(text("PRAGMA secure_delete = ON"))
-            rows = session.scalars(select(KeyRow).where(KeyRow.customer == customer, KeyRow.destroyed_at.is_(None)))
-            found = rows.all()
+            rows = session.scalars(select(KeyRow).where(KeyRow.customer == customer)).all()
+            found = [row for row in rows if row.destroyed_at is None]
             for row in found:
                 row.wrapped, row.destroyed_at = b"", self.clock()
+        self._current.drop(customer)  # only now: earlier, a reader would have put it back before it was destroyed
+        for row in rows:
+            self._open.drop((customer, row.version))
         if sqlite:
             with self.database.connect() as connection:
                 connection.exec_driver_sql("COMMIT")  # a checkpoint cannot run inside a transaction
@@ -164,23 +161,17 @@ class Keys:
         return len(rows)
 
     def _newest(self, customer: str) -> _Open:
-        now = self.clock()
-        with self._lock:
-            version, until = self._current.get(customer, (0, 0.0))
-        if until < now:
+        version = self._current.get(customer)
+        if version is None:
             query = select(KeyRow.version).where(KeyRow.customer == customer, KeyRow.destroyed_at.is_(None))
             with reading(self.database) as session:
                 found = session.scalars(query.order_by(KeyRow.version.desc())).first()
             version = found if found is not None else self._make(customer)
-            with self._lock:
-                _keep(self._current, customer, (version, now + KEPT_S))
+            self._current.put(customer, version)
         return self._key(customer, version)
 
     def _key(self, customer: str, version: int) -> _Open:
-        now = self.clock()
-        with self._lock:
-            kept = self._open.get((customer, version))
-        if kept and kept.until >= now:
+        if kept := self._open.get((customer, version)):
             return kept
         with reading(self.database) as session:
             row = session.get(KeyRow, (customer, version))
@@ -189,9 +180,8 @@ class Keys:
         if row.destroyed_at is not None:
             raise Erased(f"customer {customer!r} was erased; what was sealed then cannot be read")
         key = self.master.unwrap(row.wrapped, _of_key(customer, version))
-        opened = _Open(version, key, AESGCM(key), now + KEPT_S)
-        with self._lock:
-            _keep(self._open, (customer, version), opened)
+        opened = _Open(version, key)
+        self._open.put((customer, version), opened)
         return opened
 
     def _make(self, customer: str) -> int:
@@ -230,13 +220,6 @@ def refuse_without(database: Engine) -> None:
             f"this database is encrypted (master key {found.id[:8]}...), and no master key is given; set "
             "COTERIE_MASTER_KEY_FILE, COTERIE_MASTER_KEY or COTERIE_MASTER_KEY_COMMAND; nothing was changed"
         )
-
-
-def _keep(where: OrderedDict[K, V], key: K, value: V) -> None:
-    where[key] = value
-    where.move_to_end(key)
-    while len(where) > KEPT:
-        where.popitem(last=False)
 
 
 def _about(customer: str, purpose: str, head: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """Masking for many customers: each one's pseudonyms are kept, sealed, so that they are the same next week."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from coterie.privacy.keys import Keys
 from coterie.privacy.known import KnownValues
 from coterie.privacy.pseudonyms import Pair, Pseudonyms, Restorer
 from coterie.privacy.tables import PseudonymRow
+from coterie.recent import Recent
 from coterie.store.database import reading, writing
 
-KEPT = 1024  # customers whose pseudonyms are in memory
+KEPT, KEPT_S = 1024, 600.0  # customers whose pseudonyms are in memory, and for how long after they were needed
 PURPOSE = "pseudonym"
 
 
@@ -60,8 +60,8 @@ class Vault:
         known: Callable[[str], Mapping[str, Iterable[str]]] = nothing_known,
     ) -> None:  # fmt: skip
         self.detector, self.database, self.keys, self.known = detector, database, keys, known
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, tuple[int, Pseudonyms]] = OrderedDict()  # with the key they were kept under
+        self._lock = threading.Lock()  # two threads that need a customer's pseudonyms get the same object
+        self._open = Recent[str, tuple[int, Pseudonyms]](KEPT, KEPT_S)  # with the key they were kept under
 
     def mask(self, customer: str, texts: list[str], values: Mapping[str, Iterable[str]] | None = None) -> Masked:
         """The texts with pseudonyms, which are in the database before this returns; `values` are known to be the
@@ -82,25 +82,22 @@ class Vault:
 
     def forget(self, customer: str) -> None:
         """Drop what is in memory of a customer."""
-        with self._lock:
-            self._open.pop(customer, None)
+        self._open.drop(customer)
 
     def _of(self, customer: str) -> Pseudonyms:
         key = self.keys.current(customer)  # another one after an erasure: what is in memory is forgotten too
         with self._lock:
-            version, found = self._open.get(customer, (0, None))
-            if found and version == key:
-                self._open.move_to_end(customer)
-                return found
+            kept = self._open.get(customer)
+            if kept and kept[0] == key:
+                self._open.put(customer, kept)
+                return kept[1]
         read = Pseudonyms(self._read(customer))
         with self._lock:
-            version, found = self._open.get(customer, (0, None))
-            if found is None or version != key:
-                self._open[customer] = key, read
-                found = read
-            while len(self._open) > KEPT:
-                self._open.popitem(last=False)
-            return found
+            kept = self._open.get(customer)
+            if kept is None or kept[0] != key:
+                kept = key, read
+            self._open.put(customer, kept)
+            return kept[1]
 
     def _read(self, customer: str) -> list[Pair]:
         query = select(PseudonymRow).where(PseudonymRow.customer == customer)

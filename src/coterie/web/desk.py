@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -19,11 +20,12 @@ from coterie.desk.live import EVERY
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
 from coterie.errors import CoterieError
 from coterie.privacy.access import LOCAL, PASSER, Forbidden, NotSignedIn
+from coterie.recent import Recent
 from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
 from coterie.web.events import event, next_news, stream
 from coterie.web.procedures import approvals_router
 from coterie.web.schema import Text
-from coterie.web.widget import STATIC, again_after, widget_app
+from coterie.web.widget import STATIC, Looks, widget_app
 
 ALL = ("message", "note", "suggestion", "event")
 VIEWS: dict[str, tuple[State, ...]] = {
@@ -31,6 +33,7 @@ VIEWS: dict[str, tuple[State, ...]] = {
     "snoozed": ("snoozed",), "resolved": ("resolved",), "approvals": ("bot",), "all": (),
 }  # fmt: skip
 PRESENT_S = 20.0  # an agent's page says this often, or more so, where they look
+LOOKED_AT = 1000  # conversations at once; beyond that, the oldest look is not shown to others
 
 
 class Words(Record):
@@ -55,23 +58,22 @@ class _Presence:
     """Who looks at which conversation. Of this process only; it is a courtesy, the database decides."""
 
     def __init__(self) -> None:
-        self._at: dict[str, dict[str, tuple[float, bool]]] = {}
+        self._lock = threading.Lock()
+        self._at = Recent[str, dict[str, tuple[float, bool]]](LOOKED_AT, PRESENT_S)
 
     def look(self, id: str, agent: str, typing: bool) -> bool:
         """Note it; whether that is news."""
-        here = self._at.setdefault(id, {})
-        news = agent not in here or here[agent][1] != typing or here[agent][0] < time.monotonic() - PRESENT_S
-        here[agent] = time.monotonic(), typing
-        return news
+        with self._lock:
+            here = self._here(id)
+            self._at.put(id, here | {agent: (time.monotonic(), typing)})
+        return agent not in here or here[agent][1] != typing
 
     def others(self, id: str, agent: str) -> list[dict[str, Any]]:
-        now = time.monotonic()
-        here = {a: v for a, v in self._at.get(id, {}).items() if v[0] > now - PRESENT_S}
-        if here:
-            self._at[id] = here
-        else:
-            self._at.pop(id, None)
-        return [{"name": a, "typing": typing} for a, (_, typing) in here.items() if a != agent]
+        return [{"name": a, "typing": typing} for a, (_, typing) in self._here(id).items() if a != agent]
+
+    def _here(self, id: str) -> dict[str, tuple[float, bool]]:
+        since = time.monotonic() - PRESENT_S
+        return {a: v for a, v in (self._at.get(id) or {}).items() if v[0] > since}
 
 
 def add_desk(
@@ -95,7 +97,7 @@ def _router(
 ) -> APIRouter:
     router, talks, presence = APIRouter(), desk.conversations, _Presence()
     ByAgent = Annotated[Agent, Depends(door.agent)]
-    opened: dict[tuple[str, str], float] = {}
+    opened = Looks()
 
     @router.get("/desk", response_class=HTMLResponse)
     def page(request: Request, invite: str = "") -> Response:
@@ -130,7 +132,7 @@ def _router(
     @router.get("/desk/api/conversations/{id}")
     def one(id: str, agent: ByAgent) -> dict[str, Any]:
         c = talks.get(id)
-        if saw and again_after(opened, (agent.name, id)):
+        if saw and opened.again(agent.name, id):
             saw(agent.name, id, c.customer)
         try:
             profile, trouble = dict(desk.parts.profile(c.customer)), ""

@@ -1,7 +1,6 @@
 """The widget's side of the desk: what a visitor's page may ask. Mounted at /widget, with its own CORS rules."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from starlette.exceptions import HTTPException
 from coterie.desk.desk import Desk
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, NoConversation
 from coterie.privacy.access import Limit
+from coterie.recent import Recent
 from coterie.web.door import Door
 from coterie.web.events import event, next_news, stream
 from coterie.web.problem import handle_errors
@@ -25,18 +25,21 @@ STATIC = Path(__file__).parent / "static"
 FILES = ("widget.js", "visit.js", "strings.js", "widget.css", "tokens.css", "render.js")
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]  # of an entry, as a database can hold it
 SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
+SEEN = 10_000  # of them kept; beyond that the oldest is forgotten, and would go on record once more
 SAYS, VISITS = Limit(30, 60), Limit(120, 60)  # messages of a visitor, new visits from one address
 
 
-def again_after(times: dict[tuple[str, str], float], key: tuple[str, str]) -> bool:
-    """Whether this was not so within SEEN_S: a page that reads a conversation at each change is one look."""
-    now = time.monotonic()
-    if len(times) > 10_000:
-        for old in [k for k, at in times.items() if at < now - SEEN_S]:
-            del times[old]
-    fresh = times.get(key, -SEEN_S) <= now - SEEN_S
-    times[key] = now
-    return fresh
+class Looks:
+    """Who looked at which conversation lately."""
+
+    def __init__(self) -> None:
+        self._seen = Recent[tuple[str, str], bool](SEEN, SEEN_S)
+
+    def again(self, who: str, id: str) -> bool:
+        """Whether they did not within SEEN_S: a page that reads a conversation at each change is one look."""
+        fresh = not self._seen.get((who, id))
+        self._seen.put((who, id), True)
+        return fresh
 
 
 class Visit(Record):
@@ -75,7 +78,7 @@ def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] 
         allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"], max_age=3600,
     )  # fmt: skip
     handle_errors(app)
-    talks, tried = desk.conversations, dict[tuple[str, str], float]()
+    talks, tried = desk.conversations, Looks()
 
     def mine(request: Request, id: str) -> Conversation:
         """The visitor's own conversation; another's reads as if there were none, and goes on record."""
@@ -84,7 +87,7 @@ def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] 
             return talks.get(id, customer)
         except NoConversation:
             whose = talks.get(id).customer  # raises again where there is none at all
-            if refused and again_after(tried, (customer, id)):
+            if refused and tried.again(customer, id):
                 refused(customer, id, whose)
             raise
 
