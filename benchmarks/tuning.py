@@ -253,13 +253,14 @@ def accuracy(report: common.Report, folder: Path, best: str, quick: bool, thread
 def main() -> None:
     parser = common.options(__doc__ or "")
     parser.add_argument("--llamafactory", type=Path, metavar="PYTHON", help="of an environment with LLaMA-Factory")
+    parser.add_argument("--part", type=int, choices=(2,), help="2: time to accuracy in full, pace as in --quick")
     args = parser.parse_args()
     common.need_packages("transformers", "peft")
     common.need_data("banking77/train.csv")
     report = common.Report("Fine-tuning: benchmarks/tuning.py")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        best = speed(report, folder, args.quick, args.threads)
+        best = speed(report, folder, args.quick or args.part == 2, args.threads)
         accuracy(report, folder, best, args.quick, args.threads, args.llamafactory)
     common.finish(report, args)
 
