@@ -1,6 +1,7 @@
 """The router: whose subject a question is, or nobody's; experts come and go without touching each other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,8 @@ from coterie.experts.library import ExpertFacts
 from coterie.model.load import BaseModel
 from coterie.routing.router import Router
 from coterie.routing.rules import Rule, rule
-from coterie.routing.space import Background, background, embed, locate
+from coterie.routing.space import COMMON, Background, _words, background, embed, locate
 from coterie.routing.statistics import FILE, Statistics, learn, load_statistics
-from coterie.routing.words import PLACES, sketch
 from coterie.web.app import create_app
 
 WIDTH = 24
@@ -138,23 +138,6 @@ def test_what_is_far_from_every_expert_goes_to_none_unless_someone_must_answer()
     assert Router(flat()).route(far).chosen == ()
 
 
-@given(st.text(max_size=300))
-def test_a_sketch_of_words_does_not_mind_case_spaces_and_punctuation(text: str) -> None:
-    found = sketch(text)
-    assert found.shape == (PLACES,)
-    # A single piece may cancel itself out where two of its places fall together.
-    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5) or not found.any()
-    if text.isascii():
-        np.testing.assert_array_equal(found, sketch("  " + text.upper().replace(" ", " ,  ") + " ?!")[:PLACES])
-
-
-def test_words_that_share_a_stem_lie_closer_than_those_that_do_not() -> None:
-    booked, booking, weather = (sketch(t) for t in ("I booked a flight", "booking flights", "is it sunny there"))
-    assert booked @ booking > booked @ weather + 0.2
-    assert not sketch("...").any()
-    assert sketch("дом и сад") @ sketch("сад") > 0.3
-
-
 def ring(name: str, radius: float, seed: int, count: int = 200) -> Statistics:
     """Inputs on a circle of this radius around the same point as every other ring: their means say nothing."""
     rng = np.random.default_rng(seed)
@@ -240,6 +223,48 @@ def test_a_text_has_the_same_vector_alone_and_among_others(tiny_base: BaseModel)
     for text, row in zip(texts, together, strict=True):
         np.testing.assert_allclose(embed(tiny_base, [text])[0], row, atol=1e-5)
     assert np.isfinite(together).all()
+
+
+@given(texts=st.lists(st.text(max_size=40), max_size=6))
+def test_a_place_is_a_meaning_and_the_words_of_the_text_alone(tiny_base: BaseModel, texts: list[str]) -> None:
+    width = tiny_base.decoder.config.width
+    found = locate(tiny_base, texts)
+    assert found.shape == (len(texts), 2 * width)
+    np.testing.assert_allclose(found[:, :width], embed(tiny_base, texts), atol=1e-5)
+    for text, row in zip(texts, found, strict=True):
+        np.testing.assert_allclose(locate(tiny_base, [text])[0, width:], row[width:], atol=1e-5)
+        assert row[width:].any() == bool(text)
+    # In which order the words came is for the other half to know.
+    tokens = tiny_base.encode("the sea and a ship")
+    np.testing.assert_allclose(_words(tiny_base, [tokens]), _words(tiny_base, [tokens[::-1]]), atol=1e-5)
+
+
+def test_the_rarer_word_says_more(tiny_base: BaseModel) -> None:
+    common, rare = 5, tiny_base.decoder.config.vocab - 1
+    alone, other, both = _words(tiny_base, [[common], [rare], [common, rare]])
+    share = float((both - alone) @ (other - alone) / ((other - alone) @ (other - alone)))
+    weights = [(i + 1) / (i + 1 + COMMON) for i in (common, rare)]
+    assert share == pytest.approx(weights[1] / sum(weights), abs=1e-3)
+    assert share > 0.9
+
+
+def test_statistics_from_before_are_refused_by_their_space_and_the_others_go_on(
+    shop: Path, tiny_base: BaseModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    business = Business.open(shop)
+    list(fit(business))
+    folder = business.library.folder("greet")
+    now = load_statistics(folder)
+    assert now is not None
+    narrow = len(now.mean) - 8
+    replace(
+        now, space="0123456789abcdef", mean=now.mean[:narrow], scatter=now.scatter[:narrow, :narrow],
+        sample=now.sample[:, :narrow],
+    ).save(folder)  # fmt: skip
+    choice = Chooser(business, tiny_base).choose("Which color has the grass?")
+    assert [n for n, _ in choice.decision.chosen] == ["colors"]
+    assert "`coterie experts learn-route greet --inputs FILE` makes them anew" in choice.why_not()["greet"]
+    assert sum("left out of routing" in record.message for record in caplog.records) == 1
 
 
 def test_real_subjects_are_told_apart_on_the_real_model(smol: BaseModel, tmp_path: Path) -> None:

@@ -30,15 +30,15 @@ from coterie.routing.statistics import Statistics
 
 SHORTLIST = 10  # experts compared closely
 NEAREST = 3  # training inputs that a similarity is the mean over
-POOLED = 32  # experts whose covariances are pooled: 2.8 MB each at width 576 and 256 of words
+POOLED = 32  # experts whose covariances are pooled: 5.3 MB each for a base model of width 576
 SHRINKAGE = 10  # of the covariance toward the plain distance, times dimensions / inputs
 RIDGE = 0.5  # penalty of the regression, times dimensions / inputs, as a share of the mean variance
 REGRESSION = 0.3  # weight of the regression in the score, where the cosine has weight 1
-KEPT = 64  # experts whose whitened samples are kept in memory: at most 3.3 MB each at width 576
+KEPT = 64  # experts whose whitened samples are kept in memory: at most 4.6 MB each at that width
 DUEL = 0.4  # weight of the comparison of the best two, where the cosine has weight 1
 CLOSE = 0.1  # apart in score, from which on the best two are not compared
 DUELLISTS = 512  # inputs of each that the comparison is learned from
-SHARPNESS, PENALTY = 4.0, 0.03  # of its kernel exp(SHARPNESS (cosine - 1)), and of its ridge
+SHARPNESS, PENALTY = 2.0, 0.03  # of its kernel exp(SHARPNESS (cosine - 1)), and of its ridge
 DUELS = 4096  # pairs that are remembered, 4 kB each
 OWN = 512  # of an expert's sample, the inputs whose own scores are known
 LONE = 0.6  # similarity asked for by an expert that was trained on a single input

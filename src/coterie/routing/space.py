@@ -1,10 +1,14 @@
 """The space in which the router compares texts: what the lower layers of the base model make of them, and their words.
 
 A text is the mean, over its tokens, of the residual stream after a quarter of the layers, each token scaled to unit
-root mean square; beside it stands a sketch of its words. The lower layers are the trunk, which no expert changes, so
-the same text has the same vector whoever answers. A fixed background of everyday sentences says where the middle of
-the space is and how wide it is before any expert has been seen. docs/routing.md has the measurements behind these
-choices.
+root mean square; beside it stands the mean of the tokens' embeddings, where rare tokens weigh more than common ones.
+The first says what a text means, the second which very words tell neighbouring subjects apart ("overdraft", "card").
+The lower layers are the trunk, which no expert changes, so the same text has the same vector whoever answers. A fixed
+background of everyday sentences says where the middle of the space is and how wide it is before any expert has been
+seen. docs/routing.md has the measurements behind these choices.
+
+Notable: how rare a token is comes from its id alone. Vocabularies are built from the commonest pieces on, so the id is
+a rank, and by Zipf's law one over the rank a frequency (the weights of Arora et al. 2017). No expert's data is counted.
 """
 
 import hashlib
@@ -20,12 +24,12 @@ from coterie.engine.step import Step
 from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
-from coterie.routing.words import PLACES, sketch
 
 Floats = NDArray[np.float32]
 LONGEST = 128  # tokens of a text that count
 BATCH = 32  # texts embedded at once
-WORDS = 3.0  # length of the words' part of a vector; the hidden state's is at most the root of its width (24)
+WORDS = 0.5  # weight of the words' part of a vector, where the hidden state's has weight 1
+COMMON = 1000  # id of the token that weighs half as much as the rarest
 
 
 def depth(base: BaseModel) -> int:
@@ -34,11 +38,11 @@ def depth(base: BaseModel) -> int:
 
 
 def identity(base: BaseModel) -> str:
-    """A short name of the space: vectors of two base models, of two depths, or of other sketches cannot be compared.
+    """A short name of the space: vectors of two base models, of two depths or of other words cannot be compared.
 
     The same in float32 and in bfloat16, which lie close enough together.
     """
-    weights, digest = base.decoder.weights, hashlib.sha256(f"{depth(base)} {PLACES} {WORDS}".encode())
+    weights, digest = base.decoder.weights, hashlib.sha256(f"{depth(base)} tokens {WORDS} {COMMON}".encode())
     for part in (
         weights["embed"][:64],
         weights["final_norm"],
@@ -48,14 +52,29 @@ def identity(base: BaseModel) -> str:
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
 def embed(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
-    """The vector of each text, (texts, width); a single one by the engine's step in C where there is one."""
+    """What the trunk makes of each text, (texts, width of the model)."""
+    return _meanings(base, _tokens(base, texts), step)
+
+
+def locate(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
+    """Where the router sees each text, (texts, 2 * width of the model): its meaning, and its words."""
+    rows = _tokens(base, texts)
+    return np.concatenate([_meanings(base, rows, step), WORDS * _words(base, rows)], axis=1)
+
+
+def _tokens(base: BaseModel, texts: list[str]) -> list[list[int]]:
+    return [base.encode(text)[:LONGEST] for text in texts]
+
+
+@torch.no_grad()
+def _meanings(base: BaseModel, rows: list[list[int]], step: Step | None) -> Floats:
+    """Mean of the trunk's output over each row of tokens, (rows, width); a single one by the step in C if there is."""
     decoder = base.decoder
     start = base.encode(base.bos_token or base.eos_token)  # soaks up the attention that a first token draws
-    rows = [(start + base.encode(text)[:LONGEST])[-decoder.config.context :] for text in texts]
+    rows = [(start + row)[-decoder.config.context :] for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike in length, as attention pads
-    out = np.zeros((len(texts), decoder.config.width), np.float32)
+    out = np.zeros((len(rows), decoder.config.width), np.float32)
     for place in range(0, len(order), BATCH):
         chosen = order[place : place + BATCH]
         lengths = [len(rows[i]) for i in chosen]
@@ -67,16 +86,28 @@ def embed(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats
                 decoder.embed(ids), packed_positions(lengths, decoder.device), attend_packed(lengths),
                 layers=range(depth(base)),
             ).float()  # fmt: skip
-        hidden = hidden / hidden.pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+        hidden = _scaled(hidden)
         for i, tokens in zip(chosen, hidden.split(lengths), strict=True):
             out[i] = (tokens[len(start) :] if len(tokens) > len(start) else tokens).mean(dim=0).cpu().numpy()
     return out
 
 
-def locate(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
-    """Where the router sees each text, (texts, width + PLACES): its vector, and the sketch of its words."""
-    words = np.stack([sketch(text) for text in texts]) if texts else np.zeros((0, PLACES), np.float32)
-    return np.concatenate([embed(base, texts, step), WORDS * words], axis=1)
+@torch.no_grad()
+def _words(base: BaseModel, rows: list[list[int]]) -> Floats:
+    """Mean of the embeddings of each row of tokens, (rows, width), rare tokens weighing more; zeros for no tokens."""
+    decoder = base.decoder
+    out = np.zeros((len(rows), decoder.config.width), np.float32)
+    for i, row in enumerate(rows):
+        if row:
+            ids = torch.tensor(row, device=decoder.device)
+            weights = (ids + 1) / (ids + 1 + COMMON)
+            out[i] = (weights / weights.sum() @ _scaled(decoder.embed(ids).float())).cpu().numpy()
+    return out
+
+
+def _scaled(tokens: torch.Tensor) -> torch.Tensor:
+    """Each token, (tokens, width), to a root mean square of 1."""
+    return tokens / tokens.pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
 @dataclass(frozen=True)
@@ -89,7 +120,7 @@ class Background:
 
 
 def background(base: BaseModel, folder: Path | None = None) -> Background:
-    """The background of this base model, kept in `folder` for the next time (3.3 kB for each sentence)."""
+    """The background of this base model, kept in `folder` for the next time (4.6 kB for each sentence)."""
     space = identity(base)
     file = folder / f"background-{space}.safetensors" if folder else None
     vectors = None
@@ -98,7 +129,7 @@ def background(base: BaseModel, folder: Path | None = None) -> Background:
             vectors = load_file(file)["vectors"]
         except Exception:  # safetensors raises its own kind; damaged: made anew
             vectors = None
-    if vectors is None or vectors.shape != (len(SENTENCES), base.decoder.config.width + PLACES):
+    if vectors is None or vectors.shape != (len(SENTENCES), 2 * base.decoder.config.width):
         vectors = locate(base, SENTENCES)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from coterie.routing.space import Floats, identity, locate
 
 FILE = "routing.safetensors"
 MOST = 2000  # inputs that are read; beyond, a sample
-SAMPLE = 1000  # of them, kept: 1.7 MB at width 576 and 256 of words
+SAMPLE = 1000  # of them, kept: 2.3 MB for a base model of width 576
 
 
 @dataclass(frozen=True)
