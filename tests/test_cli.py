@@ -279,7 +279,10 @@ def test_what_is_shown_is_shown_to_the_letter(coterie: Run, own: Path) -> None:
 
 def test_experts_travel_out_and_in(coterie: Run, own: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "greet"
-    assert coterie("experts", "export", "greet", target, "-f", own, "--json").json() == {"path": str(target)}
+    told = coterie("experts", "export", "greet", target, "-f", own, "--json").json()
+    assert told == {"path": str(target), "note": ""}
+    told = coterie("experts", "export", "colors", tmp_path / "colors", "-f", own, "--json").json()
+    assert "has learned to choose among its 4 choices" in told["note"]
     done = coterie("experts", "import", "guest", target, "-f", own, "--description", "A guest", "--json").json()
     assert (done["name"], done["version"], done["description"]) == ("guest", 1, "A guest")
     library = Business.open(own).library

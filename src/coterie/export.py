@@ -51,6 +51,16 @@ def export_gguf_lora(business: Business, name: str, target: Path, version: int |
     return target
 
 
+def needs_list(facts: ExpertFacts) -> str:
+    """A word to whoever takes out an expert that has learned to choose and not to write; empty for any other."""
+    if not facts.choices or facts.training.get("whole_answers", True):
+        return ""
+    return (
+        f"{facts.name} has learned to choose among its {len(facts.choices)} choices, not to write them: elsewhere, hold "
+        "its answers to that list, or train it with training.whole_answers = true"
+    )
+
+
 def _lora_facts(business: Business, name: str, version: int | None) -> ExpertFacts:
     facts = business.library.facts(name, version)
     if facts.kind != "lora":

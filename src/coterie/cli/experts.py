@@ -83,17 +83,17 @@ def export(
 ) -> None:
     """Copy a version out, in the format that PEFT (adapters: AdapterHub) loads."""
     from coterie.business import Business
+    from coterie.export import export_gguf_lora, needs_list
 
     if form not in ("peft", "gguf-lora"):
         raise CoterieError(f"--format {form}: known are peft and gguf-lora")
     business = Business.open(folder)
     if form == "gguf-lora":
-        from coterie.export import export_gguf_lora
-
         export_gguf_lora(business, name, target, version)
     else:
         business.library.export(name, target, version)
-    result({"path": str(target)}, as_json, str(target))
+    note = needs_list(business.library.facts(name, version))
+    result({"path": str(target), "note": note}, as_json, f"{target}\n{note}".strip())
 
 
 @app.command("learn-route")

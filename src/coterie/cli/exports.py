@@ -21,10 +21,11 @@ def merge(
 ) -> None:
     """Merge a LoRA expert into a whole model, for transformers or (--gguf) llama.cpp."""
     from coterie.business import Business
-    from coterie.export import merge_expert
+    from coterie.export import merge_expert, needs_list
 
-    path = merge_expert(Business.open(folder), name, target, gguf, version)
-    result({"path": str(path)}, as_json, str(path))
+    business = Business.open(folder)
+    path, note = merge_expert(business, name, target, gguf, version), needs_list(business.library.facts(name, version))
+    result({"path": str(path), "note": note}, as_json, f"{path}\n{note}".strip())
 
 
 @app.command()
