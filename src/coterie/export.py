@@ -56,8 +56,8 @@ def needs_list(facts: ExpertFacts) -> str:
     if not facts.choices or facts.training.get("whole_answers", True):
         return ""
     return (
-        f"{facts.name} has learned to choose among its {len(facts.choices)} choices, not to write them: elsewhere, hold "
-        "its answers to that list, or train it with training.whole_answers = true"
+        f"{facts.name} has learned to choose among its {len(facts.choices)} choices, not to write them: elsewhere, "
+        "hold its answers to that list, or train it with training.whole_answers = true"
     )
 
 
