@@ -255,7 +255,7 @@ def test_the_command_merges_into_a_folder_and_into_gguf(
     for target, more in ((tmp_path / "hf", []), (tmp_path / "m.gguf", ["--gguf", "q8_0"])):
         run = CliRunner().invoke(app, ["experts", "merge", "bold", str(target), "-f", folder, "--json", *more])
         assert run.exit_code == 0, run.output
-        assert json.loads(run.stdout) == {"path": str(target)}
+        assert json.loads(run.stdout) == {"path": str(target), "note": ""}
         assert load(target).name in ("hf", "m")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
