@@ -186,7 +186,7 @@ class Engine:
                 whole = [row for row in self._admit() if not self.step or row.whole]
                 self._step(whole, self._prefill)
                 running = list(self._running)
-                by_torch = [row for row in running if not self.step or row.woken]
+                by_torch = [row for row in running if self._by_torch(row)]
                 self._step(by_torch, self._decode)
                 self._step([row for row in running if row not in by_torch and row in self._running], self._go_on)
                 self.stats.busy_seconds += time.monotonic() - started
@@ -196,6 +196,15 @@ class Engine:
             for row in [*self._running, *self._waiting]:
                 if row.leads:
                     row.request.emit(Piece("", finish="cancelled"))
+
+    def _by_torch(self, row: Running) -> bool:
+        """Whether PyTorch takes the row on, one token at a time, and not the step in C."""
+        return not self.step or bool(row.woken)
+
+    def _full(self, row: Running) -> bool:
+        """Whether the answer is as long as it may get."""
+        said = len(row.request.generated)
+        return said >= row.request.sampling.max_tokens or row.length + row.unread >= self.context
 
     def _work_comes(self) -> bool:
         """Wait for work; False once the engine closes."""
@@ -430,7 +439,7 @@ class Engine:
         text, ended = "", token in self.base.eos
         if not ended:
             text = self._say(row, token)
-            if row.matcher and self.step and not row.woken and request.sampling.logprobs is None:
+            if row.matcher and not self._by_torch(row) and request.sampling.logprobs is None:
                 text += self._say_forced(row, row.matcher)
         if row.matcher and (broken := failure(row.matcher)):
             self._finish(row, "error", error=broken)
@@ -438,7 +447,7 @@ class Engine:
             # After an echo the end mark is told too: who scores a prompt counts on one token more than it has.
             told = () if ended and not request.sampling.echo else detail
             self._finish(row, "stop", text + row.stream.flush(), told)
-        elif len(request.generated) >= request.sampling.max_tokens or row.length + row.unread >= self.context:
+        elif self._full(row):
             text += row.stream.flush()
             self._finish(row, "stop" if row.stream.stopped else "length", text, detail)
         elif text or detail:
@@ -455,10 +464,9 @@ class Engine:
     def _say_forced(self, row: Running, matcher: LLMatcher) -> str:
         """Say what the constraint leaves no choice about; the row reads it together with what it chooses next, if there
         is anything left to choose."""
-        text, want = "", row.request.sampling
+        text = ""
         for token in matcher.compute_ff_tokens():
-            full = len(row.request.generated) >= want.max_tokens or row.length + row.unread >= self.context
-            if full or row.stream.stopped:
+            if self._full(row) or row.stream.stopped:
                 break
             text += self._say(row, token)
         return text

@@ -138,8 +138,7 @@ class Step:
         self.decoder, self._library = decoder, library
         self._keep: list[Any] = []
         c, w = decoder.config, decoder.weights
-        head = "embed" if c.tied else "head"
-        names = [*(f"{n}.{site}" for n in range(c.layers) for site in SITES), head]
+        names = [*(f"{n}.{site}" for n in range(c.layers) for site in SITES), c.head]
         self._lossy = weights == "int8"
         self._rounds = decoder.dtype == torch.float32 and self._gains(names, slots)
         layers = (_Layer * c.layers)()
@@ -152,7 +151,7 @@ class Step:
         self._layers = layers
         self._model = _Model(
             c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.eps, ctypes.addressof(layers),
-            self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin), self._matrix(head),
+            self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin), self._matrix(c.head),
         )  # fmt: skip
 
     @classmethod

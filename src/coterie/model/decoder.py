@@ -56,6 +56,11 @@ class ModelConfig:
     expert_ffn: int = 0  # inner width of one expert, where it is not `ffn`
     capacity: float = 0.0  # only while training: an expert takes this many times its even share of tokens; 0: all
 
+    @property
+    def head(self) -> str:
+        """The name of the output layer's weight."""
+        return "embed" if self.tied else "head"
+
     def site_outputs(self, site: str) -> list[tuple[str, int]]:
         """The projections fused at a site, with their output sizes."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -237,12 +242,14 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, (N, vocab) in float32."""
-        return self.linear(hidden, "embed" if self.config.tied else "head").float()
+        return self.linear(hidden, self.config.head).float()
 
 
-def packed_positions(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """Positions 0..n-1 of each packed sequence, (sum of lengths)."""
-    return torch.cat([torch.arange(n, device=device) for n in lengths])
+def packed_positions(lengths: list[int], device: torch.device | str = "cpu", shared: int = 0) -> Tensor:
+    """Positions 0..n-1 of each packed sequence, (sum of lengths), behind those of `shared` tokens that stand before all
+    of them, once."""
+    starts = [torch.arange(shared, device=device)] if shared else []
+    return torch.cat([*starts, *(torch.arange(shared, shared + n, device=device) for n in lengths)])
 
 
 def attend_packed(lengths: list[int], shared: int = 0, prefix: Tensor | None = None) -> Attend:

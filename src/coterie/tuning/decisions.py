@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.data.encode import TokenSet
-from coterie.model.constrain import Grammars, choices
+from coterie.model.constrain import Constraint, Grammars, choices
 from coterie.model.load import BaseModel
 
 
@@ -42,9 +42,9 @@ class Decisions:
 
 def decisions(base: BaseModel, data: TokenSet, options: Sequence[str]) -> Decisions | None:
     """The decisions in the answers of `data`; None where one is none of `options`, or nothing is to be decided."""
-    grammars, known = Grammars(base), sorted(options)
-    tree = dict[tuple[int, ...], NDArray[np.int64] | None]()  # by what was said: tokens that may follow, None: decided
-    number = dict[tuple[int, ...], int]()
+    grammars, constraint = Grammars(base), choices(options)
+    permitted = list[NDArray[np.int64]]()  # tokens that may stand at each node
+    tree = dict[tuple[int, ...], int]()  # by what was said: the node, -1 where there is nothing to choose
     kept, marks, nodes, ends = list[NDArray[np.int32]](), list[NDArray[np.bool_]](), list[NDArray[np.int32]](), [0]
     for i in range(len(data)):
         tokens, learn = data.row(i)
@@ -53,14 +53,16 @@ def decisions(base: BaseModel, data: TokenSet, options: Sequence[str]) -> Decisi
             for at in range(start, end):
                 said = tuple(tokens[start:at].tolist())
                 if said not in tree:
-                    tree[said] = _following(base, grammars, known, said)
-                following = tree[said]
-                if following is None:
+                    following = _following(base, grammars, constraint, options, said)
+                    tree[said] = -1
+                    if len(following) > 1:
+                        tree[said] = len(permitted)
+                        permitted.append(following)
+                if tree[said] < 0:
                     continue
-                if tokens[at] not in following:
+                if tokens[at] not in permitted[tree[said]]:
                     return None
-                node[at] = number.setdefault(said, len(number))
-                last = at + 1
+                node[at], last = tree[said], at + 1
             if base.tokenizer.decode(tokens[start:end].tolist()) not in options:
                 return None
         cut = last or len(tokens)
@@ -68,9 +70,8 @@ def decisions(base: BaseModel, data: TokenSet, options: Sequence[str]) -> Decisi
         nodes.append(node[:cut])
         marks.append(node[:cut] >= 0)
         ends.append(ends[-1] + cut)
-    if not number:
+    if not permitted:
         return None
-    permitted = [following for said in number if (following := tree[said]) is not None]
     union = np.unique(np.concatenate(permitted))
     allowed = np.stack([np.isin(union, p) for p in permitted])
     cut_data = TokenSet(np.concatenate(kept), np.concatenate(marks), np.array(ends))
@@ -84,16 +85,16 @@ def _runs(learn: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def _following(
-    base: BaseModel, grammars: Grammars, options: Sequence[str], said: tuple[int, ...]
-) -> NDArray[np.int64] | None:
-    """The tokens that may follow what was `said` of an answer; None where there is nothing to choose."""
+    base: BaseModel, grammars: Grammars, constraint: Constraint, options: Sequence[str], said: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """The tokens that may follow what was `said` of an answer; none where that leaves a single choice."""
+    none: NDArray[np.int64] = np.zeros(0, np.int64)
     text = base.tokenizer.decode(list(said), skip_special_tokens=False)
     if sum(option.startswith(text) for option in options) < 2:
-        return None
-    matcher = grammars.matcher(choices(options))
+        return none
+    matcher = grammars.matcher(constraint)
     if not matcher.consume_tokens(list(said)):
-        return None
+        return none
     scores = torch.zeros(base.decoder.config.vocab)
     grammars.mask(matcher, scores)
-    found = np.flatnonzero(scores.numpy() == 0)
-    return found if len(found) > 1 else None
+    return np.flatnonzero(scores.numpy() == 0)

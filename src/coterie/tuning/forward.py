@@ -4,6 +4,8 @@ Notable: only completion tokens reach the output layer, whose loss and gradient 
 (`_CompletionLoss`), so that the scores over the vocabulary are never all in memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,21 +31,25 @@ def hidden_states(
     decoder = applied.decoder or decoder
     device, layers = decoder.device, range(first_layer, decoder.config.layers)
     if start is None:
-        hidden = decoder.embed(torch.cat([rows[0][:shared], *(row[shared:] for row in rows)]).long().to(device))
+        hidden = decoder.embed(once(rows, shared).long().to(device))
     else:
-        parts = start.split([len(row) for row in rows])
-        hidden = torch.cat([parts[0][:shared], *(part[shared:] for part in parts)]) if shared else start
+        hidden = once(start.split([len(row) for row in rows]), shared) if shared else start
     lengths = [len(row) - shared for row in rows]
     if applied.soft is not None:  # virtual tokens stand before every row: they are shared too
         hidden, shared = torch.cat([applied.soft, hidden]), shared + len(applied.soft)
     behind = 0 if applied.prefix is None else applied.prefix.shape[2]
-    positions = behind + torch.cat([torch.arange(shared, device=device), packed_positions(lengths, device) + shared])
+    positions = behind + packed_positions(lengths, device, shared)
     attend = attend_packed(lengths, shared, applied.prefix)
     if applied.decoder is None:
         return decoder.finish(decoder.run(hidden, positions, attend, applied.change, layers)[shared:])
     for layer in layers:  # all weights learn: keep what enters each layer, compute the rest again going back
         hidden = checkpoint(decoder.run, hidden, positions, attend, None, range(layer, layer + 1), use_reentrant=False)
     return decoder.finish(hidden[shared:])
+
+
+def once(rows: Sequence[Tensor], shared: int) -> Tensor:
+    """All rows one after another, what they begin with only once."""
+    return torch.cat([rows[0][:shared], *(row[shared:] for row in rows)])
 
 
 def common_start(rows: list[Row]) -> int:
@@ -69,7 +75,7 @@ class _CompletionLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, targets: Tensor, decoder: Decoder) -> Tensor:
-        table = decoder.weights["embed" if decoder.config.tied else "head"]
+        table = decoder.weights[decoder.config.head]
         total = torch.zeros((), device=hidden.device)
         slopes = torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK):
@@ -126,7 +132,7 @@ def completion_loss(
 def _loss_among(decoder: Decoder, hidden: Tensor, targets: Tensor, tokens: Tensor, allowed: Tensor) -> Tensor:
     """Summed cross-entropy of hidden (N, width) against targets (N), among those of `tokens` (C, ascending) that are
     `allowed` (N, C)."""
-    table = decoder.weights["embed" if decoder.config.tied else "head"][tokens]
+    table = decoder.weights[decoder.config.head][tokens]
     scores = (hidden @ table.T).float().masked_fill(~allowed, float("-inf"))
     return F.cross_entropy(scores, torch.searchsorted(tokens, targets), reduction="sum")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coterie.data.encode import TokenSet
 from coterie.model.decoder import Decoder, attend_packed, packed_positions
-from coterie.tuning.forward import same_start
+from coterie.tuning.forward import once, same_start
 
 GROUP_TOKENS = 4096  # tokens of one forward; groups are fixed, so that a resumed cache has the same bits
 BUDGET = 8 << 30  # bytes that all caches of a business may take; the longest unused go first
@@ -89,9 +89,9 @@ class Trunk:
         ]
         shared = same_start(tokens, min(map(len, tokens)) - 1)
         lengths, device = [len(t) - shared for t in tokens], self.decoder.device
-        hidden = self.decoder.embed(torch.cat([tokens[0][:shared], *(t[shared:] for t in tokens)]).to(device))
-        positions = torch.cat([torch.arange(shared), packed_positions(lengths) + shared]).to(device)
-        out = self.decoder.run(hidden, positions, attend_packed(lengths, shared), layers=range(self.cut))
+        hidden = self.decoder.embed(once(tokens, shared).to(device))
+        positions, attend = packed_positions(lengths, device, shared), attend_packed(lengths, shared)
+        out = self.decoder.run(hidden, positions, attend, layers=range(self.cut))
         start, rest = out[:shared], out[shared:].split(lengths)
         return torch.cat([part for one in rest for part in (start, one)])
 
