@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from coterie.data.encode import TokenSet
 from coterie.experts import full, lora
@@ -47,45 +48,57 @@ def test_training_from_a_cached_trunk_computes_the_loss_of_the_whole_model(
     assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-4)
 
 
+def counted(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of each batch that `trunk` computes from now on."""
+    calls, compute = list[list[int]](), trunk._compute
+
+    def call(rows: list[int]) -> Tensor:
+        calls.append(rows)
+        return compute(rows)
+
+    monkeypatch.setattr(trunk, "_compute", call)
+    return calls
+
+
 def test_a_trunk_is_computed_once_and_never_used_for_other_weights_or_data(
-    tiny_base: BaseModel, tmp_path: Path
+    tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, calls = token_set(tiny_base, [10, 20, 30]), []
+    data = token_set(tiny_base, [10, 20, 30])
 
-    def cached(base: BaseModel, what: TokenSet, cut: int = 1) -> int:
-        calls.clear()
-        Trunk(base.decoder, what, cut, tmp_path, progress=lambda done, _: calls.append(done))
-        return len(calls)
+    def computed(base: BaseModel, what: TokenSet, cut: int = 1) -> list[list[int]]:
+        trunk = Trunk(base.decoder, what, cut, tmp_path)
+        calls = counted(trunk, monkeypatch)
+        for rows in ([2, 0], [0, 1, 2]):
+            trunk.start(rows)
+        return calls
 
-    assert cached(tiny_base, data) == 1
-    assert cached(tiny_base, data) == 0
-    assert cached(tiny_base, token_set(tiny_base, [10, 20, 30], seed=1)) == 1
-    assert cached(tiny_base, data, cut=2) == 1
+    assert computed(tiny_base, data) == [[2, 0], [1]]
+    assert computed(tiny_base, data) == []
+    assert computed(tiny_base, token_set(tiny_base, [10, 20, 30], seed=1)) == [[2, 0], [1]]
+    assert computed(tiny_base, data, cut=2) == [[2, 0], [1]]
     weight = tiny_base.decoder.weights["0.o"]
     weight[0, 0] += 1
     try:
-        assert cached(tiny_base, data) == 1
+        assert computed(tiny_base, data) == [[2, 0], [1]]
     finally:
         weight[0, 0] -= 1
 
 
-def test_a_trunk_that_was_cut_short_is_finished_with_the_same_bits(
+def test_a_trunk_killed_before_a_batch_was_noted_computes_the_whole_batch_again(
     tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coterie.tuning.trunk.GROUP_TOKENS", 50)
-    data = token_set(tiny_base, [30] * 10)
-    whole = Trunk(tiny_base.decoder, data, 1, tmp_path / "a").start(list(range(10)))
-
-    def stop(done: int, _all: int) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Trunk(tiny_base.decoder, data, 1, tmp_path / "b", progress=stop)
-    later: list[int] = []
-    again = Trunk(tiny_base.decoder, data, 1, tmp_path / "b", progress=lambda done, _: later.append(done))
-    assert later == [5, 6, 7, 8, 9, 10]
-    assert torch.equal(again.start(list(range(10))), whole)
+    data, batches = token_set(tiny_base, [30] * 6), ([0, 4], [3, 1], [5, 2])
+    unbroken = Trunk(tiny_base.decoder, data, 1, tmp_path / "a")
+    wanted = [unbroken.start(rows) for rows in batches]
+    broken = Trunk(tiny_base.decoder, data, 1, tmp_path / "b")
+    broken.start(batches[0])
+    noted = broken.marks.read_bytes()
+    broken.start(batches[1])
+    broken.marks.write_bytes(noted)  # the values are on disk, the mark is not
+    again = Trunk(tiny_base.decoder, data, 1, tmp_path / "b")
+    calls = counted(again, monkeypatch)
+    assert all(torch.equal(again.start(rows), each) for rows, each in zip(batches, wanted, strict=True))
+    assert calls == [batches[1], batches[2]]
 
 
 def test_a_trunk_over_its_budget_or_on_a_full_disk_is_computed_anew_with_a_warning(
@@ -112,7 +125,7 @@ def test_old_trunks_make_room_for_new_ones(tiny_base: BaseModel, tmp_path: Path)
     for seed in range(4):
         Trunk(tiny_base.decoder, token_set(tiny_base, [60], seed), 1, tmp_path, budget=2 * one)
         assert sum(f.stat().st_size for f in tmp_path.glob("*.trunk")) <= 2 * one
-    assert len(list(tmp_path.glob("*.done"))) == 2
+    assert len(list(tmp_path.glob("*.rows"))) == 2
 
 
 def test_preferences_raise_the_chosen_answers_over_the_rejected(tiny_base: BaseModel, tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 An expert confined to the upper layers (the branch) leaves what the lower ones (the trunk) compute unchanged, so
 that it need be computed once for a data set: every epoch, every further run and every other such expert on the
-same data starts from it. The file's name is a digest of the trunk's weights, the tokens and the cut, so a cache
-made by other weights or other data is never found.
+same data starts from it. Rows are computed when a batch first needs them, so that training begins at once. The
+file's name is a digest of the trunk's weights, the tokens and the cut, so a cache made by other weights or other data
+is never found.
+
+Notable: a run that was killed goes on with the same bits. What a row comes to may differ in its last bits with the rows
+that are computed beside it, so a batch's rows are noted as there (in the file of marks, 4 bytes each) in one write,
+after they are: the batch is found whole or computed whole again.
 """
 
 import hashlib
@@ -19,20 +24,20 @@ from coterie.data.encode import TokenSet
 from coterie.model.decoder import Decoder, attend_packed, packed_positions
 from coterie.tuning.forward import once, same_start
 
-GROUP_TOKENS = 4096  # tokens of one forward; groups are fixed, so that a resumed cache has the same bits
 BUDGET = 8 << 30  # bytes that all caches of a business may take; the longest unused go first
+MARK = np.dtype(np.int32)
 
 
 class Trunk:
-    """The residual stream before layer `cut` for every token of `data`."""
+    """The residual stream before layer `cut` for the tokens of `data`, all but the last of each row."""
 
     def __init__(
         self, decoder: Decoder, data: TokenSet, cut: int, folder: Path, budget: int = BUDGET,
         tell: Callable[[str], None] = lambda _: None,
-        progress: Callable[[int, int], None] = lambda _done, _all: None,
     ) -> None:  # fmt: skip
         self.decoder, self.data, self.cut = decoder, data, cut
-        self.values: Tensor | None = None  # (tokens, width), memory-mapped
+        self.kept = np.zeros(len(data), np.bool_)  # which rows `values` has
+        self.values: Tensor | None = None  # (tokens, width), in memory that is the file
         size = len(data.tokens) * decoder.config.width * decoder.dtype.itemsize
         file = folder / f"{_digest(decoder, data, cut)}.trunk"
         try:
@@ -40,25 +45,26 @@ class Trunk:
                 raise OSError(0, f"{size / 2**30:.1f} GiB are over the budget of {budget / 2**30:.1f} GiB")
             folder.mkdir(parents=True, exist_ok=True)
             _make_room(folder, file, budget - size)
-            self._fill(file, size, progress)
+            self._open(file, size)
         except OSError as error:
             tell(f"the trunk's activations are not kept, and computed anew each time: {error.strerror}")
-            self.values = None
 
     def start(self, rows: list[int]) -> Tensor:
         """The residual stream of all tokens but the last of each row, (tokens, width)."""
         if self.values is None:
-            return self._compute(rows, [slice(0, -1)] * len(rows))
-        ends = self.data.ends
-        return torch.cat([self.values[ends[i] : ends[i + 1] - 1] for i in rows]).to(self.decoder.device)
+            return self._compute(rows)
+        missing = [i for i in rows if not self.kept[i]]
+        if missing:
+            self._keep(missing, self.values)
+        return torch.cat([self.values[self._place(i)] for i in rows]).to(self.decoder.device)
 
-    def _fill(self, file: Path, size: int, progress: Callable[[int, int], None]) -> None:
-        groups = _groups(self.data)
-        marks = file.with_suffix(".done")
-        kind = np.int16 if self.decoder.dtype.itemsize == 2 else np.float32
-        fresh = not (file.exists() and file.stat().st_size == size and marks.exists())
-        if fresh:
-            marks.unlink(missing_ok=True)
+    def _place(self, row: int) -> slice:
+        return slice(self.data.ends[row], self.data.ends[row + 1] - 1)
+
+    def _open(self, file: Path, size: int) -> None:
+        self.marks = _marks(file)
+        if not (file.exists() and file.stat().st_size == size and self.marks.exists()):
+            self.marks.unlink(missing_ok=True)
             with file.open("wb") as f:
                 try:
                     os.posix_fallocate(
@@ -67,26 +73,26 @@ class Trunk:
                 except OSError:
                     file.unlink()
                     raise
-            marks.write_bytes(bytes(len(groups)))
+            self.marks.touch()
         os.utime(file)
-        stored = np.memmap(file, kind, "r+", shape=(len(self.data.tokens), self.decoder.config.width))
-        done = np.memmap(marks, np.bool_, "r+", shape=(len(groups),))
-        values = torch.from_numpy(stored).view(self.decoder.dtype)
-        for n, rows in enumerate(groups):
-            if not done[n]:
-                first, last = self.data.ends[rows[0]], self.data.ends[rows[-1] + 1]
-                values[first:last] = self._compute(list(rows), [slice(None)] * len(rows)).cpu()
-                stored.flush()
-                done[n] = True
-                progress(n + 1, len(groups))
-        done.flush()
-        self.values = values
+        noted = self.marks.read_bytes()
+        self.kept[np.frombuffer(noted[: len(noted) // MARK.itemsize * MARK.itemsize], MARK)] = True
+        kind = np.int16 if self.decoder.dtype.itemsize == 2 else np.float32
+        self.stored = np.memmap(file, kind, "r+", shape=(len(self.data.tokens), self.decoder.config.width))
+        self.values = torch.from_numpy(self.stored).view(self.decoder.dtype)
+
+    def _keep(self, rows: list[int], values: Tensor) -> None:
+        made = self._compute(rows).cpu()
+        for i, part in zip(rows, made.split((self.data.lengths()[rows] - 1).tolist()), strict=True):
+            values[self._place(i)] = part
+        self.stored.flush()
+        with self.marks.open("ab", buffering=0) as f:
+            f.write(np.array(rows, MARK).tobytes())
+        self.kept[rows] = True
 
     @torch.no_grad()
-    def _compute(self, rows: list[int], parts: list[slice]) -> Tensor:
-        tokens = [
-            torch.from_numpy(self.data.row(i)[0][part].astype(np.int64)) for i, part in zip(rows, parts, strict=True)
-        ]
+    def _compute(self, rows: list[int]) -> Tensor:
+        tokens = [torch.from_numpy(self.data.row(i)[0][:-1].astype(np.int64)) for i in rows]
         shared = same_start(tokens, min(map(len, tokens)) - 1)
         lengths, device = [len(t) - shared for t in tokens], self.decoder.device
         hidden = self.decoder.embed(once(tokens, shared).to(device))
@@ -96,14 +102,9 @@ class Trunk:
         return torch.cat([part for one in rest for part in (start, one)])
 
 
-def _groups(data: TokenSet) -> list[range]:
-    """Rows in their order, so many together as make up GROUP_TOKENS (one long row may be more)."""
-    out, first = [], 0
-    for i in range(1, len(data) + 1):
-        if i == len(data) or data.ends[i + 1] - data.ends[first] > GROUP_TOKENS:
-            out.append(range(first, i))
-            first = i
-    return out
+def _marks(file: Path) -> Path:
+    """Beside a cache, the rows that it has."""
+    return file.with_suffix(".rows")
 
 
 def _digest(decoder: Decoder, data: TokenSet, cut: int) -> str:
@@ -126,4 +127,4 @@ def _make_room(folder: Path, keep: Path, budget: int) -> None:
             return
         taken -= file.stat().st_size
         file.unlink()
-        file.with_suffix(".done").unlink(missing_ok=True)
+        _marks(file).unlink(missing_ok=True)
