@@ -107,6 +107,11 @@ def test_a_trunk_over_its_budget_or_on_a_full_disk_is_computed_anew_with_a_warni
     data, said = token_set(tiny_base, [10, 20]), list[str]()
     kept = Trunk(tiny_base.decoder, data, 1, tmp_path / "kept").start([1, 0])
     over = Trunk(tiny_base.decoder, data, 1, tmp_path / "over", budget=10, tell=said.append)
+    later = Trunk(tiny_base.decoder, data, 1, tmp_path / "later", tell=said.append)
+    later.marks.unlink()
+    later.marks.symlink_to("/dev/full")
+    torch.testing.assert_close(later.start([1, 0]), kept)
+    assert "No space left" in said.pop()
 
     def full_disk(*_: int) -> None:
         raise OSError(28, "No space left on device")

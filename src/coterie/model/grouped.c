@@ -4,7 +4,8 @@
 // Notable: all matrices are copied into the order in which they are read, a strip at a time: what a thread multiplies
 // next is in its own cache, whichever way round it is stored, and so plain weights need no second, packed copy in
 // memory. Rows are fetched (by `from`), activated, scaled and put in their places (by `to`) on the way.
-// Everything is counted in words of 4 bytes: one float, or two bfloat16 that one instruction multiplies and adds.
+// Everything is counted in words of 4 bytes: one float, or, with AVX512-BF16, two bfloat16 that one instruction multiplies
+// and adds.
 // Sums are float32. A sum's order depends on the shapes and on how many rows its expert has, not on the threads.
 #include <omp.h>
 #include <stdlib.h>
@@ -14,39 +15,73 @@
 #include "vector.h"
 
 enum { NONE, RELU, SWIGLU };
-enum { ROWS = 12, COLS = 32 };  // a tile: 24 sums of 16 numbers stay in registers
-enum { SPAN = 8 };              // tiles whose slopes are laid ready together: whole lines are read
-enum { FEW = 8 };               // rows of an expert up to which its matrix is multiplied where it lies
+enum { COLS = 32 };  // columns of a tile
+enum { SPAN = 8 };   // tiles whose slopes are laid ready together: whole lines are read
+
+// ROWS: rows of a tile, TOGETHER: 16s of its columns whose sums stay in registers at once; FEW: rows of an expert up to
+// which its matrix is multiplied where it lies. Words: 16 words.
+#ifdef __AVX512BF16__
+
+enum { ROWS = 12, TOGETHER = 2, FEW = 8 };
+typedef __m512i Words;
+
+static inline Words words(const int32_t *x, int64_t left) { return _mm512_maskz_loadu_epi32(first_of_16(left), x); }
+static inline Words same(const int32_t *x) { return _mm512_set1_epi32(*x); }
+
+static inline __attribute__((always_inline)) Wide multiply(const int bf, Wide sum, Words a, Words b) {
+    if (bf) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+#else
+
+enum { ROWS = 6, TOGETHER = 1, FEW = 2 };
+typedef Wide Words;
+
+static inline Words words(const int32_t *x, int64_t left) { return load_some((const float *)x, left); }
+
+static inline Words same(const int32_t *x) {
+    float one;
+    memcpy(&one, x, 4);
+    return set16(one);
+}
+
+static inline __attribute__((always_inline)) Wide multiply(const int bf, Wide sum, Words a, Words b) {
+    (void)bf;  // never: this processor does not multiply bfloat16
+    return fma16(a, b, sum);
+}
+
+#endif
 
 typedef struct {
     int64_t bf, experts, threads;
     const int64_t *ends;  // (experts)
 } Shape;
 
-static inline __attribute__((always_inline)) __m512 multiply(const int bf, __m512 sum, __m512i a, __m512i b) {
-    if (bf) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-}
-
 // out (m, COLS) = a (depth, ROWS), of which m count, transposed, by b (depth, COLS). Meanwhile memory is asked for what
 // comes next: `depth` lines from `ahead`, `hop` bytes apart.
 static inline __attribute__((always_inline)) void
 tile(const int bf, const int m, float *out, int64_t depth, const int32_t *a, const int32_t *b, const char *ahead,
      int64_t hop) {
-    __m512 sum[ROWS][2];
-    for (int i = 0; i < m; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < depth; d++, a += ROWS, b += COLS, ahead += hop) {
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        __m512i first = _mm512_load_si512(b), second = _mm512_load_si512(b + 16);
-        for (int i = 0; i < m; i++) {
-            __m512i one = _mm512_set1_epi32(a[i]);
-            sum[i][0] = multiply(bf, sum[i][0], one, first);
-            sum[i][1] = multiply(bf, sum[i][1], one, second);
+    for (int part = 0; part < COLS / 16; part += TOGETHER) {
+        Wide sum[ROWS][TOGETHER];
+        const int32_t *left = a, *right = b + part * 16;
+#pragma GCC unroll 12
+        for (int i = 0; i < m; i++)
+            for (int c = 0; c < TOGETHER; c++) sum[i][c] = set16(0);
+        for (int64_t d = 0; d < depth; d++, left += ROWS, right += COLS) {
+            if (!part) _mm_prefetch(ahead + d * hop, _MM_HINT_T1);
+            Words column[TOGETHER];
+            for (int c = 0; c < TOGETHER; c++) column[c] = words(right + c * 16, 16);
+#pragma GCC unroll 12
+            for (int i = 0; i < m; i++) {
+                Words one = same(left + i);
+                for (int c = 0; c < TOGETHER; c++) sum[i][c] = multiply(bf, sum[i][c], one, column[c]);
+            }
         }
-    }
-    for (int i = 0; i < m; i++) {
-        _mm512_store_ps(out + i * COLS, sum[i][0]);
-        _mm512_store_ps(out + i * COLS + 16, sum[i][1]);
+#pragma GCC unroll 12
+        for (int i = 0; i < m; i++)
+            for (int c = 0; c < TOGETHER; c++) store16(out + i * COLS + (part + c) * 16, sum[i][c]);
     }
 }
 
@@ -55,7 +90,10 @@ static void any_tile(int bf, int m, float *out, int64_t depth, const int32_t *a,
 #define CASE(n) \
     case n: if (bf) tile(1, n, out, depth, a, b, ahead, hop); else tile(0, n, out, depth, a, b, ahead, hop); break;
     switch (m) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#ifdef __AVX512BF16__
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
     }
 #undef CASE
 }
@@ -65,34 +103,39 @@ static inline __attribute__((always_inline)) void
 dots(const int bf, const int m, float *out, int64_t depth, const int32_t **x, const int32_t **w) {
     const int columns = m > FEW / 2 ? 2 : 4;  // as many sums as there are registers
     for (int j = 0; j < COLS; j += columns) {
-        __m512 sum[FEW][4];
+        Wide sum[FEW][4];
         const int32_t *some_w[4];
         for (int c = 0; c < columns; c++) {
             some_w[c] = w[j + c] ? w[j + c] : w[0];
-            for (int i = 0; i < m; i++) sum[i][c] = _mm512_setzero_ps();
+            for (int i = 0; i < m; i++) sum[i][c] = set16(0);
         }
         for (int64_t d = 0; d < depth; d += 16) {
-            __mmask16 some = depth - d < 16 ? (1u << (depth - d)) - 1 : 0xffff;
-            __m512i row[FEW];
-            for (int i = 0; i < m; i++) row[i] = _mm512_maskz_loadu_epi32(some, x[i] + d);
+            Words row[FEW];
+            for (int i = 0; i < m; i++) row[i] = words(x[i] + d, depth - d);
             for (int c = 0; c < columns; c++) {
-                __m512i column = _mm512_maskz_loadu_epi32(some, some_w[c] + d);
+                Words column = words(some_w[c] + d, depth - d);
                 _mm_prefetch((const char *)(some_w[c] + d + 8 * depth), _MM_HINT_T0);
                 for (int i = 0; i < m; i++) sum[i][c] = multiply(bf, sum[i][c], row[i], column);
             }
         }
         for (int i = 0; i < m; i++)
-            for (int c = 0; c < columns; c++) out[i * COLS + j + c] = w[j + c] ? _mm512_reduce_add_ps(sum[i][c]) : 0;
+            for (int c = 0; c < columns; c++) out[i * COLS + j + c] = w[j + c] ? sum16(sum[i][c]) : 0;
     }
 }
 
 static void any_dots(int bf, int m, float *out, int64_t depth, const int32_t **x, const int32_t **w) {
 #define CASE(n) case n: if (bf) dots(1, n, out, depth, x, w); else dots(0, n, out, depth, x, w); break;
-    switch (m) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
+    switch (m) {
+        CASE(1) CASE(2)
+#ifdef __AVX512BF16__
+        CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
+    }
 #undef CASE
 }
 
 // Up to 16 rows (absent ones NULL), 16 words of each from `at`, to out (16, step) transposed; writes `count` columns.
+#ifdef __AVX512BF16__
 static inline void transpose(int32_t *out, int64_t step, int count, const int32_t **row, int64_t at) {
     __mmask16 some = (1u << count) - 1;
     __m512i r[16], t[16];
@@ -116,6 +159,41 @@ static inline void transpose(int32_t *out, int64_t step, int count, const int32_
         _mm512_mask_storeu_epi32(out + (12 + i) * step, some, _mm512_shuffle_i32x4(c, d, 0xdd));
     }
 }
+#else
+static inline void transpose(int32_t *out, int64_t step, int count, const int32_t **row, int64_t at) {
+    for (int first = 0; first < count; first += 8)
+        for (int half = 0; half < 16; half += 8) {
+            int32_t *to = out + half * step + first;
+            __m256 r[8], t[8];
+            for (int i = 0; i < 8; i++) {
+                const int32_t *one = row[first + i];
+                r[i] = one ? _mm256_loadu_ps((const float *)(one + at + half)) : _mm256_setzero_ps();
+            }
+            for (int i = 0; i < 8; i += 2) {
+                t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+                t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4) {  // r[i + k]: rows i to i + 3, words k and 4 + k
+                r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+                r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+                r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+                r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+            }
+            for (int i = 0; i < 4; i++) {
+                t[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+                t[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+            }
+            for (int i = 0; i < 8; i++) {
+                float lines[8];
+                if (count - first >= 8) _mm256_storeu_ps((float *)(to + i * step), t[i]);
+                else {  // faster here than to store by a mask
+                    _mm256_storeu_ps(lines, t[i]);
+                    memcpy(to + i * step, lines, 4 * (count - first));
+                }
+            }
+        }
+}
+#endif
 
 // out (depth, COLS): COLS rows of `depth` words, standing; absent rows (NULL) are 0.
 static void stand(int32_t *out, const int32_t **row, int64_t depth) {
@@ -133,14 +211,14 @@ static void stand(int32_t *out, const int32_t **row, int64_t depth) {
 static void lie(int bf, int32_t *out, const void *x, const int64_t *from, int64_t rows, int64_t width, int64_t at) {
     int64_t left = width - at < COLS ? width - at : COLS;
     if (!bf) {
-        __mmask16 first = left >= 16 ? 0xffff : (1u << left) - 1, second = left > 16 ? (1u << (left - 16)) - 1 : 0;
         for (int64_t r = 0; r < rows; r++) {
-            const int32_t *row = (const int32_t *)x + (from ? from[r] : r) * width + at;
-            _mm512_store_si512(out + r * COLS, _mm512_maskz_loadu_epi32(first, row));
-            _mm512_store_si512(out + r * COLS + 16, _mm512_maskz_loadu_epi32(second, row + 16));
+            const float *row = (const float *)x + (from ? from[r] : r) * width + at;
+            store16((float *)out + r * COLS, load_some(row, left));
+            store16((float *)out + r * COLS + 16, load_some(row + 16, left - 16));
         }
         return;
     }
+#ifdef __AVX512BF16__
     int16_t order[64];
     for (int i = 0; i < 64; i++) order[i] = (i % 2) * 32 + i / 2;
     __m512i low = _mm512_loadu_si512(order), high = _mm512_loadu_si512(order + 32);
@@ -152,33 +230,48 @@ static void lie(int bf, int32_t *out, const void *x, const int64_t *from, int64_
         _mm512_store_si512(out + r / 2 * COLS, _mm512_permutex2var_epi16(one, low, two));
         _mm512_store_si512(out + r / 2 * COLS + 16, _mm512_permutex2var_epi16(one, high, two));
     }
+#endif
 }
 
-static void put(int bf, void *out, int64_t at, __m512 v, int64_t left) {
-    __mmask16 some = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-    if (bf) _mm256_mask_storeu_epi16((bf16 *)out + at, some, (__m256i)_mm512_cvtneps_pbh(v));
-    else _mm512_mask_storeu_ps((float *)out + at, some, v);
+static void put(int bf, void *out, int64_t at, Wide v, int64_t left) {
+#ifdef __AVX512BF16__
+    if (bf) {
+        _mm256_mask_storeu_epi16((bf16 *)out + at, first_of_16(left), (__m256i)_mm512_cvtneps_pbh(v));
+        return;
+    }
+#endif
+    (void)bf;
+    store_some((float *)out + at, v, left);
 }
 
 // A row of a tile, past the caches where it fills whole lines: gradients of weights are larger than they are.
 static void put_row(int bf, void *out, int64_t at, const float *row, int64_t left) {
-    __m512 one = _mm512_load_ps(row), two = _mm512_load_ps(row + 16);
+    Wide one = load16(row), two = load16(row + 16);
     char *here = (char *)out + at * (bf ? 2 : 4);
     if (left < COLS || (uintptr_t)here % 64) {
         put(bf, out, at, one, left);
         put(bf, out, at + 16, two, left - 16);
-    } else if (bf) _mm512_stream_si512((__m512i *)here, (__m512i)_mm512_cvtne2ps_pbh(two, one));
-    else {
-        _mm512_stream_ps((float *)here, one);
-        _mm512_stream_ps((float *)here + 16, two);
+        return;
     }
+#ifdef __AVX512BF16__
+    if (bf) {
+        _mm512_stream_si512((__m512i *)here, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+        return;
+    }
+#endif
+    stream16((float *)here, one);
+    stream16((float *)here + 16, two);
 }
 
-static inline __m512 get(int bf, const void *x, int64_t at, int64_t left) {
-    __mmask16 some = left >= 16 ? 0xffff : (1u << left) - 1;
-    if (!bf) return _mm512_maskz_loadu_ps(some, (const float *)x + at);
-    __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + at));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+static inline Wide get(int bf, const void *x, int64_t at, int64_t left) {
+#ifdef __AVX512BF16__
+    if (bf) {
+        __m512i half = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of_16(left), (const bf16 *)x + at));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
+    }
+#endif
+    (void)bf;
+    return load_some((const float *)x + at, left);
 }
 
 static void *grow(void *buffer, size_t *has, size_t bytes) {
@@ -215,19 +308,19 @@ static void finish(const Shape *s, const Product *p, const float *made, int m, i
     const int64_t half = p->outputs / 2, columns = gated ? half : p->outputs, left = columns - at;
     for (int i = 0; i < m; i++) {
         int64_t r = first + i, place = p->to ? p->to[r] : r;
-        __m512 one = _mm512_load_ps(made + i * COLS), two = _mm512_load_ps(made + i * COLS + 16);
+        Wide one = load16(made + i * COLS), two = load16(made + i * COLS + 16);
         if (p->before) {
             put(bf, p->before, r * p->outputs + at, one, left);
             put(bf, p->before, r * p->outputs + at + (gated ? half : 16), two, gated ? left : left - 16);
         }
-        if (gated) one = _mm512_mul_ps(silu16(one), two);
+        if (gated) one = mul16(silu16(one), two);
         if (p->activation == RELU) {
-            one = _mm512_max_ps(one, _mm512_setzero_ps());
-            two = _mm512_max_ps(two, _mm512_setzero_ps());
+            one = max16(one, set16(0));
+            two = max16(two, set16(0));
         }
         if (p->scale) {
-            one = _mm512_mul_ps(one, _mm512_set1_ps(p->scale[r]));
-            two = _mm512_mul_ps(two, _mm512_set1_ps(p->scale[r]));
+            one = mul16(one, set16(p->scale[r]));
+            two = mul16(two, set16(p->scale[r]));
         }
         put(bf, p->out, place * columns + at, one, left);
         if (!gated) put(bf, p->out, place * columns + at + 16, two, left - 16);
@@ -300,15 +393,20 @@ int coterie_grouped(const Shape *s, const Product *p, const void *x, const void 
 
 // The next ROWS numbers of x from `one` as words; in bfloat16 paired with those from `two`, or with 0 where it is < 0.
 static inline void pair(int bf, int32_t *out, const void *x, int64_t one, int64_t two, int64_t left) {
-    __mmask16 some = left >= ROWS ? (1u << ROWS) - 1 : (1u << left) - 1;
-    __m512i v, high;
+#ifdef __AVX512BF16__
     if (bf) {
-        v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + one));
+        __mmask16 some = first_of_16(left >= ROWS ? ROWS : left);
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + one)), high;
         high = two < 0 ? _mm512_setzero_si512()
                        : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + two));
-        v = _mm512_or_si512(v, _mm512_slli_epi32(high, 16));
-    } else v = _mm512_maskz_loadu_epi32(some, (const int32_t *)x + one);
-    _mm512_mask_storeu_epi32(out, some, v);
+        _mm512_mask_storeu_epi32(out, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        return;
+    }
+#endif
+    (void)bf, (void)two;
+    const float *from = (const float *)x + one;
+    if (left >= ROWS) memcpy(out, from, ROWS * 4);
+    else memcpy(out, from, left * 4);
 }
 
 // The system's largest pages for the memory of `out`, which is about to be written whole: a fault for each 2 MB.
@@ -379,25 +477,27 @@ void coterie_activated(const Shape *s, int64_t rows, int64_t columns, int activa
     const int64_t wide = activation == SWIGLU ? 2 * columns : columns;
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        __m512 sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale[r]), zero = _mm512_setzero_ps();
+        Wide sum = set16(0), by = set16(scale[r]);
         for (int64_t i = 0; i < columns; i += 16) {
             int64_t left = columns - i, at = r * columns + i;
-            __m512 gate = get(bf, before, r * wide + i, left), back = get(bf, slope, at, left), active;
-            __m512 scaled = _mm512_mul_ps(back, by);
+            Wide gate = get(bf, before, r * wide + i, left), back = get(bf, slope, at, left), active;
+            Wide scaled = mul16(back, by);
             if (activation == SWIGLU) {
-                __m512 up = get(bf, before, r * wide + columns + i, left), sigmoid = sigmoid16(gate);
-                __m512 silu = _mm512_mul_ps(gate, sigmoid);
-                __m512 bend = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1.0f), sigmoid), sigmoid);
-                active = _mm512_mul_ps(silu, up);
-                put(bf, out, r * wide + i, _mm512_mul_ps(scaled, _mm512_mul_ps(up, bend)), left);
-                put(bf, out, r * wide + columns + i, _mm512_mul_ps(scaled, silu), left);
+                Wide up = get(bf, before, r * wide + columns + i, left), sigmoid = sigmoid16(gate);
+                Wide silu = mul16(gate, sigmoid), bend = fma16(silu, sub16(set16(1), sigmoid), sigmoid);
+                active = mul16(silu, up);
+                put(bf, out, r * wide + i, mul16(scaled, mul16(up, bend)), left);
+                put(bf, out, r * wide + columns + i, mul16(scaled, silu), left);
             } else {
-                active = _mm512_max_ps(gate, zero);
-                put(bf, out, at, _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate, zero, _CMP_GT_OQ), scaled), left);
+                active = max16(gate, set16(0));
+                put(bf, out, at, positive16(gate, scaled), left);
             }
-            sum = _mm512_fmadd_ps(active, back, sum);
-            put(bf, made, at, _mm512_mul_ps(active, by), left);
+            sum = fma16(active, back, sum);
+            put(bf, made, at, mul16(active, by), left);
         }
-        to_scale[r] = _mm512_reduce_add_ps(sum);
+        to_scale[r] = sum16(sum);
     }
 }
+
+// The bytes of the narrowest number that is multiplied here: 2 for bfloat16.
+int coterie_num(void) { return sizeof(num); }

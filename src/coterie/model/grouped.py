@@ -18,7 +18,7 @@ from coterie.model.native import built
 
 SOURCE = Path(__file__).with_name("grouped.c")
 PLAIN, RELU, SWIGLU = range(3)
-ROWS = 12  # of a tile in grouped.c
+ROWS = 12  # of a tile in grouped.c, at most
 SIZES = {torch.float32: 4, torch.bfloat16: 2}
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 
@@ -34,7 +34,7 @@ class _Product(ctypes.Structure):
 
 @cache
 def _library() -> Any | None:
-    library = built(SOURCE)
+    library = built(SOURCE, needs=("avx2", "fma"))
     if library:
         library.coterie_grouped.argtypes = [_P] * 5
         library.coterie_grouped_weights.argtypes = [_P, _N, _N, *[_P] * 6]
@@ -44,9 +44,12 @@ def _library() -> Any | None:
 
 
 def takes(weights: Tensor) -> bool:
-    """Whether experts of these weights (E, out, in) can be computed here: bfloat16 goes in pairs."""
-    dtype = weights.dtype == torch.float32 or (weights.dtype == torch.bfloat16 and weights.shape[-1] % 2 == 0)
-    return dtype and weights.device.type == "cpu" and weights.is_contiguous() and _library() is not None
+    """Whether experts of these weights (E, out, in) can be computed here: bfloat16 goes in pairs, where at all."""
+    library = _library() if weights.device.type == "cpu" and weights.is_contiguous() else None
+    if library is None:
+        return False
+    pairs = weights.dtype == torch.bfloat16 and weights.shape[-1] % 2 == 0 and library.coterie_num() == 2
+    return weights.dtype == torch.float32 or pairs
 
 
 class _Call:

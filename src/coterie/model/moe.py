@@ -1,8 +1,8 @@
 """Mixture-of-experts feed-forward: a router gives each token to its best experts, and each expert gets one product.
 
 Notable: no loop over tokens and no padding. The (token, choice) pairs are sorted by expert, so that each expert's
-rows lie together. Where the processor has AVX512-BF16 and a C compiler is there, all experts are one call into
-grouped.c, forward and backward (docs/performance.md). Elsewhere a projection is one matrix product for each expert
+rows lie together. Where the processor has AVX2 and a C compiler is there, all experts are one call into grouped.c,
+forward and backward (docs/performance.md). Elsewhere a projection is one matrix product for each expert
 that has rows; on a GPU all experts go into one `grouped_mm`.
 Sources: Shazeer et al. 2017 (top-k gates); Fedus et al. 2021 (Switch: top-1, capacity, balance loss, jitter, router
 in float32); Zoph et al. 2022 (ST-MoE: router z-loss); Gale et al. 2022 (MegaBlocks: no dropping, no padding).

@@ -17,7 +17,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 log = logging.getLogger(__name__)
 
 
-def built(source: Path, needs: tuple[str, ...] = ("avx512_bf16",)) -> Any | None:
+def built(source: Path, needs: tuple[str, ...]) -> Any | None:
     """`source` as a shared library; None where it cannot be built or this processor lacks what it `needs`, by the names
     of /proc/cpuinfo."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -27,6 +27,15 @@ static inline Wide fnma16(Wide a, Wide b, Wide c) { return _mm512_fnmadd_ps(a, b
 static inline Wide round16(Wide x) { return _mm512_roundscale_ps(x, 0); }
 static inline Wide scale16(Wide x, Wide n) { return _mm512_scalef_ps(x, n); }  // x 2^n
 static inline float sum16(Wide x) { return _mm512_reduce_add_ps(x); }
+static inline Wide positive16(Wide x, Wide v) {  // v where x > 0, else 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), v);
+}
+
+// The first `left` of 16; the others are read as 0, and not written.
+static inline __mmask16 first_of_16(int64_t left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
+static inline Wide load_some(const float *x, int64_t left) { return _mm512_maskz_loadu_ps(first_of_16(left), x); }
+static inline void store_some(float *x, Wide v, int64_t left) { _mm512_mask_storeu_ps(x, first_of_16(left), v); }
+static inline void stream16(float *x, Wide v) { _mm512_stream_ps(x, v); }  // past the caches; x at a multiple of 64 bytes
 
 static inline Wide widen(const num *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
@@ -79,6 +88,33 @@ static inline void store16(float *x, Wide v) { _mm256_storeu_ps(x, v.a), _mm256_
 static inline Wide set16(float x) { return (Wide){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline Wide widen(const num *x) { return load16(x); }
 static inline void narrow(num *out, Wide x) { store16(out, x); }
+
+static inline Wide positive16(Wide x, Wide v) {  // v where x > 0, else 0
+    __m256 zero = _mm256_setzero_ps();
+    return (Wide){_mm256_and_ps(_mm256_cmp_ps(x.a, zero, _CMP_GT_OQ), v.a),
+                  _mm256_and_ps(_mm256_cmp_ps(x.b, zero, _CMP_GT_OQ), v.b)};
+}
+
+// The first `left` of 16; the others are read as 0, and not written.
+static inline __m256i first_of_8(int64_t left) {
+    int some = left > 8 ? 8 : left < 0 ? 0 : (int)left;
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(some), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline Wide load_some(const float *x, int64_t left) {
+    if (left >= 16) return load16(x);
+    return (Wide){_mm256_maskload_ps(x, first_of_8(left)), _mm256_maskload_ps(x + 8, first_of_8(left - 8))};
+}
+static inline void store_some(float *x, Wide v, int64_t left) {
+    if (left >= 16) {
+        store16(x, v);
+        return;
+    }
+    _mm256_maskstore_ps(x, first_of_8(left), v.a);
+    _mm256_maskstore_ps(x + 8, first_of_8(left - 8), v.b);
+}
+static inline void stream16(float *x, Wide v) {  // past the caches; x at a multiple of 64 bytes
+    _mm256_stream_ps(x, v.a), _mm256_stream_ps(x + 8, v.b);
+}
 
 static inline Wide round16(Wide x) {
     enum { NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC };

@@ -35,7 +35,7 @@ class Trunk:
         self, decoder: Decoder, data: TokenSet, cut: int, folder: Path, budget: int = BUDGET,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.decoder, self.data, self.cut = decoder, data, cut
+        self.decoder, self.data, self.cut, self.tell = decoder, data, cut, tell
         self.kept = np.zeros(len(data), np.bool_)  # which rows `values` has
         self.values: Tensor | None = None  # (tokens, width), in memory that is the file
         size = len(data.tokens) * decoder.config.width * decoder.dtype.itemsize
@@ -47,16 +47,24 @@ class Trunk:
             _make_room(folder, file, budget - size)
             self._open(file, size)
         except OSError as error:
-            tell(f"the trunk's activations are not kept, and computed anew each time: {error.strerror}")
+            self._do_without(error)
 
     def start(self, rows: list[int]) -> Tensor:
         """The residual stream of all tokens but the last of each row, (tokens, width)."""
         if self.values is None:
             return self._compute(rows)
         missing = [i for i in rows if not self.kept[i]]
-        if missing:
-            self._keep(missing, self.values)
+        try:
+            if missing:
+                self._keep(missing, self.values)
+        except OSError as error:
+            self._do_without(error)
+            return self._compute(rows)
         return torch.cat([self.values[self._place(i)] for i in rows]).to(self.decoder.device)
+
+    def _do_without(self, error: OSError) -> None:
+        self.values = None
+        self.tell(f"the trunk's activations are not kept, and computed anew each time: {error.strerror}")
 
     def _place(self, row: int) -> slice:
         return slice(self.data.ends[row], self.data.ends[row + 1] - 1)
