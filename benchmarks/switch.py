@@ -12,8 +12,8 @@ is constant after warm-up, so that the length of a run does not shape its curve.
 
 Layers: the same weights in ours and in transformers' Mixtral and SwitchTransformers layers, 8 experts; outputs are
 checked for equality, then both are timed in turns. `layer_vs_transformers` is the geometric mean of the ratios of
-medians over all cases, in bfloat16 only where the processor multiplies it; transformers gets the fastest of its own ways
-of computing the layer.
+medians over all cases, in bfloat16 only where the processor multiplies it; transformers gets the fastest of its own
+ways of computing the layer.
 """
 
 import argparse
