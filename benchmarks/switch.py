@@ -34,6 +34,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from coterie.model import grouped, moe
 from coterie.model.decoder import Decoder, ModelConfig, attend_packed, packed_positions
+from coterie.model.load import default_dtype
 
 BALANCE, Z, CAPACITY, JITTER = 0.01, 0.001, 1.25, 0.01  # as in Switch Transformers and ST-MoE
 
@@ -210,7 +211,7 @@ def layers(args: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
     """Every case's medians in milliseconds, and theirs over ours."""
     out = []
     for peer, k in (("Mixtral", 2), ("SwitchTransformers", 1)):
-        for dtype in dict.fromkeys((torch.float32, getattr(torch, common.precision()))):
+        for dtype in dict.fromkeys((torch.float32, default_dtype())):
             for tokens in args.tokens:
                 cases = layer_case(peer, k, dtype, tokens, args)
                 out += cases

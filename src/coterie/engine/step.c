@@ -567,9 +567,6 @@ static void run_rows(const Step *all, int64_t rows, int64_t layer, int64_t layer
 
 static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-// The bytes of a number in weights and cache.
-int coterie_num(void) { return sizeof(num); }
-
 // Round a matrix w (out, in), in a multiple of GROUP, to whole numbers in 8 bits as `Matrix` has them. A group is rounded
 // in the better of two ways: evenly about zero, or evenly from its least to its largest number, as GGUF's Q8_0 and Q4_1
 // have stored theirs. Returns the squared error as a share of the squared norm.

@@ -62,7 +62,7 @@ _Cache = _struct("Cache", keys=_P, values=_P, streams=_P, table=_P, entries=_P, 
 
 @cache
 def _library() -> Any | None:
-    library = built(SOURCE, needs=("avx2", "fma"))
+    library = built(SOURCE)
     if library:
         library.coterie_step.argtypes = [_P, _P, _N, _P, _P, _P, _P, _N, _P, _N, _P, _P, _N, _P, ctypes.c_int]
         library.coterie_round.argtypes = [_P, _N, _N, _P, _P, ctypes.c_int]

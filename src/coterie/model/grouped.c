@@ -498,6 +498,3 @@ void coterie_activated(const Shape *s, int64_t rows, int64_t columns, int activa
         to_scale[r] = sum16(sum);
     }
 }
-
-// The bytes of the narrowest number that is multiplied here: 2 for bfloat16.
-int coterie_num(void) { return sizeof(num); }

@@ -34,7 +34,7 @@ class _Product(ctypes.Structure):
 
 @cache
 def _library() -> Any | None:
-    library = built(SOURCE, needs=("avx2", "fma"))
+    library = built(SOURCE)
     if library:
         library.coterie_grouped.argtypes = [_P] * 5
         library.coterie_grouped_weights.argtypes = [_P, _N, _N, *[_P] * 6]

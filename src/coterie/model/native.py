@@ -13,16 +13,16 @@ from typing import Any
 from coterie.model.pull import models_dir
 
 INCLUDED = Path(__file__).with_name("vector.h")
+NEEDS = {"avx2", "fma"}  # by the names of /proc/cpuinfo: what vector.h is written for
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 log = logging.getLogger(__name__)
 
 
-def built(source: Path, needs: tuple[str, ...]) -> Any | None:
-    """`source` as a shared library; None where it cannot be built or this processor lacks what it `needs`, by the names
-    of /proc/cpuinfo."""
+def built(source: Path) -> Any | None:
+    """`source` as a shared library; None where it cannot be built or this processor lacks what it needs."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     flags = Path("/proc/cpuinfo")
-    if not compiler or not flags.exists() or not set(needs) <= set(flags.read_text().split()):
+    if not compiler or not flags.exists() or not NEEDS.issubset(flags.read_text().split()):
         return None
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout

@@ -166,3 +166,6 @@ static inline Wide exp16(Wide x) {
 static inline Wide sigmoid16(Wide x) { return div16(set16(1.0f), add16(set16(1.0f), exp16(sub16(set16(0.0f), x)))); }
 
 static inline Wide silu16(Wide x) { return div16(x, add16(set16(1.0f), exp16(sub16(set16(0.0f), x)))); }
+
+// Of each library: the bytes of `num`, 2 where it is bfloat16.
+int coterie_num(void) { return sizeof(num); }
