@@ -15,9 +15,10 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from coterie.engine.pages import Pages
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import KINDS, apply
-from coterie.model.decoder import Change, attend_packed, packed_positions
+from coterie.model.decoder import Change, Decoder, attend_packed, packed_positions
 from coterie.model.load import BaseModel
 from coterie.tuning.forward import hidden_states
 
@@ -101,6 +102,14 @@ def reference_model(path: Path) -> transformers.PreTrainedModel:
     ggufs = list(path.glob("*.gguf"))
     options = {"gguf_file": ggufs[0].name} if ggufs else {}
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+def cache_of(decoder: Decoder, slots: int, length: int) -> Pages:
+    """Room for `slots` sequences of `length` tokens."""
+    cache = Pages(decoder.config, slots, length, decoder.dtype)
+    for slot in range(slots):
+        cache.make_room(cache.begin(slot, cache.parts(None, decoder.config.layers), []), slot, length)
+    return cache
 
 
 def reference_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
