@@ -225,6 +225,7 @@ def test_a_site_vouches_for_its_customer(client: TestClient, desk: Desk) -> None
     for bad in (
         word({"sub": "ada", "exp": soon - 1000}), word({"sub": "ada", "exp": soon}, "x" * 32), word({"sub": "ada"}),
         word({"exp": soon}), word({"sub": "visitor-1", "exp": soon}), word({"sub": 7, "exp": soon}), "nonsense",
+        word({"sub": "coterie:audit", "exp": soon}),
         f"eyJhbGciOiJub25lIn0.{none[1]}.",
     ):  # fmt: skip
         assert code(Visitor(client, identity=bad).visited) == (401, "not_signed_in")

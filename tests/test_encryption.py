@@ -133,6 +133,36 @@ def test_a_new_master_key_opens_everything_and_the_old_one_nothing(keys: Keys) -
         Keys(keys.database, ONE)
 
 
+def test_a_process_that_runs_on_after_a_rotation_makes_no_key_under_the_old_master(keys: Keys) -> None:
+    now = [1000.0]
+    running = Keys(keys.database, ONE, lambda: now[0])
+    sealed = running.seal("ada", "my secret")
+    keys.rewrap(TWO)
+    with pytest.raises(KeyLost, match="rotated while this was running"):
+        running.seal("ben", "the first words of a new customer")
+    with pytest.raises(KeyLost, match="rotated while this was running"):
+        running.rewrap(MasterKey(bytes([3]) * 32))
+    now[0] += 61
+    with pytest.raises(KeyLost, match="rotated while this was running"):
+        running.unseal("ada", sealed)
+    fresh = Keys(keys.database, TWO)
+    assert fresh.unseal("ada", sealed) == "my secret"
+    assert fresh.unseal("ben", fresh.seal("ben", "again")) == "again"
+
+
+def test_no_customer_has_the_name_of_a_key_of_the_house(keys: Keys) -> None:
+    secret, sealed = keys.secret("coterie:audit"), keys.seal_own("coterie:account:anna", "totp", "totp")
+    for deed in (
+        lambda: keys.destroy("coterie:audit"), lambda: keys.destroy("coterie:account:anna"),
+        lambda: keys.seal("coterie:audit", "x"), lambda: keys.unseal("coterie:account:anna", sealed, "totp"),
+        lambda: keys.current("coterie:audit"),
+    ):  # fmt: skip
+        with pytest.raises(CoterieError, match="the house's own"):
+            deed()
+    assert Keys(keys.database, ONE).secret("coterie:audit") == secret
+    assert keys.unseal_own("coterie:account:anna", sealed, "totp") == "totp"
+
+
 def test_a_rotation_that_fails_changes_nothing(keys: Keys) -> None:
     keys.seal("ada", "x")
     with keys.database.begin() as c:

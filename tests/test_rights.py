@@ -2,11 +2,13 @@
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyotp import TOTP
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner
@@ -23,8 +25,9 @@ from coterie.privacy.keys import Erased, Keys
 from coterie.privacy.master import KeyLost, MasterKey
 from coterie.privacy.rights import NotErased, Room, erase_customer, export_customer, keep_only
 from coterie.privacy.scan import scan
+from coterie.privacy.tables import AccountRow
 from coterie.privacy.vault import Vault
-from coterie.store.database import open_database
+from coterie.store.database import open_database, writing
 
 
 @pytest.fixture
@@ -92,6 +95,37 @@ def test_an_erased_customer_is_gone_from_every_room_and_can_come_back(house: Hou
     assert vault.mask("ada", ["new@b.com"]).texts == ["[EMAIL_1]"], "nothing is left in memory either"
     found = export_customer(rooms_of(house, shop(house)), house.audit, "ada", "anna")
     assert (found["conversations"], list(found["pseudonyms"].values())) == ([], ["new@b.com"])
+
+
+def test_erasing_or_exporting_touches_no_key_of_the_house(house: House, tmp_path: Path) -> None:
+    rooms = rooms_of(house, shop(house))
+    for name in ("coterie:audit", "coterie:mail", "coterie:account:anna"):
+        for deed in (
+            lambda name=name: erase_customer(rooms, house.keys, house.audit, name, "anna"),
+            lambda name=name: export_customer(rooms, house.audit, name, "anna"),
+        ):
+            with pytest.raises(CoterieError, match="the house's own"):
+                deed()
+    assert house.audit.lines() == []
+    open_house(tmp_path, house.database, {}).close()
+
+
+def test_a_customer_named_like_an_account_does_not_hold_its_second_factor(house: House, tmp_path: Path) -> None:
+    """Neither one made now, nor one that an older coterie sealed under "account:NAME"."""
+    secret, _ = house.accounts.offer_second_factor("anna")
+    for name in ("anna", "bea"):
+        house.accounts.add(name, "owner", "correct horse battery")
+        house.accounts.take_second_factor(name, secret, TOTP(secret).at(time.time() - 30))
+    talk(house, "account:bea", "I am customer number bea")
+    with writing(house.database) as session:
+        row = session.get(AccountRow, "bea")
+        assert row
+        row.totp = house.keys.seal("account:bea", secret, "totp")
+    again = open_house(tmp_path, house.database, {})
+    for name in ("anna", "bea"):
+        erase_customer(rooms_of(again, shop(again)), again.keys, again.audit, f"account:{name}", "anna")
+        assert again.accounts.login(name, "correct horse battery", TOTP(secret).now())
+    again.close()
 
 
 def test_experts_that_learned_from_an_erased_customer_are_listed_until_their_rows_are_gone(house: House) -> None:

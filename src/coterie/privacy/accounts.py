@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from coterie.errors import CoterieError
 from coterie.privacy.access import MAY, PERMISSIONS, ROLES, NotSignedIn, Person, Role
 from coterie.privacy.audit import Audit
-from coterie.privacy.keys import Keys
+from coterie.privacy.keys import RESERVED, Erased, Keys, Unreadable
 from coterie.privacy.tables import AccountRow, LoginRow
 from coterie.store.database import reading, writing
 
@@ -276,7 +276,7 @@ class Accounts:
         step = _step_of(secret, code, self.clock())
         if step is None:
             raise AccountError("the code does not fit the secret; check your device's clock, and try the next code")
-        sealed = self.keys.seal(_totp_of(name), secret, "totp")  # before the transaction: it may make a key
+        sealed = self.keys.seal_own(_totp_of(name), secret, "totp")  # before the transaction: it may make a key
         with writing(self.database) as session:
             row = _row(session, name)
             row.totp, row.totp_last = sealed, step + 1
@@ -293,7 +293,29 @@ class Accounts:
         """The time step that a code belongs to, one to either side of now; 0 where none is asked; None: wrong."""
         if not row.totp:
             return 0
-        return _step_of(self.keys.unseal(_totp_of(row.name), row.totp, "totp"), code, self.clock())
+        return _step_of(self.keys.unseal_own(_totp_of(row.name), row.totp, "totp"), code, self.clock())
+
+    def apart(self) -> None:
+        """Seal anew the second factors that an older coterie sealed under "account:NAME", as if that were a customer:
+        erasing a customer of that name would have destroyed them. One that was destroyed so waits for a reset."""
+        with reading(self.database) as session:
+            found = [(row.name, row.totp) for row in session.scalars(select(AccountRow)) if row.totp]
+        for name, sealed in found:
+            try:
+                self.keys.unseal_own(_totp_of(name), sealed, "totp")
+            except Unreadable:
+                self._apart(name, sealed)
+
+    def _apart(self, name: str, sealed: bytes) -> None:
+        try:
+            secret = self.keys.unseal(f"account:{name}", sealed, "totp")
+        except (Erased, Unreadable):
+            return
+        anew = self.keys.seal_own(_totp_of(name), secret, "totp")
+        with writing(self.database) as session:
+            row = session.get(AccountRow, name)
+            if row is not None and row.totp == sealed:  # nobody has changed it meanwhile
+                row.totp = anew
 
 
 def _step_of(secret: str, code: str, now: float) -> int | None:
@@ -308,7 +330,7 @@ def _step_of(secret: str, code: str, now: float) -> int | None:
 
 
 def _totp_of(name: str) -> str:
-    return f"account:{name}"
+    return f"{RESERVED}account:{name}"
 
 
 def _login_row(login: Login, name: str, kind: str, label: str, scopes: str, now: float) -> LoginRow:

@@ -56,7 +56,9 @@ def open_house(folder: Path, database: Engine, environment: Mapping[str, str] | 
     master = master_key(environment) or _kept(place / KEY_FILE, at_keys)
     keys = Keys(at_keys, master)
     audit = Audit(database, keys.secret(AUDIT))
-    return House(database, keys, audit, Accounts(database, keys, audit), Consents(database))
+    accounts = Accounts(database, keys, audit)
+    accounts.apart()
+    return House(database, keys, audit, accounts, Consents(database))
 
 
 def _kept(file: Path, keys: Engine) -> MasterKey:

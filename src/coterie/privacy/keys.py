@@ -2,7 +2,8 @@
 
 Notable: destroying a customer's key makes all that was sealed under it unreadable, in the database, its log and every
 copy of them; so keys live in a database of their own (`keys.db`), which need not be in each backup. That also lets a
-first key be made in the middle of another transaction. Sealed bytes: version of the form (1), version of the key (4),
+first key be made in the middle of another transaction. The house's own keys lie beside them under names that begin with
+RESERVED, which nothing takes for a customer's: erasing one cannot break the audit log. Sealed bytes: version of the form (1), version of the key (4),
 nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so nothing opens in another's name.
 """
 
@@ -16,6 +17,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from coterie.errors import CoterieError
 from coterie.privacy.master import NONCE, KeyLost, MasterKey
@@ -26,7 +28,9 @@ from coterie.store.database import reading, writing
 FORM = b"\x01"
 HEADER = 1 + 4 + NONCE  # bytes before the encrypted text
 PROOF = b"this is the right master key"
+RESERVED = "coterie:"  # how the names of keys begin that are no customer's
 KEPT = 4096  # open keys in memory, 1 KiB each: a search of the desk opens those of the newest 5,000 messages
+ROTATED = "the master key was rotated while this was running; start it again with the new one"
 KEPT_S = 60.0  # seconds until another process's destruction is noticed
 
 
@@ -35,6 +39,18 @@ class Erased(CoterieError):
 
     status = 410
     code = "erased"
+
+
+class NoCustomer(CoterieError):
+    """A customer's id that is a name of the house's own."""
+
+    code = "invalid_customer"
+
+
+def check_customer(customer: str) -> None:
+    """Raises NoCustomer."""
+    if customer.startswith(RESERVED):
+        raise NoCustomer(f"customer {customer!r}: ids that begin with {RESERVED!r} are the house's own, not a customer's")
 
 
 class Unreadable(CoterieError):
@@ -89,10 +105,8 @@ class Keys:
 
     def seal_bytes(self, customer: str, plain: bytes, purpose: str = "") -> bytes:
         """The same for a file."""
-        key = self._newest(customer)
-        nonce = secrets.token_bytes(NONCE)
-        head = FORM + key.version.to_bytes(4, "big")
-        return head + nonce + key.cipher().encrypt(nonce, plain, _about(customer, purpose, head))
+        check_customer(customer)
+        return self._seal(customer, plain, purpose)
 
     def unseal(self, customer: str, sealed: bytes, purpose: str = "") -> str:
         """What was sealed. Raises Erased, Unreadable."""
@@ -100,17 +114,37 @@ class Keys:
 
     def unseal_bytes(self, customer: str, sealed: bytes, purpose: str = "") -> bytes:
         """The same for a file."""
+        check_customer(customer)
+        return self._unseal(customer, sealed, purpose)
+
+    def seal_own(self, name: str, plain: str, purpose: str = "") -> bytes:
+        """The same for something of the house's own, whose name begins with RESERVED."""
+        return self._seal(_own(name), plain.encode(), purpose)
+
+    def unseal_own(self, name: str, sealed: bytes, purpose: str = "") -> str:
+        """What was sealed. Raises Unreadable."""
+        return self._unseal(_own(name), sealed, purpose).decode()
+
+    def _seal(self, whose: str, plain: bytes, purpose: str) -> bytes:
+        key = self._newest(whose)
+        nonce = secrets.token_bytes(NONCE)
+        head = FORM + key.version.to_bytes(4, "big")
+        return head + nonce + key.cipher().encrypt(nonce, plain, _about(whose, purpose, head))
+
+    def _unseal(self, whose: str, sealed: bytes, purpose: str) -> bytes:
         if len(sealed) < HEADER + 16 or sealed[:1] != FORM:
-            raise Unreadable(f"data of customer {customer!r} was cut short, or was never encrypted")
+            raise Unreadable(f"data of customer {whose!r} was cut short, or was never encrypted")
         head, nonce = sealed[:5], sealed[5:HEADER]
-        cipher = self._key(customer, int.from_bytes(head[1:], "big")).cipher()
+        cipher = self._key(whose, int.from_bytes(head[1:], "big")).cipher()
         try:
-            return cipher.decrypt(nonce, sealed[HEADER:], _about(customer, purpose, head))
+            return cipher.decrypt(nonce, sealed[HEADER:], _about(whose, purpose, head))
         except InvalidTag:
-            raise Unreadable(f"data of customer {customer!r} was changed, or belongs to somebody else") from None
+            raise Unreadable(f"data of customer {whose!r} was changed, or belongs to somebody else") from None
 
     def secret(self, name: str) -> bytes:
-        """32 bytes of its own for something that is no customer, such as the audit log; the same for good."""
+        """32 bytes of its own for something that is no customer, such as the audit log; the same for good. `name`
+        begins with RESERVED."""
+        name = _own(name)
         first = self._newest(name) if not self._has(name) else self._key(name, 1)
         return hashlib.blake2b(b"secret", key=first.key, digest_size=32).digest()
 
@@ -120,6 +154,7 @@ class Keys:
 
     def current(self, customer: str) -> int:
         """The version of the customer's newest key; after an erasure it is another one."""
+        check_customer(customer)
         return self._newest(customer).version
 
     def destroy(self, customer: str) -> int:
@@ -127,6 +162,7 @@ class Keys:
 
         On SQLite the place is overwritten and the log emptied, so that no old page has the wrapped key.
         """
+        check_customer(customer)
         sqlite = self.database.dialect.name == "sqlite"
         with writing(self.database) as session:
             if sqlite:
@@ -148,6 +184,8 @@ class Keys:
     def rewrap(self, new: MasterKey) -> int:
         """Wrap every key by `new` instead, all or none; from then on only `new` opens the database. How many."""
         with writing(self.database) as session:
+            session.scalars(select(MasterRow).with_for_update()).all()  # who makes a key meanwhile waits
+            self._still_the_master(session)
             rows = session.scalars(select(KeyRow).where(KeyRow.destroyed_at.is_(None))).all()
             for row in rows:
                 about = _of_key(row.customer, row.version)
@@ -179,10 +217,19 @@ class Keys:
             raise Unreadable(f"data of customer {customer!r} is sealed under a key that is not in the database")
         if row.destroyed_at is not None:
             raise Erased(f"customer {customer!r} was erased; what was sealed then cannot be read")
+        if row.master != self.master.id:
+            raise KeyLost(ROTATED)
         key = self.master.unwrap(row.wrapped, _of_key(customer, version))
         opened = _Open(version, key)
         self._open.put((customer, version), opened)
         return opened
+
+    def _still_the_master(self, session: Session) -> None:
+        """Raises KeyLost where another process has rotated the master key since: what is wrapped by the old one now
+        would be lost. A rotation waits for the transaction of `session`, and it for a rotation."""
+        row = session.scalars(select(MasterRow).with_for_update(read=True)).first()
+        if row is None or row.id != self.master.id:
+            raise KeyLost(ROTATED)
 
     def _make(self, customer: str) -> int:
         """A new key, after all that there were. Its version."""
@@ -193,6 +240,7 @@ class Keys:
             wrapped = self.master.wrap(key, _of_key(customer, version))
             try:
                 with writing(self.database) as session:
+                    self._still_the_master(session)
                     session.add(KeyRow(customer=customer, version=version, master=self.master.id, wrapped=wrapped,
                                        made_at=self.clock(), destroyed_at=None))  # fmt: skip
                 return version
@@ -220,6 +268,11 @@ def refuse_without(database: Engine) -> None:
             f"this database is encrypted (master key {found.id[:8]}...), and no master key is given; set "
             "COTERIE_MASTER_KEY_FILE, COTERIE_MASTER_KEY or COTERIE_MASTER_KEY_COMMAND; nothing was changed"
         )
+
+
+def _own(name: str) -> str:
+    assert name.startswith(RESERVED), name
+    return name
 
 
 def _about(customer: str, purpose: str, head: bytes) -> bytes:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from coterie.errors import CoterieError
 from coterie.privacy.audit import Audit
-from coterie.privacy.keys import Keys
+from coterie.privacy.keys import Keys, check_customer
 from coterie.privacy.tables import ConsentRow
 from coterie.store.database import reading, writing
 
@@ -46,14 +46,16 @@ class NotErased(CoterieError):
 
 
 def export_customer(rooms: Iterable[Room], audit: Audit, customer: str, by: str) -> dict[str, Any]:
-    """Everything about a customer, by room. The audit log says who exported it."""
+    """Everything about a customer, by room. The audit log says who exported it. Raises NoCustomer."""
+    check_customer(customer)
     audit.record(by, "customer.export", customer)
     found = {room.name: room.export(customer) for room in rooms}
     return {"customer": customer, "exported_at": time.time(), **found, "audit": audit.export(customer)}
 
 
 def erase_customer(rooms: Iterable[Room], keys: Keys, audit: Audit, customer: str, by: str) -> dict[str, Any]:
-    """Forget a customer: what each room deleted. Raises NotErased, which names the rooms that failed."""
+    """Forget a customer: what each room deleted. Raises NotErased, which names the rooms that failed; NoCustomer."""
+    check_customer(customer)
     audit.record(by, "customer.erase", customer)  # before the deed: an attempt that fails is on record too
     done: dict[str, Any] = {"keys": keys.destroy(customer)}
     failed: list[str] = []

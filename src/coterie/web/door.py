@@ -23,6 +23,7 @@ from joserfc.jwk import OctKey
 
 from coterie.errors import StorageError
 from coterie.privacy.access import LOCAL, PASSER, VISITOR, Forbidden, NotSignedIn, Person
+from coterie.privacy.keys import RESERVED
 
 TOKEN_S, RENEWED_S = 3600, 30 * 24 * 3600
 INVITED_S = 7 * 24 * 3600
@@ -96,6 +97,8 @@ class Door:
         subject = claims["sub"]
         if not isinstance(subject, str) or not 1 <= len(subject) <= 150 or subject.startswith("visitor-"):
             raise NotSignedIn("identity: sub must be a text of 1 to 150 characters")
+        if subject.startswith(RESERVED):
+            raise NotSignedIn(f"identity: sub must not begin with {RESERVED!r}")
         return subject
 
     # Agents
