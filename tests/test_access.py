@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute
 from coterie.business import Business
 from coterie.desk.desk import Desk
 from coterie.privacy import accounts as accounts_module
-from coterie.privacy.access import MAY, PERMISSIONS, ROLES, NotSignedIn, Role
+from coterie.privacy.access import MAY, PERMISSIONS, ROLES, Forbidden, NotSignedIn, Role
 from coterie.privacy.accounts import AccountError, Accounts
 from coterie.privacy.house import House, open_house
 from coterie.privacy.master import KeyLost
@@ -97,7 +97,7 @@ def test_every_route_declares_who_may_call_it(app: FastAPI) -> None:
     assert {getattr(r, "path", "") for r in routes if not isinstance(r, APIRoute)} <= access.UNGATED
     undeclared = {f for f in found if f not in access.ROUTES and not f.split(" ")[1].startswith(access.OWN_DOOR)}
     assert undeclared == set(), "add it to coterie.web.access.ROUTES"
-    assert {r for r in access.ROUTES.values()} <= PERMISSIONS | {access.OPEN, access.OWN, access.SELF}
+    assert {r for r in access.ROUTES.values()} <= PERMISSIONS | {access.OPEN, access.OWN, access.SELF, access.SESSION}
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -115,7 +115,8 @@ def test_every_route_with_every_role(role: Role, app: FastAPI, staff: dict[Role,
             reply = browser.request(method, path, headers={"Sec-Fetch-Site": "same-origin"})
             led_on = reply.headers.get("location") in ("/login", "/experts")  # a viewer's page instead of the chat
             refused = reply.status_code in (401, 403) or led_on
-            admitted = rule == access.OPEN or rule in MAY[role] or (rule == access.SELF and role != "visitor")
+            own = rule in (access.SELF, access.SESSION) and role != "visitor"
+            admitted = rule == access.OPEN or rule in MAY[role] or own
             wrong_password = (method, route.path) in (("POST", "/login"), ("GET", "/login/oidc/return"))
             assert refused != admitted or wrong_password, (role, method, route.path, reply.status_code, reply.text)
 
@@ -245,6 +246,46 @@ def test_a_token_may_no_more_than_its_scopes_and_its_role(app: FastAPI, staff: d
     assert more.status_code == 403
     house.accounts.change("admin", role="viewer")
     assert program.get("/v1/models").status_code == 401, "a changed role ends tokens"
+
+
+def test_a_token_changes_nothing_of_what_opens_its_account(app: FastAPI, staff: dict[Role, str], house: House) -> None:
+    """Neither does a session alone: a second factor is replaced by who knows the password and has the former one."""
+    program, secret = client(app), pyotp.random_base32()
+    program.headers["Authorization"] = f"Bearer {house.accounts.token('owner', 'all', PERMISSIONS, 30).secret}"
+    body = {"secret": secret, "code": pyotp.TOTP(secret).now(), "password": WORD}
+    replies = [
+        program.put("/v1/me/second-factor", json=body), program.post("/v1/me/second-factor"),
+        program.post("/v1/me/password", json={"old": WORD, "new": WORD + "!"}), program.get("/v1/me/tokens"),
+        program.post("/v1/me/tokens", json={"scopes": ["see"], "days": 3650}), program.delete("/v1/me/tokens/none"),
+    ]  # fmt: skip
+    assert [r.status_code for r in replies] == [403] * 6
+    assert program.get("/v1/me").json()["name"] == "owner"
+    browser = client(app, staff["owner"])
+    browser.headers["Sec-Fetch-Site"] = "same-origin"
+
+    def take(new: str, password: str, current: str = "") -> int:
+        code = pyotp.TOTP(new).now()
+        body = {"secret": new, "code": code, "password": password, "current": current}
+        return browser.put("/v1/me/second-factor", json=body).status_code
+
+    assert [take(secret, "wrong"), take(secret, WORD)] == [403, 204]
+    next_code = pyotp.TOTP(secret).at(int(house.accounts.clock()) + 30)
+    other = pyotp.random_base32()
+    assert [take(other, WORD), take(other, WORD, "000000"), take(other, WORD, next_code)] == [403, 403, 204]
+
+
+def test_who_guesses_a_password_in_a_session_is_locked_out(house: House) -> None:
+    now = [1e9]
+    accounts = Accounts(house.database, house.keys, house.audit, lambda: now[0])
+    accounts.add("anna", "owner", WORD)
+    for _ in range(accounts_module.FREE_FAILURES):
+        with pytest.raises(Forbidden):
+            accounts.check("anna", "wrong")
+    with pytest.raises(Forbidden, match="too many"):
+        accounts.check("anna", WORD)
+    assert [line.action for line in house.audit.lines(subject="anna", limit=1)] == ["login.refused"]
+    now[0] += 31
+    accounts.check("anna", WORD)
 
 
 def test_a_token_ends_when_it_is_revoked_or_over(house: House, staff: dict[Role, str]) -> None:

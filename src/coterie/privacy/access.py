@@ -52,10 +52,13 @@ class Person:
     name: str
     role: Role
     may: frozenset[Permission]
+    by_token: bool = False  # a program with an API token, where the others are there themselves
 
     @classmethod
     def of(cls, name: str, role: Role, scopes: frozenset[str] | None = None) -> "Person":
-        return cls(name, role, MAY[role] if scopes is None else frozenset(p for p in MAY[role] if p in scopes))
+        if scopes is None:
+            return cls(name, role, MAY[role])
+        return cls(name, role, frozenset(p for p in MAY[role] if p in scopes), by_token=True)
 
     def must(self, permission: Permission) -> None:
         """Raises NotSignedIn (a visitor), Forbidden."""

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import pyotp
 from pwdlib import PasswordHash
@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coterie.errors import CoterieError
-from coterie.privacy.access import MAY, PERMISSIONS, ROLES, NotSignedIn, Person, Role
+from coterie.privacy.access import MAY, PERMISSIONS, ROLES, Forbidden, NotSignedIn, Person, Role
 from coterie.privacy.audit import Audit
 from coterie.privacy.keys import RESERVED, Erased, Keys, Unreadable
 from coterie.privacy.tables import AccountRow, LoginRow
@@ -35,6 +35,7 @@ FREE_FAILURES = 5  # wrong passwords before an account is locked, for 30 s, 60 s
 STEP_S = 30  # of the second factor's clock
 WRONG = "name, password or code is wrong"
 HASHER = PasswordHash((Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1),))  # OWASP's smallest for argon2id
+T = TypeVar("T")
 _NOBODY = HASHER.hash("a password that nobody has")
 
 
@@ -142,12 +143,24 @@ class Accounts:
 
     def login(self, name: str, password: str, code: str = "") -> Login:
         """A session. Raises NotSignedIn."""
+        return self._proven(name, password, code, self._begin)
+
+    def check(self, name: str, password: str, code: str | None = None) -> None:
+        """That this is the password of somebody who is signed in already, and where `code` is given, that it is one of
+        their second factor, if they have one. Wrong ones count as when signing in. Raises Forbidden."""
+        try:
+            self._proven(name, password, code, lambda _session, _name: None)
+        except NotSignedIn:
+            raise Forbidden("password or code is wrong, or too many were: then wait a while") from None
+
+    def _proven(self, name: str, password: str, code: str | None, then: Callable[[Session, str], T]) -> T:
+        """`then` for whoever knows the password and, unless it is None, the code. Raises NotSignedIn."""
         with reading(self.database) as session:
             row = session.get(AccountRow, name)
         now = self.clock()
         known = row is not None and bool(row.password)
         right, better = HASHER.verify_and_update(password[:LONGEST], row.password if row and known else _NOBODY)
-        step = self._step(row, code) if row else None
+        step = None if row is None else row.totp_last if code is None else self._step(row, code)
         with writing(self.database) as session:
             row = session.get(AccountRow, name)
             shut = row is None or row.disabled or row.locked_until > now
@@ -161,19 +174,13 @@ class Accounts:
                 failed = True
             else:
                 row.failures, row.locked_until, failed = 0, 0.0, False
-                row.totp_last = step + 1 if row.totp else 0
+                if code is not None:
+                    row.totp_last = step + 1 if row.totp else 0
                 row.password = better or row.password
-                login = self._begin(session, name)
+                done = then(session, name)
         if failed:
             raise NotSignedIn(WRONG)
-        return login
-
-    def check(self, name: str, password: str) -> None:
-        """That this is the password of somebody who is signed in already. Raises NotSignedIn."""
-        with reading(self.database) as session:
-            row = session.get(AccountRow, name)
-        if row is None or not HASHER.verify(password[:LONGEST], row.password or _NOBODY):
-            raise NotSignedIn(WRONG)
+        return done
 
     def login_oidc(self, subject: str, email: str) -> Login:
         """A session for whom an identity provider vouches: known by `subject`, or the first time by an account named
@@ -271,11 +278,16 @@ class Accounts:
         secret = pyotp.random_base32()
         return secret, pyotp.TOTP(secret).provisioning_uri(name=name, issuer_name="Coterie")
 
-    def take_second_factor(self, name: str, secret: str, code: str) -> None:
-        """From now on, a code is asked for. Raises AccountError where this one is wrong."""
+    def take_second_factor(
+        self, name: str, secret: str, code: str, password: str | None = None, current: str = ""
+    ) -> None:
+        """From now on, a code is asked for. `password`, where given, is theirs, and `current` a code of the second
+        factor that they have so far, if any. Raises AccountError where `code` is wrong, Forbidden where those are."""
         step = _step_of(secret, code, self.clock())
         if step is None:
             raise AccountError("the code does not fit the secret; check your device's clock, and try the next code")
+        if password is not None:  # only now, as it uses `current` up
+            self.check(name, password, current)
         sealed = self.keys.seal_own(_totp_of(name), secret, "totp")  # before the transaction: it may make a key
         with writing(self.database) as session:
             row = _row(session, name)

@@ -39,6 +39,7 @@ ATTEMPT_S = 600  # that signing in at an identity provider may take
 OPEN = "open"  # anyone, signed in or not
 OWN = "own"  # the route looks at its own door: the widget's visitors, the desk's agents
 SELF = "self"  # anyone who is signed in, about themselves
+SESSION = "session"  # the same, but nobody's token: what opens or keeps an account is changed by its owner alone
 SAFE = ("GET", "HEAD", "OPTIONS")
 ROUTES: dict[str, Permission | str] = {
     "GET /": "ask", "GET /healthz": OPEN, "GET /metrics": "metrics",
@@ -46,8 +47,8 @@ ROUTES: dict[str, Permission | str] = {
     "GET /experts/scores.svg": "see", "GET /experts/{name}/loss.svg": "see", "GET /experts/{name}/curve.svg": "see",
     "POST /v1/chat/completions": "ask", "POST /v1/completions": "ask",
     "GET /login": OPEN, "POST /login": OPEN, "POST /logout": OPEN, "GET /v1/me": SELF,
-    "POST /v1/me/password": SELF, "POST /v1/me/second-factor": SELF, "PUT /v1/me/second-factor": SELF,
-    "GET /v1/me/tokens": SELF, "POST /v1/me/tokens": SELF, "DELETE /v1/me/tokens/{id}": SELF,
+    "POST /v1/me/password": SESSION, "POST /v1/me/second-factor": SESSION, "PUT /v1/me/second-factor": SESSION,
+    "GET /v1/me/tokens": SESSION, "POST /v1/me/tokens": SESSION, "DELETE /v1/me/tokens/{id}": SESSION,
     "GET /v1/accounts": "accounts", "POST /v1/accounts": "accounts", "PATCH /v1/accounts/{name}": "accounts",
     "DELETE /v1/accounts/{name}": "accounts", "DELETE /v1/accounts/{name}/second-factor": "accounts",
     "GET /v1/audit": "audit", "GET /account": SELF,
@@ -108,11 +109,13 @@ class Gate:
             raise HTTPException(303, "sign in first", {"Location": "/login"})
         if template == "/" and rule not in person.may:  # whoever comes by the address alone is led on
             raise HTTPException(303, "another page is yours", {"Location": self.landing(person)})
-        if rule == SELF:
+        if rule in (SELF, SESSION):
             if person.name == VISITOR.name or person is PASSER:
                 raise NotSignedIn("sign in first")
+            if rule == SESSION and person.by_token:
+                raise Forbidden("a token may not change the account that it belongs to; sign in")
             return
-        person.must(rule)  # type: ignore[arg-type] # the table has permissions beside OPEN, OWN and SELF
+        person.must(rule)  # type: ignore[arg-type] # the table has permissions beside OPEN, OWN, SELF and SESSION
 
     def pages(self, person: Person) -> list[Page]:
         """What they may open, for the navigation."""
@@ -183,7 +186,9 @@ class NewPassword(Record):
 
 class SecondFactor(Record):
     secret: str = Field(max_length=64)
-    code: str = Field(max_length=16)
+    code: str = Field(max_length=16)  # that the new device shows
+    password: str = Field(max_length=256)
+    current: str = Field("", max_length=16)  # that the former device shows, where there is one
 
 
 class NewToken(Record):
@@ -318,7 +323,7 @@ def _of_accounts(router: APIRouter, house: House) -> None:
 
     @router.put("/v1/me/second-factor", status_code=204)
     def take(body: SecondFactor, person: Me) -> None:
-        accounts.take_second_factor(person.name, body.secret, body.code)
+        accounts.take_second_factor(person.name, body.secret, body.code, body.password, body.current)
 
     @router.get("/v1/me/tokens")
     def tokens(person: Me) -> list[dict[str, Any]]:
@@ -326,9 +331,6 @@ def _of_accounts(router: APIRouter, house: House) -> None:
 
     @router.post("/v1/me/tokens", status_code=201)
     def token(body: NewToken, person: Me) -> dict[str, Any]:
-        # A token may not make one that may more than itself.
-        if beyond := [s for s in body.scopes if s not in person.may]:
-            raise Forbidden(f"scope {beyond[0]!r}: {person.name!r} does not have it here")
         made = accounts.token(person.name, body.label, body.scopes, body.days)
         return {"token": made.secret, "until": made.until}
 

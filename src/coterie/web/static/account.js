@@ -99,6 +99,8 @@ async function show() {
     const { second_factor: on } = await ask("GET", "v1/me");
     find("#factor").textContent = on ? "A code is asked for when you sign in." : "Only your password is asked for.";
     find("#offer").textContent = on ? "Set up another device" : "Set up";
+    find("#former").hidden = !on;
+    find("#take").elements.current.required = on;
     draw(find("#tokens"), (await ask("GET", "v1/me/tokens")).map(tokenRow), "You have no tokens.");
   }
   if (find("#accounts")) draw(find("#accounts"), (await ask("GET", "v1/accounts")).map(accountRow), "There are none yet.");
@@ -115,9 +117,9 @@ find("#offer")?.addEventListener("click", () => act(async () => {
 }, ""));
 find("#take")?.addEventListener("submit", (event) => {
   event.preventDefault();
-  const { code } = event.target.elements;
+  const { code, current, password } = Object.fromEntries(new FormData(event.target));
   act(async () => {
-    await ask("PUT", "v1/me/second-factor", { secret: find("#secret").dataset.secret, code: code.value });
+    await ask("PUT", "v1/me/second-factor", { secret: find("#secret").dataset.secret, code, current, password });
     event.target.hidden = true;
     event.target.reset();
     find("#secret").textContent = find("#secret").dataset.secret = "";
