@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
+from coterie.business import Business
 from coterie.config import CrmSpec
 from coterie.desk.cases import GIVE_UP_S, Cases, drop, retry, standing
 from coterie.desk.conversation import Conversations, Handoff
@@ -16,7 +17,7 @@ from coterie.desk.rights import rooms_of
 from coterie.errors import CoterieError, CrmError
 from coterie.privacy.deidentify import Detector, MaskingFailed
 from coterie.privacy.house import House, open_house
-from coterie.privacy.rights import erase_customer
+from coterie.privacy.rights import NotErased, Room, erase_customer
 from coterie.privacy.vault import Vault
 from coterie.store.database import open_database
 from desk_support import Script, ask, open_desk, scripted
@@ -131,6 +132,38 @@ def test_what_happened_before_the_rule_is_not_written(tmp_path: Path, org: Org) 
     s.handed_over()
     assert s.cases.write_due() == 1
     assert len(org.cases) == 1
+
+
+def test_an_erased_customers_cases_are_listed_where_others_wait_still_and_no_other_waits_for_them(
+    shop: Any, org: Org, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Whatever is unfinished, and where another room fails, too."""
+    s = shop()
+    s.handed_over()
+    s.cases.write_due()
+    case = standing(s.talks)[0]["id"]
+    s.cases.crm = Failing(s.cases.crm, before=1)
+    unfinished = s.handed_over()
+    s.cases.write_due()
+    assert [w["state"] for w in standing(s.talks)] == ["sent", "due"]
+    (tmp_path / "coterie.toml").write_text('[business]\nname = "Shop"\n')
+    rooms = rooms_of(s.house, Business.open(tmp_path))
+
+    def locked(_customer: str) -> int:
+        raise OSError("the index is locked")
+
+    broken = [Room(r.name, r.export, locked) if r.name in ("files", "conversations") else r for r in rooms]
+    with pytest.raises(NotErased, match=f'"kind": "case", "id": "{case}"') as error:
+        erase_customer(broken, s.house.keys, s.house.audit, ADA, "anna")
+    assert error.value.done["crm"] == [{"kind": "case", "id": case}]
+    assert standing(s.talks)[1]["reason"] == "its customer was erased"
+    other = s.handed_over("003A")
+    now[0] += 3600
+    s.cases.write_due()
+    waiting = {w["conversation"]: w for w in standing(s.talks)}
+    assert (waiting[unfinished]["state"], waiting[other]["tries"]) == ("failed", 1)
+    done = erase_customer(rooms, s.house.keys, s.house.audit, ADA, "anna")
+    assert (done["crm"], done["conversations"]) == ([{"kind": "case", "id": case}], 2)
 
 
 class Failing:

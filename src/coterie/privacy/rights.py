@@ -5,6 +5,7 @@ Erasing destroys the customer's key first, so that even where a later step fails
 deletes what it has. It may be run again until it succeeds.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,11 +39,17 @@ class Room:
 
 
 class NotErased(CoterieError):
-    """Some room failed; what could be erased is erased, and the key is destroyed. Run it again."""
+    """Some room failed; what could be erased is erased, and the key is destroyed. Run it again. `done`: as
+    `erase_customer` would have given it, said in the message too: run again, it finds only what was left."""
 
     exit_code = 1
     status = 500
     code = "not_erased"
+
+    def __init__(self, customer: str, failed: Iterable[str], done: Mapping[str, Any]) -> None:
+        told = json.dumps({name: what for name, what in done.items() if what}, ensure_ascii=False, default=str)
+        super().__init__(f"customer {customer!r}: not erased from {'; '.join(failed)}; run it again (done: {told})")
+        self.done = done
 
 
 def export_customer(rooms: Iterable[Room], audit: Audit, customer: str, by: str) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def erase_customer(rooms: Iterable[Room], keys: Keys, audit: Audit, customer: st
             failed.append(f"{room.name} ({type(error).__name__}: {error})")
     audit.record(by, "customer.erased", customer, failed=[f.split(" ")[0] for f in failed])
     if failed:
-        raise NotErased(f"customer {customer!r}: not erased from {'; '.join(failed)}; run it again")
+        raise NotErased(customer, failed, done)
     return done
 
 
