@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyotp import TOTP
 from sqlalchemy import text as sql
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner
 
-from coterie.business import Business
+from coterie.business import Business, fingerprint
 from coterie.cli.main import app
 from coterie.desk.conversation import Conversations, Handoff
-from coterie.desk.rights import rooms_of
-from coterie.desk.trained import marked
+from coterie.desk.rights import rooms_of, tell_of_erased
+from coterie.desk.trained import learned_from, marked
 from coterie.errors import CoterieError
+from coterie.experts.library import ExpertFacts
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.house import House, open_house
 from coterie.privacy.keys import Erased, Keys
@@ -129,14 +132,49 @@ def test_a_customer_named_like_an_account_does_not_hold_its_second_factor(house:
 
 
 def test_experts_that_learned_from_an_erased_customer_are_listed_until_their_rows_are_gone(house: House) -> None:
+    """And until the version that answers was made of data without them."""
     business = shop(house)
-    assert marked(business) == {}
+
+    def fitted() -> None:
+        facts = ExpertFacts("support", fingerprint=fingerprint(business, "support"))
+        business.library.publish(facts, lambda folder: None)
+
+    fitted()
+    assert marked(business, house) == {}
     done = erase_customer(rooms_of(house, business), house.keys, house.audit, "zoe", "anna")
-    assert done["experts"] == marked(business) == {"support": ["a.jsonl:1", "b.csv:2"]}
+    assert done["experts"] == marked(business, house) == {"support": ["a.jsonl:1", "b.csv:2"]}
+    assert "zoe" not in (business.folder / ".coterie" / "retrain.json").read_text()
     (business.folder / "a.jsonl").write_text('{"prompt": "p", "completion": "c", "customer": "ben"}\n')
-    assert marked(business) == {"support": ["b.csv:2"]}
-    (business.folder / "b.csv").unlink()
-    assert marked(business) == {}
+    fitted()
+    assert marked(business, house) == {"support": ["b.csv:2"]}, "a fit that learned from the rest of the rows, too"
+    (business.folder / "b.csv").write_text("prompt,completion,customer\np,c,ben\n")
+    assert marked(business, house) == {"support": []}, "they are gone, and what was learned of them is not"
+    fitted()
+    told = list[str]()
+    tell_of_erased(business, told.append)
+    assert (told, marked(business, house)) == ([], {})
+    (business.folder / "b.csv").write_text("prompt,completion,customer\np,q,ben\n")
+    assert marked(business, house) == {}, "what is over is over, whatever is to be fitted next"
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "ROWS.CSV", "pairs.jsonl"])
+def test_rows_of_a_customer_are_found_in_every_kind_of_file(name: str, house: House) -> None:
+    business = shop(house)
+    rows = [{"prompt": "p", "completion": "c", "chosen": "c", "rejected": "d", "customer": c} for c in (7, 1042)]
+    kind = "preferences" if name.startswith("pairs") else "train"
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), business.folder / name)
+    elif name.endswith("CSV"):
+        lines = [",".join(rows[0]), *(",".join(map(str, r.values())) for r in rows)]
+        (business.folder / name).write_text("\n".join(lines), encoding="utf-8-sig")
+    else:
+        (business.folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    spec = business.config.experts["support"].model_copy(update={kind: [name]})
+    business.config.experts["support"] = spec
+    (found,) = learned_from(business, "1042")["support"]
+    assert found.startswith(name)
+    (business.folder / ".coterie" / "retrain.json").write_text('{"1042": ["support"]}')  # of an older coterie
+    assert marked(business, house) == {"support": [found]}
 
 
 def test_where_a_room_fails_the_others_are_erased_and_it_may_be_run_again(house: House) -> None:

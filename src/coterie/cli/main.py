@@ -92,13 +92,15 @@ def fit(
 ) -> None:
     """Train and publish the declared experts that changed. Goes on where a stopped run left off."""
     from coterie.business import Business, fit
+    from coterie.desk.rights import tell_of_erased
 
-    done = []
+    done, business = [], Business.open(folder)
     with bars() as shown:
-        for f in fit(Business.open(folder), expert, tell, shown.step, shown.count):
+        for f in fit(business, expert, tell, shown.step, shown.count):
             done.append({"expert": f.facts.name, "version": f.facts.version, "trained": f.trained, **f.evaluation})
     rows = [[d["expert"], str(d["version"]), "trained" if d["trained"] else "up to date", *_headline(d)] for d in done]
     result(done, as_json, table(["expert", "version", "", "base, held-out", "expert, held-out"], rows))
+    tell_of_erased(business, tell)
 
 
 def _headline(figures: dict[str, Any]) -> list[str]:

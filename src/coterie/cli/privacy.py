@@ -222,12 +222,14 @@ def erase_one(
 
 @customers.command("trained")
 def trained_on_erased(folder: FolderOption = Path(), as_json: Json = False) -> None:
-    """List the experts that learned from erased customers, and the rows to take out before they are fitted anew."""
+    """List the experts that learned from erased customers until they are fitted anew, and the rows to take out first."""
     from coterie.business import Business
     from coterie.desk.trained import marked
 
-    found = marked(Business.open(folder))
-    result(found, as_json, table(["expert", "rows"], [[name, ", ".join(rows)] for name, rows in found.items()]))
+    with _house(folder) as house:
+        found = marked(Business.open(folder), house)
+    rows = [[name, ", ".join(where) or "none is left; run `coterie fit`"] for name, where in found.items()]
+    result(found, as_json, table(["expert", "rows"], rows))
 
 
 @customers.command("retain")

@@ -92,7 +92,7 @@ def read_rows(
             raise DataError(f"columns: {name!r} is not one of {', '.join(FIELDS)}")
     if "messages" in columns and ("prompt" in columns or "completion" in columns):
         raise DataError("columns: name either messages, or prompt and completion")
-    for where, row in _rows(path, refuse):
+    for where, row in raw_rows(path, refuse):
         try:
             example = _example(row, columns, where, system)
         except DataError as error:
@@ -113,7 +113,7 @@ def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
         yield from ((f"{path}:{n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip())
         return
-    for where, row in _rows(path):
+    for where, row in raw_rows(path):
         if not column and isinstance(row.get("messages"), list):
             asked = [m for m in row["messages"] if isinstance(m, dict) and m.get("role") == "user"]
             yield where, _text(asked[-1].get("content") if asked else None, "messages", where)
@@ -131,7 +131,7 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str
     answer, as TRL writes them). Raises DataError, naming file and line.
     """
     columns = dict(columns or {})
-    for where, row in _rows(path):
+    for where, row in raw_rows(path):
         ask = row.get(columns.get("prompt", "prompt"))
         for answer in ("chosen", "rejected"):
             column = columns.get(answer, answer)
@@ -179,7 +179,8 @@ def _refuse(error: DataError, refuse: Refuse | None) -> None:
     refuse(error)
 
 
-def _rows(path: Path, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
+def raw_rows(path: Path, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
+    """Place and cells of each row, whatever they are. Raises DataError, for a row's fault unless `refuse` takes it."""
     check_file(path)
     try:
         yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path, refuse)

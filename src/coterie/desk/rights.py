@@ -114,8 +114,20 @@ def rooms_of(house: House, business: Business) -> list[Room]:
         ),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
         Room("consents", house.consents.of, house.consents.erase),
-        trained.room_of(business),
+        trained.room_of(business, house),
     ]  # fmt: skip
+
+
+def tell_of_erased(business: Business, tell: Tell) -> None:
+    """After a fit: an expert that has learned anew without the rows of erased customers is marked no more; the others
+    are told."""
+    if trained.any_marked(business):
+        house = house_of(business)
+        try:
+            for name, rows in trained.marked(business, house).items():
+                tell(f"{name}: learned from customers who were erased; rows to take out: {', '.join(rows) or 'none'}")
+        finally:
+            house.close()
 
 
 def _in_crm(house: House, customer: str) -> list[dict[str, Any]]:
