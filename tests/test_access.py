@@ -25,7 +25,9 @@ from coterie.privacy.rights import Room
 from coterie.privacy.tables import AccountRow
 from coterie.store.database import open_database, reading
 from coterie.web import access
+from coterie.web import door as door_module
 from coterie.web.app import create_app
+from coterie.web.door import Agent, open_door
 
 WORD = "correct horse battery"
 LOCAL = {"base_url": "http://localhost:8000", "client": ("127.0.0.1", 50000)}
@@ -157,6 +159,41 @@ def test_everybody_lands_on_a_page_of_theirs_and_is_shown_only_such(
     assert "/account" in seen, "where they sign out"
     assert ("/desk" in seen) == ("converse" in MAY[role])
     assert ("/" in seen) == ("ask" in MAY[role])
+
+
+def test_an_invitation_lets_nobody_in_whose_account_asks_for_more_and_can_be_ended(
+    app: FastAPI, house: House, tmp_path: Path
+) -> None:
+    door = open_door(tmp_path, [])
+
+    def lets_in(token: str) -> bool:
+        guest = client(app)
+        guest.cookies.set(door_module.COOKIE, token)
+        statuses = {guest.get("/desk/api/conversations").status_code, guest.get("/desk").status_code,
+                    {303: 200}.get(status := client(app).get(f"/desk?invite={token}").status_code, status)}  # fmt: skip
+        assert len(statuses) == 1
+        return statuses == {200}
+
+    early = door.invite(Agent("Zoe"))
+    assert lets_in(early)
+    house.accounts.add("anna", "owner", WORD)
+    assert not lets_in(early), "the first account closes the door"
+    bea, zoe = door.invite(Agent("Bea", "supervisor")), door.invite(Agent("Zoe"))
+    assert lets_in(bea)
+    assert lets_in(zoe)
+    house.accounts.add("bea", "agent", WORD)
+    assert not lets_in(bea), "she signs in now"
+    assert not lets_in(door.invite(Agent("bea")))
+    with pytest.raises(AccountError, match="has an account"):
+        house.accounts.invite("Bea", "supervisor")
+    house.accounts.remove("bea")
+    assert not lets_in(bea), "what was ended stays ended"
+    house.accounts.end_invitations("zoe")
+    assert not lets_in(zoe)
+    again = door.invite(Agent("Zoe"))
+    assert lets_in(again)
+    house.accounts.end_invitations()
+    assert not lets_in(again)
 
 
 def test_a_route_that_nothing_declares_is_refused(app: FastAPI, staff: dict[Role, str]) -> None:

@@ -33,7 +33,14 @@ def test_an_invitation_is_a_link_that_lets_in(shop: Path, capsys: pytest.Capture
     code, out, _ = run(capsys, "desk", "invite", "Bea", "-f", shop, "--supervisor", "--address", "https://d.example/")
     link = out.strip()
     assert (code, link.partition("=")[0]) == (0, "https://d.example/desk?invite")
-    assert open_door(shop, []).invited(link.partition("=")[2]) == Agent("Bea", "supervisor")
+    invited = link.partition("=")[2]
+    assert open_door(shop, []).invited(invited) == Agent("Bea", "supervisor")
+    assert run(capsys, "desk", "uninvite", "-f", shop)[0] == 2
+    assert run(capsys, "desk", "uninvite", "bea", "-f", shop)[0] == 0
+    house = house_of(Business.open(shop))
+    assert open_door(shop, [], house.accounts.invitation_ended).invited(invited) is None
+    assert [line.action for line in house.audit.lines()] == ["invitation.end", "invitation.add"]
+    house.close()
 
 
 def test_conversations_are_listed_and_shown(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

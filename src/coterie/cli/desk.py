@@ -28,16 +28,43 @@ def invite(
     address: Annotated[str, typer.Option(help="Where `coterie serve` can be reached.")] = "http://localhost:8000",
     as_json: Json = False,
 ) -> None:
-    """Print a link that lets an agent into the desk for a week."""
+    """Print a link that lets an agent without an account into the desk for a week, or until `desk uninvite`."""
     from coterie.business import Business
+    from coterie.desk.rights import house_of
     from coterie.web.door import Agent, open_door
 
     if not 1 <= len(name) <= 100 or not name.isprintable():
         raise CoterieError("NAME: 1 to 100 printable characters")
     business = Business.open(folder)
-    door = open_door(business.folder, business.config.desk.origins)
-    link = f"{address.rstrip('/')}/desk?invite={door.invite(Agent(name, 'supervisor' if supervisor else 'agent'))}"
+    agent = Agent(name, "supervisor" if supervisor else "agent")
+    door, house = open_door(business.folder, business.config.desk.origins), house_of(business)
+    try:
+        house.accounts.invite(name, agent.role)
+    finally:
+        house.close()
+    link = f"{address.rstrip('/')}/desk?invite={door.invite(agent)}"
     result({"name": name, "link": link}, as_json, link)
+
+
+@app.command()
+def uninvite(
+    name: Annotated[str, typer.Argument(help="The name on the invitation.")] = "",
+    every: Annotated[bool, typer.Option("--all", help="All invitations.")] = False,
+    folder: FolderOption = Path(),
+    as_json: Json = False,
+) -> None:
+    """End the invitations of an agent, at once: whoever came by one is out."""
+    from coterie.business import Business
+    from coterie.desk.rights import house_of
+
+    if bool(name) == every:
+        raise CoterieError("say either a name or --all")
+    house = house_of(Business.open(folder))
+    try:
+        house.accounts.end_invitations(name)
+    finally:
+        house.close()
+    result({"name": name, "all": every}, as_json, f"{name or 'all'}: invitations ended")
 
 
 @app.command("list")

@@ -24,7 +24,7 @@ from coterie.errors import CoterieError
 from coterie.privacy.access import MAY, PERMISSIONS, ROLES, Forbidden, NotSignedIn, Person, Role
 from coterie.privacy.audit import Audit
 from coterie.privacy.keys import RESERVED, Erased, Keys, Unreadable
-from coterie.privacy.tables import AccountRow, LoginRow
+from coterie.privacy.tables import AccountRow, InvitationsEndedRow, LoginRow
 from coterie.store.database import reading, writing
 
 NAME = re.compile(r"[\w.@+-]{1,120}")
@@ -89,6 +89,8 @@ class Accounts:
                 session.add(row)
                 session.flush()
                 self.audit.record_in(session, by, "account.add", name, role=role)
+                if first:  # which closes the door to whoever was let in without one
+                    self._end_invitations(session, "")
         except IntegrityError as error:
             raise AccountError(f"there is an account {name!r} already") from error
 
@@ -99,6 +101,7 @@ class Accounts:
             _not_the_last(session, row)
             session.delete(row)
             session.execute(delete(LoginRow).where(LoginRow.account == name))
+            self._end_invitations(session, name)
             self.audit.record_in(session, by, "account.remove", name)
 
     def change(
@@ -271,6 +274,34 @@ class Accounts:
                 self.audit.record_in(session, row.account, "logout", row.account)
                 session.delete(row)
 
+    # Invitations to the desk, which are links signed by its door
+
+    def invite(self, name: str, role: str, by: str = "cli") -> None:
+        """Write down that somebody is invited. Raises AccountError for who has an account: they sign in."""
+        with writing(self.database) as session:
+            if self._known(session, name):
+                raise AccountError(f"{name!r} has an account; an invitation would not ask for what it asks for")
+            self.audit.record_in(session, by, "invitation.add", name, role=role)
+
+    def end_invitations(self, name: str = "", by: str = "cli") -> None:
+        """From now on, no invitation of `name`, or of anybody, that was made until now lets them in."""
+        with writing(self.database) as session:
+            self._end_invitations(session, name)
+            self.audit.record_in(session, by, "invitation.end", name)
+
+    def invitation_ended(self, name: str, made_at: float) -> bool:
+        """Whether an invitation lets nobody in any more: it was ended, or who it names has an account, whatever has
+        become of that: disabled, or with a second factor."""
+        query = select(func.max(InvitationsEndedRow.at)).where(InvitationsEndedRow.name.in_(["", _folded(name)]))
+        with reading(self.database) as session:
+            return made_at <= (session.scalar(query) or 0.0) or self._known(session, name)
+
+    def _known(self, session: Session, name: str) -> bool:
+        return _folded(name) in map(_folded, session.scalars(select(AccountRow.name)))
+
+    def _end_invitations(self, session: Session, name: str) -> None:
+        session.merge(InvitationsEndedRow(name=_folded(name), at=self.clock()))
+
     # The second factor (TOTP, RFC 6238)
 
     def offer_second_factor(self, name: str) -> tuple[str, str]:
@@ -339,6 +370,11 @@ def _step_of(secret: str, code: str, now: float) -> int | None:
     except (ValueError, TypeError):  # not a secret
         pass
     return None
+
+
+def _folded(name: str) -> str:
+    """Bea and bea are one person, as far as invitations go."""
+    return name.casefold()[:200]
 
 
 def _totp_of(name: str) -> str:

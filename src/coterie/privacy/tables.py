@@ -87,6 +87,15 @@ class AccountRow(Base):
     disabled: Mapped[bool] = mapped_column(default=False)  # keeps its name and its lines in the audit log
 
 
+class InvitationsEndedRow(Base):
+    """Invitations to the desk that were made until then let nobody in: those of a name, or with "" all."""
+
+    __tablename__ = "invitations_ended"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    at: Mapped[float] = mapped_column(Float)
+
+
 class LoginRow(Base):
     """A session of a browser, or an API token: what is kept is the hash of its secret."""
 

@@ -67,7 +67,7 @@ def create_app(
     handle_errors(app)
     add_access(app, gate, pages, rooms)
     if desk:
-        door = open_door(business.folder, desk.spec.origins)
+        door = open_door(business.folder, desk.spec.origins, house.accounts.invitation_ended if house else None)
         saw, refused = (_on_record(house), _on_refusal(house)) if house else (None, None)
         add_desk(app, desk, pages, door, saw, refused)
         if house:

@@ -103,7 +103,7 @@ def _router(
     def page(request: Request, invite: str = "") -> Response:
         if invite:
             if door.invited(invite) is None:
-                raise NotSignedIn("this link has expired; `coterie desk invite NAME` prints a new one")
+                raise NotSignedIn("this link has expired or was ended; sign in, or ask for a new one")
             into = RedirectResponse("desk", 303)
             secure = request.url.scheme == "https"
             into.set_cookie(COOKIE, invite, INVITED_S, httponly=True, samesite="strict", secure=secure)

@@ -10,7 +10,9 @@ where it is not given.
 
 import os
 import secrets
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,10 +42,14 @@ class Agent:
     role: Role = "agent"
 
 
+Ended = Callable[[str, float], bool]  # whether an invitation of this name, made then, lets nobody in any more
+
+
 class Door:
     """Makes and reads tokens. `origins`: sites that may show the widget."""
 
-    def __init__(self, key: str, origins: list[str], identity_key: str = "") -> None:
+    def __init__(self, key: str, origins: list[str], identity_key: str = "", ended: Ended | None = None) -> None:
+        self.ended = ended
         self.origins = {o.rstrip("/").lower() for o in origins}
         self._visitors = URLSafeTimedSerializer(key, "coterie-visitor")
         self._agents = URLSafeTimedSerializer(key, "coterie-agent")
@@ -104,15 +110,15 @@ class Door:
     # Agents
 
     def invite(self, agent: Agent) -> str:
-        """A token that lets an agent in for a week."""
-        return self._agents.dumps([agent.name, agent.role])
+        """A token that lets an agent in for a week, unless it is ended before."""
+        return self._agents.dumps([agent.name, agent.role, time.time()])
 
     def invited(self, token: str) -> Agent | None:
         try:
-            name, role = self._agents.loads(token, max_age=INVITED_S)
+            name, role, made_at = self._agents.loads(token, max_age=INVITED_S)
         except (BadSignature, ValueError, TypeError):
             return None
-        return Agent(name, role)
+        return None if self.ended and self.ended(name, made_at) else Agent(name, role)
 
     def agent(self, request: Request) -> Agent:
         """The agent who makes this request, by account or by invitation. What changes something must come from a page
@@ -133,9 +139,9 @@ def _by_account(request: Request) -> Agent | None:
     return Agent(person.name, "supervisor" if person.role in ("owner", "admin") else "agent")
 
 
-def open_door(folder: Path, origins: list[str]) -> Door:
+def open_door(folder: Path, origins: list[str], ended: Ended | None = None) -> Door:
     """With the keys of the environment, or of the business's folder. Raises StorageError."""
-    return Door(_key(folder / ".coterie" / KEY_FILE), origins, os.environ.get("COTERIE_IDENTITY_KEY", ""))
+    return Door(_key(folder / ".coterie" / KEY_FILE), origins, os.environ.get("COTERIE_IDENTITY_KEY", ""), ended)
 
 
 def _key(file: Path) -> str:
