@@ -91,12 +91,47 @@ def test_an_erased_customers_key_is_gone_from_the_files_and_nothing_opens(keys: 
     assert any(secret in f.read_bytes() for f in files)
     assert keys.destroy("ada") == 1
     assert not any(secret in f.read_bytes() for f in files if f.exists())
+    assert not any(b"ada" in f.read_bytes() for f in files if f.exists()), "who it was is not written there either"
     for fresh in (keys, Keys(keys.database, ONE)):
         with pytest.raises(Erased):
             fresh.unseal("ada", sealed)
         assert fresh.unseal("ben", other) == "his"
     again = keys.seal("ada", "who came back")  # under a new key
     assert keys.unseal("ada", again) == "who came back"
+
+
+def test_keys_that_an_older_coterie_destroyed_keep_no_ids_either(keys: Keys, tmp_path: Path) -> None:
+    sealed = keys.seal("ada@example.com", "my secret")
+    with keys.database.begin() as c:
+        c.execute(text("UPDATE customer_keys SET wrapped = x'', destroyed_at = 1"))
+    keys = Keys(keys.database, ONE)
+    assert keys.seal("ada@example.com", "again")[4] == 2
+    keys.seal("ben", "x")
+    keys.destroy("ben")
+    assert [row[0] for row in contents(keys)[1:] if not str(row[0]).startswith("coterie:")] == ["ada@example.com"]
+    fresh = Keys(keys.database, ONE)
+    with pytest.raises(Erased):
+        fresh.unseal("ada@example.com", sealed)
+    keys.destroy("ada@example.com")
+    assert b"ada@example.com" not in b"".join(f.read_bytes() for f in tmp_path.glob("keys.db*"))
+    assert keys.seal("ada@example.com", "once more")[4] == 3
+
+
+def test_a_retired_key_opens_what_it_sealed_until_it_is_destroyed_and_seals_nothing_more(keys: Keys) -> None:
+    now = [1000.0]
+    keys.clock = lambda: now[0]
+    sealed, other = keys.seal("ada", "my secret"), keys.seal("ben", "his")
+    assert list(keys.customers()) == [["ada", "ben"]]
+    assert keys.retire(["ada"]) == 0
+    assert keys.unseal("ada", sealed) == "my secret"
+    back = keys.seal("ada", "back at once")
+    assert (back[4], keys.retire([])) == (2, 0)
+    now[0] += 3601
+    assert keys.retire(["ada"]) == 1, "the first; the second is retired only now"
+    assert Keys(keys.database, ONE).unseal("ada", back) == "back at once"
+    with pytest.raises(Erased):
+        keys.unseal("ada", sealed)
+    assert keys.unseal("ben", other) == "his"
 
 
 def test_another_process_notices_within_a_minute_that_a_key_was_destroyed(keys: Keys) -> None:
@@ -166,7 +201,7 @@ def test_no_customer_has_the_name_of_a_key_of_the_house(keys: Keys) -> None:
 def test_a_rotation_that_fails_changes_nothing(keys: Keys) -> None:
     keys.seal("ada", "x")
     with keys.database.begin() as c:
-        c.execute(text("INSERT INTO customer_keys VALUES ('ben', 1, 'x', x'00112233', 0, NULL)"))
+        c.execute(text("INSERT INTO customer_keys VALUES ('ben', 1, 'x', x'00112233', 0, NULL, NULL)"))
     before = contents(keys)
     with pytest.raises(KeyLost):
         keys.rewrap(TWO)

@@ -208,6 +208,38 @@ def test_resolved_conversations_are_kept_as_long_as_the_rule_says(house: House) 
     assert [line.detail for line in house.audit.lines()] == [{"days": 9, "deleted": 1, "room": "conversations"}]
 
 
+def test_of_whom_nothing_is_kept_any_more_no_pseudonyms_and_keys_stay(house: House) -> None:
+    now = [1e9]
+    house.keys.clock = lambda: now[0]
+    conversations = Conversations(house.database, house.seal, house.unseal, lambda: now[0])
+    vault, rooms = Vault(Detector(), house.database, house.keys), rooms_of(house, shop(house))
+    for customer in ("ada", "ben", "eve"):
+        id = conversations.open(customer).id
+        conversations.say(id, "I am a@b.com")
+        vault.mask(customer, ["I am a@b.com"])
+        conversations.resolve(id, "bot")
+    in_backup = house.seal("ada", "in a backup")
+    now[0] += 10 * 86400
+    talk(house, "ben", "I am still here")
+
+    def kept(customer: str) -> list[str]:
+        return list(export_customer(rooms, house.audit, customer, "anna")["pseudonyms"].values())
+
+    assert keep_only(rooms, {"conversations": 9}, house.audit, now[0]) == {"conversations": 3}
+    assert [kept(c) for c in ("ada", "ben", "eve")] == [[], ["a@b.com"], []]
+    assert house.unseal("ada", in_backup) == "in a backup", "who comes back just now loses no word"
+    assert texts(export_customer(rooms, house.audit, "eve", "anna")) == []
+    talk(house, "eve", "I came back")
+    now[0] += 86400
+    keep_only(rooms, {"conversations": 9}, house.audit, now[0])
+    with pytest.raises(Erased):
+        house.unseal("ada", in_backup)
+    for customer, said in (("ben", "I am still here"), ("eve", "I came back")):
+        assert texts(export_customer(rooms, house.audit, customer, "anna")) == [said]
+    assert next(line.detail for line in house.audit.lines(actor="retention")) == {"room": "keys", "deleted": 1}
+    assert house.audit.verify()
+
+
 @pytest.mark.parametrize(("days", "message"), [({"cellar": 3}, "keeps nothing"), ({"conversations": 0}, "more than 0"),
                                                ({"consents": 3}, "keeps nothing that expires")])  # fmt: skip
 def test_a_rule_that_fits_nothing_deletes_nothing(house: House, days: dict[str, float], message: str) -> None:

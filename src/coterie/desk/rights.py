@@ -198,7 +198,25 @@ def _expire(house: House, before: float, noted: Noted) -> int:
         if ids:
             _delete_all(session, ids)
             noted(session, len(ids))
+    if not ids:
+        _forget_who_is_gone(house)
     return len(ids)
+
+
+def _forget_who_is_gone(house: House) -> None:
+    """Of customers whose last conversation has gone, their pseudonyms go too, and then their keys: see Keys.retire."""
+    destroyed = 0
+    for customers in house.keys.customers():
+        still = select(ConversationRow.customer).where(ConversationRow.customer.in_(customers))
+        with reading(house.database) as session:
+            gone = sorted(set(customers) - set(session.scalars(still)))
+        if gone:
+            with writing(house.database) as session:  # one of them may have come back meanwhile
+                of = PseudonymRow.customer.in_(gone) & PseudonymRow.customer.not_in(still)
+                session.execute(delete(PseudonymRow).where(of))
+            destroyed += house.keys.retire(gone)
+    if destroyed:
+        house.audit.record("retention", "retention", "", room="keys", deleted=destroyed)
 
 
 def _delete_all(session: Session, ids: list[str]) -> None:

@@ -8,14 +8,15 @@ nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so 
 """
 
 import hashlib
+import hmac
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import ColumnElement, Engine, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -29,6 +30,9 @@ FORM = b"\x01"
 HEADER = 1 + 4 + NONCE  # bytes before the encrypted text
 PROOF = b"this is the right master key"
 RESERVED = "coterie:"  # how the names of keys begin that are no customer's
+ERASED = "coterie:erased"  # whose secret hashes the ids of customers whose keys are destroyed
+RETIRED_S = 3600.0  # until a key that nobody seals with any more may be destroyed: far longer than KEPT_S
+PAGE = 500  # customers at once
 KEPT = 4096  # open keys in memory, 1 KiB each: a search of the desk opens those of the newest 5,000 messages
 ROTATED = "the master key was rotated while this was running; start it again with the new one"
 KEPT_S = 60.0  # seconds until another process's destruction is noticed
@@ -163,23 +167,68 @@ class Keys:
         On SQLite the place is overwritten and the log emptied, so that no old page has the wrapped key.
         """
         check_customer(customer)
+        return self._destroy(KeyRow.customer == customer)
+
+    def customers(self) -> Iterator[list[str]]:
+        """All customers who have a key, page by page."""
+        last = ""
+        while True:
+            more = (KeyRow.customer > last) & KeyRow.destroyed_at.is_(None)
+            with reading(self.database) as session:
+                page = session.scalars(
+                    select(KeyRow.customer).where(more).distinct().order_by(KeyRow.customer).limit(PAGE)
+                ).all()
+            if not page:
+                return
+            yield [customer for customer in page if not customer.startswith(RESERVED)]
+            last = page[-1]
+
+    def retire(self, customers: Sequence[str]) -> int:
+        """For customers of whom nothing is kept any more, PAGE at most: nothing new is sealed under the keys that they
+        have, and those that were retired RETIRED_S ago are destroyed; how many.
+
+        In two steps, as one of them may come back just now: until RETIRED_S have passed, another process may have
+        begun to seal under a key that it has in memory.
+        """
+        for customer in customers:
+            check_customer(customer)
+        theirs, now = KeyRow.customer.in_(customers), self.clock()
+        with writing(self.database) as session:
+            in_use = theirs & KeyRow.destroyed_at.is_(None) & KeyRow.retired_at.is_(None)
+            session.execute(update(KeyRow).where(in_use).values(retired_at=now))
+        for customer in customers:
+            self._current.drop(customer)
+        return self._destroy(theirs & (KeyRow.retired_at < now - RETIRED_S))
+
+    def _destroy(self, which: ColumnElement[bool]) -> int:
+        hashing = self.secret(ERASED)  # before the transaction: it may make a key
         sqlite = self.database.dialect.name == "sqlite"
         with writing(self.database) as session:
             if sqlite:
                 session.execute(text("PRAGMA secure_delete = ON"))
-            rows = session.scalars(select(KeyRow).where(KeyRow.customer == customer)).all()
-            found = [row for row in rows if row.destroyed_at is None]
+            found = session.scalars(select(KeyRow).where(which, KeyRow.destroyed_at.is_(None))).all()
+            gone = [(row.customer, row.version) for row in found]
             for row in found:
                 row.wrapped, row.destroyed_at = b"", self.clock()
-        self._current.drop(customer)  # only now: earlier, a reader would have put it back before it was destroyed
-        for row in rows:
-            self._open.drop((customer, row.version))
-        if sqlite:
+            session.flush()
+            named = KeyRow.destroyed_at.is_not(None) & ~KeyRow.customer.startswith(RESERVED)
+            for row in session.scalars(select(KeyRow).where(named).with_for_update(skip_locked=True)).all():
+                row.customer = _hashed(row.customer, hashing)  # also where an older coterie destroyed it
+        for customer, version in gone:
+            self._current.drop(customer)  # only now: earlier, a reader would have put it back before it was destroyed
+            self._open.drop((customer, version))
+        if sqlite and gone:
             with self.database.connect() as connection:
                 connection.exec_driver_sql("COMMIT")  # a checkpoint cannot run inside a transaction
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
                 connection.exec_driver_sql("BEGIN")
-        return len(found)
+        return len(gone)
+
+    def _names(self, customer: str) -> list[str]:
+        """Under what there may be keys of a customer: their id, and what destroyed ones are kept under."""
+        if customer == ERASED or not self._has(ERASED):  # nobody's key was destroyed yet
+            return [customer]
+        return [customer, _hashed(customer, self.secret(ERASED))]
 
     def rewrap(self, new: MasterKey) -> int:
         """Wrap every key by `new` instead, all or none; from then on only `new` opens the database. How many."""
@@ -201,7 +250,8 @@ class Keys:
     def _newest(self, customer: str) -> _Open:
         version = self._current.get(customer)
         if version is None:
-            query = select(KeyRow.version).where(KeyRow.customer == customer, KeyRow.destroyed_at.is_(None))
+            usable = KeyRow.destroyed_at.is_(None) & KeyRow.retired_at.is_(None)
+            query = select(KeyRow.version).where(KeyRow.customer == customer, usable)
             with reading(self.database) as session:
                 found = session.scalars(query.order_by(KeyRow.version.desc())).first()
             version = found if found is not None else self._make(customer)
@@ -213,6 +263,10 @@ class Keys:
             return kept
         with reading(self.database) as session:
             row = session.get(KeyRow, (customer, version))
+        if row is None:
+            *_, last = self._names(customer)
+            with reading(self.database) as session:
+                row = session.get(KeyRow, (last, version))
         if row is None:
             raise Unreadable(f"data of customer {customer!r} is sealed under a key that is not in the database")
         if row.destroyed_at is not None:
@@ -235,14 +289,15 @@ class Keys:
         """A new key, after all that there were. Its version."""
         for _ in range(10):
             with reading(self.database) as session:
-                last = session.scalar(select(func.max(KeyRow.version)).where(KeyRow.customer == customer)) or 0
+                theirs = KeyRow.customer.in_(self._names(customer))
+                last = session.scalar(select(func.max(KeyRow.version)).where(theirs)) or 0
             version, key = last + 1, AESGCM.generate_key(256)
             wrapped = self.master.wrap(key, _of_key(customer, version))
             try:
                 with writing(self.database) as session:
                     self._still_the_master(session)
                     session.add(KeyRow(customer=customer, version=version, master=self.master.id, wrapped=wrapped,
-                                       made_at=self.clock(), destroyed_at=None))  # fmt: skip
+                                       made_at=self.clock(), destroyed_at=None, retired_at=None))  # fmt: skip
                 return version
             except IntegrityError:  # somebody made one meanwhile
                 continue
@@ -273,6 +328,10 @@ def refuse_without(database: Engine) -> None:
 def _own(name: str) -> str:
     assert name.startswith(RESERVED), name
     return name
+
+
+def _hashed(customer: str, key: bytes) -> str:
+    return f"{ERASED}:{hmac.new(key, customer.encode(), hashlib.sha256).hexdigest()[:32]}"
 
 
 def _about(customer: str, purpose: str, head: bytes) -> bytes:

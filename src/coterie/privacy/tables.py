@@ -21,7 +21,8 @@ class MasterRow(Base):
 
 
 class KeyRow(Base):
-    """One data key of one customer, wrapped by the master key; empty once it is destroyed."""
+    """One data key of one customer, wrapped by the master key; once it is destroyed, empty and under a keyed hash of the
+    customer's id."""
 
     __tablename__ = "customer_keys"
 
@@ -31,6 +32,7 @@ class KeyRow(Base):
     wrapped: Mapped[bytes] = mapped_column(LargeBinary)
     made_at: Mapped[float] = mapped_column(Float)
     destroyed_at: Mapped[float | None] = mapped_column(Float)
+    retired_at: Mapped[float | None] = mapped_column(Float)  # since then, nothing new is sealed under it
 
 
 class PseudonymRow(Base):
