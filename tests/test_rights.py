@@ -72,6 +72,7 @@ def test_an_export_has_everything_about_a_customer_and_nothing_about_others(hous
     talk(house, "ben", "I am Ben")
     Vault(Detector(), house.database, house.keys).mask("ada", ["card 4111 1111 1111 1111"])
     house.consents.record("ada", "ai", "told", "notice-1")
+    house.accounts.add("ada", "owner", "correct horse battery")  # somebody else
     found = export_customer(rooms_of(house, shop(house)), house.audit, "ada", "anna")
     assert texts(found) == ["I am Ada", "card 4111 1111 1111 1111"]
     assert found["pseudonyms"] == {"[CARD_1]": "4111 1111 1111 1111"}

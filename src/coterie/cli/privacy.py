@@ -222,7 +222,7 @@ def erase_one(
 
 @customers.command("trained")
 def trained_on_erased(folder: FolderOption = Path(), as_json: Json = False) -> None:
-    """List the experts that learned from erased customers until they are fitted anew, and the rows to take out first."""
+    """List the experts that learned from erased customers, until they are fitted anew, with the rows to take out."""
     from coterie.business import Business
     from coterie.desk.trained import marked
 

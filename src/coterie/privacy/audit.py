@@ -23,6 +23,7 @@ from coterie.privacy.tables import AuditRow
 from coterie.store.database import reading, writing
 
 START = bytes(32)  # what the first line is linked to
+OF_ACCOUNTS = {"account", "login", "logout", "token", "second_factor", "invitation"}  # what such actions begin with
 PAGE = 1000  # lines read at once
 LOCK = 0x61756469  # of PostgreSQL: one line at a time
 
@@ -119,8 +120,9 @@ class Audit:
             ]
 
     def export(self, customer: str) -> list[dict[str, Any]]:
-        """Every line about a customer, the oldest first."""
-        return [asdict(line) for line in reversed(self.lines(subject=customer, limit=1_000_000))]
+        """Every line about a customer, the oldest first; none about an account that happens to be named like them."""
+        found = reversed(self.lines(subject=customer, limit=1_000_000))
+        return [asdict(line) for line in found if line.action.partition(".")[0] not in OF_ACCOUNTS]
 
     def _rows(self) -> Iterator[AuditRow]:
         last = -(2**31)

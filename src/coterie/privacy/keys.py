@@ -3,8 +3,9 @@
 Notable: destroying a customer's key makes all that was sealed under it unreadable, in the database, its log and every
 copy of them; so keys live in a database of their own (`keys.db`), which need not be in each backup. That also lets a
 first key be made in the middle of another transaction. The house's own keys lie beside them under names that begin with
-RESERVED, which nothing takes for a customer's: erasing one cannot break the audit log. Sealed bytes: version of the form (1), version of the key (4),
-nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so nothing opens in another's name.
+RESERVED, which nothing takes for a customer's: erasing one cannot break the audit log. Sealed bytes: version of the
+form (1), version of the key (4), nonce (12), AES-256-GCM of the text; customer and purpose are authenticated, so
+nothing opens in another's name.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ ERASED = "coterie:erased"  # whose secret hashes the ids of customers whose keys
 RETIRED_S = 3600.0  # until a key that nobody seals with any more may be destroyed: far longer than KEPT_S
 PAGE = 500  # customers at once
 KEPT = 4096  # open keys in memory, 1 KiB each: a search of the desk opens those of the newest 5,000 messages
-ROTATED = "the master key was rotated while this was running; start it again with the new one"
 KEPT_S = 60.0  # seconds until another process's destruction is noticed
+ROTATED = "the master key was rotated while this was running; start it again with the new one"
 
 
 class Erased(CoterieError):
@@ -54,7 +55,7 @@ class NoCustomer(CoterieError):
 def check_customer(customer: str) -> None:
     """Raises NoCustomer."""
     if customer.startswith(RESERVED):
-        raise NoCustomer(f"customer {customer!r}: ids that begin with {RESERVED!r} are the house's own, not a customer's")
+        raise NoCustomer(f"customer {customer!r}: ids that begin with {RESERVED!r} are the house's own")
 
 
 class Unreadable(CoterieError):

@@ -21,8 +21,8 @@ class MasterRow(Base):
 
 
 class KeyRow(Base):
-    """One data key of one customer, wrapped by the master key; once it is destroyed, empty and under a keyed hash of the
-    customer's id."""
+    """One data key of one customer, wrapped by the master key; empty once it is destroyed, and then under a keyed hash
+    of the customer's id."""
 
     __tablename__ = "customer_keys"
 
