@@ -25,7 +25,6 @@ from coterie.desk.conversation import Handoff
 from coterie.desk.message import Message, Turn
 from coterie.engine.request import Generation, Sampling
 from coterie.errors import Busy, ContextTooLong, Stopped
-from coterie.grounding import quoted
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.privacy.deidentify import MaskingFailed
 from coterie.privacy.vault import Masked, Masking, as_it_is, loggable
@@ -270,7 +269,7 @@ def _spoken(said: Sequence[Message], texts: Sequence[str]) -> list[Spoken]:
 
 def _preface(evidence: Sequence[Evidence], facts: Sequence[str]) -> str:
     """What is known, masked, as it stands before the customer's last message. Evidence is data, never orders."""
-    known = [f"[{n}] {quoted(e.text)}" for n, e in enumerate(evidence, 1)]
+    known = [f"[{n}] {e.text}" for n, e in enumerate(evidence, 1)]
     lines = [*(["What we know:", *known] if known else []), *(["The customer:", *facts] if facts else [])]
     return "\n".join([*lines, "", "The question:", ""]) if lines else ""
 
