@@ -104,6 +104,25 @@ def test_who_is_not_eligible_is_told_or_gets_a_person(found: Any, state: str, sa
         assert "order: LW-12345" in note(desk, c.id)["detail"]
 
 
+CARE = [{"reason": "vulnerable_customer", "words": ["passed away"], "queue": "care"}]
+
+
+@pytest.mark.parametrize("where", ["beginning", "inside"])
+def test_a_rule_that_calls_a_person_comes_before_a_procedure(where: str, opened: Open) -> None:
+    desk, did = opened(says=lambda _: Script("All is well.", "returns"), rules=CARE)
+    c = Customer(desk)
+    if where == "inside":
+        lead(c)
+    c.say("I want to return a thing. My husband has passed away.")
+    now = desk.conversations.get(c.id)
+    assert (now.state, now.reason, now.queue) == ("waiting", "vulnerable_customer", "care")
+    assert did.named("refund") == []
+    assert desk.procedures
+    assert desk.procedures.runs.active(c.id) is None
+    details = [m.data.get("detail", "") for m in desk.conversations.messages(c.id, kinds=("note",))]
+    assert any("order: LW-12345" in d for d in details) == (where == "inside"), "the person knows what was said in it"
+
+
 def test_a_button_of_an_older_question_does_nothing(opened: Open) -> None:
     desk, did = opened()
     c = Customer(desk)

@@ -135,6 +135,11 @@ class Writer:
         self._held, self._waiting = "", ""
         self._cited = False
 
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """The statements so far that no source says."""
+        return tuple(s.text for s in self.grounded.sentences if s.checked and s.cites is None)
+
     def feed(self, text: str) -> str:
         """What can be shown now: the sentences that are complete."""
         self._held += text
