@@ -337,6 +337,28 @@ def test_an_agent_works_through_a_conversation(client: TestClient, desk: Desk) -
     assert code(bea.get("/desk/api/conversations/none")) == (404, "conversation_not_found")
 
 
+@pytest.mark.parametrize(
+    ("declared", "language", "disclosure", "greeting"),
+    [
+        ({}, "ar", "أنت تتحدث مع ذكاء اصطناعي", "كيف"), ({}, "de-AT", "Sie sprechen mit einer KI", "Wie"),
+        ({}, "pl", "You are talking to an AI", "How"), ({}, "", "You are talking to an AI", "How"),
+        ({"disclosure": "I am Rob."}, "ar", "I am Rob.", "كيف"),
+        ({"disclosure": "I am Rob.", "languages": {"ar": {"disclosure": "أنا روب"}}}, "ar", "أنا روب", "كيف"),
+        ({"languages": {"pl": {"disclosure": "To AI.", "greeting": "Dzień dobry"}}}, "pl-PL", "To AI.", "Dzień dobry"),
+    ],
+)  # fmt: skip
+def test_a_visitor_reads_the_first_words_in_their_language(
+    declared: dict[str, Any], language: str, disclosure: str, greeting: str, tmp_path: Path
+) -> None:
+    answerer = scripted(tmp_path, lambda _: Script("Hi."), origins=[SHOP], **declared)
+    desk = open_desk(answerer, f"sqlite:///{tmp_path}/desk.db", start=False)
+    client = TestClient(create_app(answerer, desk), base_url="http://desk.example")  # type: ignore[arg-type]
+    said = client.post("/widget/visits", json={"language": language}, headers={"Origin": SHOP}).json()
+    assert said["disclosure"].startswith(disclosure)
+    assert said["greeting"].startswith(greeting)
+    desk.close()
+
+
 def test_a_case_keeps_its_queue_and_queues_are_listed_apart(client: TestClient, desk: Desk) -> None:
     desk.spec.rules.append(DeskRuleSpec(reason="grief", words=["grief"], queue="care"))
     care, general = (desk.conversations.open(name).id for name in ("ada", "bob"))

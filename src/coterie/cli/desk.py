@@ -47,6 +47,7 @@ def list_(
         Literal["bot", "waiting", "person", "snoozed", "resolved"] | None, typer.Option(help="Only in this state.")
     ] = None,
     search: Annotated[str, typer.Option(help="Only those with these words in a message.")] = "",
+    queue: Annotated[str, typer.Option(help="Only of this queue.")] = "",
     as_json: Json = False,
 ) -> None:
     """List conversations, those that wait longest first."""
@@ -58,8 +59,8 @@ def list_(
 
     house = house_of(Business.open(folder))
     talks = Conversations(house.database, house.seal, house.unseal)
-    found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else ())
-    found = [c for c in found if state in (None, c.state)]
+    found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else (), queue=queue)
+    found = [c for c in found if state in (None, c.state) and queue in ("", c.queue)]
     rows = [[c.id, c.customer, c.state, c.owner, c.reason] for c in found]
     result([asdict(c) for c in found], as_json, table(["conversation", "customer", "state", "owner", "reason"], rows))
 
