@@ -1,5 +1,6 @@
 """A desk whose assistant says what a test scripts, behind the interface of the real one."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class ScriptedAnswerer:
         return SimpleNamespace(
             alive=True,
             load_numbers=lambda: (0, 0),
-            base=SimpleNamespace(name="scripted"),
+            base=SimpleNamespace(name="scripted", encode=str.split),
             stats=None,
             close=lambda: None,
         )
@@ -90,6 +91,24 @@ class ScriptedAnswerer:
             unsure = script.later is not None and n >= script.pause
             generation.emit(Piece(text, (TokenChoice(1, text, script.later if unsure else script.logprob),)))
         generation.emit(Piece("", (), "stop"))
+
+
+@dataclass
+class Checking:
+    """A check by which a sentence is supported where `by` says so."""
+
+    by: Callable[[str], bool]
+    unsupported: tuple[str, ...] = ()
+    held: str = ""
+
+    def feed(self, text: str) -> str:
+        self.held += text
+        *whole, self.held = re.split(r"(?<=\. )", self.held)
+        self.unsupported += tuple(s for s in whole if not self.by(s))
+        return "".join(whole)
+
+    def end(self) -> str:
+        return self.feed(". ")[:-2]
 
 
 class ScriptedBusiness(Business):

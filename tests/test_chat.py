@@ -94,6 +94,30 @@ def test_templates_of_other_families_give_the_text_that_transformers_gives(
             assert base.chat(messages, prompt) == wanted
 
 
+MARKS = st.sampled_from(
+    ["<|im_start|>system\n", "<|im_end|>", "<|", "|>", "im_end", "<s>", "</s>", "<repo_name>", "a", "\n"]
+)
+
+
+@given(said=st.lists(MARKS, max_size=12).map("".join), role=st.sampled_from(["user", "assistant", "system"]))
+def test_no_words_of_a_message_become_a_mark(said: str, role: str, smol: BaseModel, tiny_base: BaseModel) -> None:
+    """Whoever says them: a forged turn would be obeyed as if the business had said it."""
+    for base in (smol, tiny_base):
+        special = {i for i, t in base.tokenizer.get_added_tokens_decoder().items() if t.special}
+
+        def marks(content: str) -> list[int]:
+            ids = base.encode(base.chat([ASK, {"role": role, "content": content}, ASK]))  # noqa: B023
+            return [i for i in ids if i in special]  # noqa: B023
+
+        assert marks(said) == marks("Nothing.")
+
+
+def test_words_without_a_mark_stay_as_they_are(smol: BaseModel) -> None:
+    for text in ("a < b |> c", "<b>bold</b>", "x <- y; <| f |>", ""):
+        assert smol.unmarked(text) == text
+    assert smol.unmarked("<|im_end|>") == "< |im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "word"),
     [

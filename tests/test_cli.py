@@ -105,7 +105,7 @@ def test_init_writes_the_example_whole(coterie: Run, tmp_path: Path) -> None:
     assert done.code == 0
     assert f"next: coterie fit {tmp_path / 'shop'}" in done.out
     business = Business.open(tmp_path / "shop")
-    assert set(business.config.experts) == {"support", "triage"}
+    assert set(business.config.experts) == {"support", "triage", "mood"}
     assert all(f.is_file() for spec in business.config.experts.values() for f in business.files(spec.train + spec.test))
 
 

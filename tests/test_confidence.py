@@ -6,9 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coterie.data.read import Example
+from coterie.desk.calibrate import outcomes
 from coterie.desk.confidence import Confidence, Signals, fit_confidence, load_confidence
+from coterie.desk.flow import Parts
 from coterie.errors import DataError, ModelError
 from coterie.evaluation.calibration import threshold_for
+from coterie.knowledge.evidence import Evidence
+from desk_support import Checking, Script, scripted
 
 
 def answers(n: int, seed: int) -> tuple[list[Signals], list[bool]]:
@@ -79,3 +84,25 @@ def test_an_absent_signal_has_a_weight_of_its_own() -> None:
     fitted = Confidence((0.5, -1.0, 0.0), (1.0, 1.0, 1.0), *weights, 0.0, 0.5, 0.02, 100, 1.0, 0.0)
     assert fitted.of(Signals()) == pytest.approx(1 / (1 + math.exp(1.0)))
     assert fitted.of(Signals(similarity=1.0)) == pytest.approx(1 / (1 + math.exp(-1.0)))
+
+
+def test_answers_are_calibrated_as_the_desk_gives_them(tmp_path: Path) -> None:
+    """With the evidence before the model, its score among the signals, and without what the check withholds."""
+
+    def says(asked: str) -> Script:
+        return Script("It takes 2 days." if "[1] Two days." in asked else "Who knows, 9?", "shop", 0.7)
+
+    parts = Parts(
+        ground=lambda asked, _: [Evidence("faq", "a.md", asked.removesuffix("?"), 0.8)] if "days" in asked else [],
+        check=lambda evidence: Checking(lambda s: "2" in s) if evidence else None,
+    )
+    rows = [
+        Example(({"role": "user", "content": asked}, {"role": "assistant", "content": "It takes 2 days."}), "a.csv:1")
+        for asked in ("Two days.?", "What else?", "Some days?")
+    ]
+    counted: list[int] = []
+    signals, right = outcomes(scripted(tmp_path, says), rows, counted.append, parts=parts)  # type: ignore[arg-type]
+    assert [(s.similarity, s.retrieval) for s in signals] == [(0.7, 0.8), (0.7, None)]
+    assert all(s.logprob == pytest.approx(-0.1) for s in signals)
+    assert right == [True, False]
+    assert counted == [1, 2, 3]

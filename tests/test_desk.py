@@ -11,14 +11,16 @@ from coterie.answer import Answerer
 from coterie.business import Business
 from coterie.desk.confidence import Confidence
 from coterie.desk.desk import Desk, database_of
-from coterie.desk.flow import Checked, Parts
+from coterie.desk.flow import Parts
 from coterie.desk.message import Message
+from coterie.engine.request import Piece
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.house import open_house
+from coterie.privacy.pseudonyms import Pair, Pseudonyms, Restorer
 from coterie.privacy.vault import Masked, Vault
 from coterie.store.database import open_database
-from desk_support import Script, ask, open_desk, scripted, settled
+from desk_support import Checking, Script, ask, open_desk, scripted, settled
 
 ALL = ("message", "note", "suggestion", "event")
 SURE = Confidence((0.5, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.0, 0.0), 3.0, 0.8, 0.02, 100, 0.9, 0.01)
@@ -129,6 +131,63 @@ def test_rules_of_the_business_call_a_person(text: str, reason: str, queue: str,
         assert kept(desk, c.id, "suggestion"), "the agent gets one"
 
 
+MANY = [
+    (("My husband passed away.", "How do I close his account?"), "vulnerable_customer", "care"),
+    (("I want 900 EUR back.", "Quickly!", "Hello?"), "large_amount", "general"),
+    (("You are useless.", "Where is my order?"), "angry", "general"),
+]
+
+
+@pytest.mark.parametrize(("texts", "reason", "queue"), MANY)
+def test_a_rule_looks_at_every_message_since_the_last_answer(
+    texts: tuple[str, ...], reason: str, queue: str, opened: Open
+) -> None:
+    desk = opened(
+        lambda t: Script("negative" if "mood: " in t and "useless" in t else "Fine."), rules=RULES, sentiment="mood"
+    )
+    c = desk.conversations.open("ada")
+    for text in texts:
+        desk.conversations.say(c.id, text)
+    desk.wake(c.id)
+    c = settled(desk, c.id)
+    assert (c.state, c.reason, c.queue) == ("waiting", reason, queue)
+
+
+def test_a_rule_that_fired_once_does_not_fire_on_what_comes_after_the_answer(opened: Open) -> None:
+    desk = opened(rules=RULES)
+    c = ask(desk, "My husband passed away.")
+    desk.conversations.take(c.id, "bea")
+    desk.conversations.reply(c.id, "bea", "I am so sorry.")
+    desk.conversations.back_to_bot(c.id)
+    desk.conversations.say(c.id, "When do you open?")
+    desk.wake(c.id)
+    assert settled(desk, c.id).state == "bot"
+
+
+def test_a_rule_calls_its_queue_though_the_assistant_is_out_of_order(opened: Open) -> None:
+    desk = opened(parts=Parts(mask=fail), rules=RULES)
+    c = ask(desk, "My husband passed away.")
+    assert (c.reason, c.queue) == ("vulnerable_customer", "care")
+
+
+def test_stopping_the_answer_keeps_no_person_from_being_called(opened: Open) -> None:
+    gate = threading.Event()
+    desk = opened(Script("It is blue.", gate=gate), rules=RULES)
+    c = desk.conversations.open("ada")
+    desk.conversations.say(c.id, "My husband passed away.")
+    desk.wake(c.id)
+    begun(desk, c.id)
+    desk.stop(c.id)
+    assert settled(desk, c.id).reason == "vulnerable_customer"
+
+
+def test_where_the_mood_cannot_be_told_a_person_looks(opened: Open) -> None:
+    desk = opened(lambda t: fail() if "mood: " in t else Script("Fine."), rules=RULES, sentiment="mood")
+    c = ask(desk, "Hello.")
+    assert c.reason == "angry"
+    assert briefing(desk, c.id)["detail"] == "whether the message is negative could not be told"
+
+
 def test_the_same_question_again_and_again_calls_a_person(opened: Open) -> None:
     desk = opened(failures=2)
     c = ask(desk, "Where is my order?")
@@ -169,26 +228,27 @@ def test_labels_of_an_intent_expert_are_answered_as_the_business_says(opened: Op
 
 
 def hide(_customer: str, texts: list[str], _known: Mapping[str, Any]) -> Masked:
-    return Masked([t.replace("Ada", "PERSON_1") for t in texts], lambda t: t.replace("PERSON_1", "Ada"))
+    pseudonyms = Pseudonyms([Pair("[PERSON_1]", "Ada")])
+    return Masked([t.replace("Ada", "[PERSON_1]") for t in texts], pseudonyms.restore, lambda: Restorer(pseudonyms))
 
 
 def test_the_model_sees_masked_text_only_and_the_customer_sees_their_name(opened: Open) -> None:
     parts = Parts(mask=hide, profile=lambda _c: {"name": "Ada"})
-    desk = opened("Hello PERSON_1. Good day.", parts)
+    desk = opened("Hello [PERSON_1]. Good day.", parts)
     c = ask(desk, "I am Ada.")
     assert kept(desk, c.id)[-1] == "Hello Ada. Good day."
     assert "Ada" not in str(desk.answerer.asked)  # type: ignore[attr-defined]
-    assert "PERSON_1" in str(desk.answerer.asked)  # type: ignore[attr-defined]
+    assert "[PERSON_1]" in str(desk.answerer.asked)  # type: ignore[attr-defined]
 
 
 def test_the_customer_is_looked_up_once_and_the_question_routed_once(opened: Open) -> None:
     looked, routed = list[str](), list[str]()
     parts = Parts(mask=hide, profile=lambda c: looked.append(c) or {"name": "Ada"})  # type: ignore[func-returns-value]
-    desk = opened("Hello PERSON_1.", parts)
+    desk = opened("Hello [PERSON_1].", parts)
     choose = desk.answerer.choose  # type: ignore[attr-defined]
     desk.answerer.choose = lambda text, channel: routed.append(text) or choose(text, channel)  # type: ignore[attr-defined]
     c = ask(desk, "I am Ada.")
-    assert (c.state, looked, routed) == ("bot", ["ada"], ["I am PERSON_1."])
+    assert (c.state, looked, routed) == ("bot", ["ada"], ["I am [PERSON_1]."])
 
 
 PRIVATE = {
@@ -204,8 +264,8 @@ def test_what_any_source_says_of_customers_reaches_no_model_unmasked_and_citatio
     vault = Vault(Detector(), house.database, house.keys)
     rows = [Evidence("crm", f"customers {c}", ", ".join(known.values()), 0.9) for c, known in PRIVATE.items()]
 
-    def check(text: str, evidence: Sequence[Evidence]) -> Checked:
-        return Checked(text, () if any("[EMAIL_1]" in e.text for e in evidence) else (text,))
+    def check(evidence: Sequence[Evidence]) -> Checking:
+        return Checking(lambda _: any("[EMAIL_1]" in e.text for e in evidence))
 
     parts = Parts(
         mask=lambda c, texts, known: vault.mask(c, texts, {k: [str(v)] for k, v in known.items()}),
@@ -249,10 +309,7 @@ def test_a_profile_or_a_source_that_fails_is_told_to_the_agent_and_stops_nothing
 def test_answers_come_with_their_sources_and_what_nothing_supports_is_not_sent(opened: Open) -> None:
     found = [Evidence("faq", "faq.md#delivery", "Delivery takes 2 days.", 0.8)]
 
-    def check(text: str, evidence: Any) -> Checked:
-        return Checked(text, () if "2 days" in text else (text,))
-
-    parts = Parts(ground=lambda _q, _r: found, check=check)
+    parts = Parts(ground=lambda _q, _r: found, check=lambda _: Checking(lambda s: "2 days" in s))
     desk = opened(lambda t: Script("It takes 2 days." if "long" in t else "It takes 9 days.", expert=None), parts)
     sent = desk.conversations.messages(ask(desk, "How long?").id)[-1]
     assert sent.text == "It takes 2 days."
@@ -261,6 +318,38 @@ def test_answers_come_with_their_sources_and_what_nothing_supports_is_not_sent(o
     c = ask(desk, "How many?")
     assert c.reason == "unsupported"
     assert briefing(desk, c.id)["evidence"][0]["where"] == "faq.md#delivery"
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_each_sentence_is_read_once_it_is_checked_and_nothing_after_one_that_nothing_supports(
+    calibrated: bool, opened: Open
+) -> None:
+    parts = Parts(check=lambda _: Checking(lambda s: "9" not in s))
+    desk = opened("It is red. It takes 2 days. It takes 9 days. Bye.", parts)
+    desk.confidence = SURE if calibrated else None
+    shown: list[str] = []
+    desk.live.write = lambda _id, text: shown.append(text)  # type: ignore[method-assign]
+    c = ask(desk, "How long?")
+    assert (shown, c.reason) == (["It is red. ", "It takes 2 days. "], "unsupported")
+    assert kept(desk, c.id) == ["How long?", "It is red. It takes 2 days. "]
+    assert kept(desk, c.id, "suggestion") == ["It is red. It takes 2 days. It takes 9 days. Bye."]
+
+
+def test_a_name_that_comes_in_pieces_is_read_whole(opened: Open) -> None:
+    desk = opened("Hello [PERSON_1]. It is [PERSON_1] and [PERSON_9].", Parts(mask=hide))
+
+    def letters(generation: Any, script: Script) -> None:
+        for letter in script.text:
+            generation.emit(Piece(letter, ()))
+        generation.emit(Piece("", (), "stop"))
+
+    desk.answerer._speak = letters  # type: ignore[attr-defined]
+    shown: list[str] = []
+    desk.live.write = lambda _id, text: shown.append(text)  # type: ignore[method-assign]
+    c = ask(desk, "I am Ada.")
+    assert "".join(shown) == kept(desk, c.id)[-1] == "Hello Ada. It is Ada and [PERSON_9]."
+    assert "Ada" in shown
+    assert len(shown) > 20, "letter by letter, but for the name"
 
 
 def test_who_may_not_ask_gets_a_person_and_no_model(opened: Open) -> None:
@@ -284,7 +373,7 @@ def begun(desk: Desk, id: str) -> None:
 
 def test_a_take_over_while_the_bot_writes_silences_it_and_keeps_its_words(opened: Open) -> None:
     gate = threading.Event()
-    desk = opened(Script("One. Two. Three.", gate=gate))
+    desk = opened(Script("One. Two. Three.", gate=gate, pause=0))
     shown: list[str] = []
     desk.live.write = lambda id, text: shown.append(text)  # type: ignore[method-assign]
     c = desk.conversations.open("ada")
@@ -299,9 +388,15 @@ def test_a_take_over_while_the_bot_writes_silences_it_and_keeps_its_words(opened
 
 
 def test_stop_ends_the_answer_with_what_was_read(opened: Open) -> None:
-    desk = opened(Script("It is blue. Or so they say.", gate=threading.Event(), pause=4))
-    read = threading.Event()
-    desk.live.write = lambda _id, _text: read.set()  # type: ignore[method-assign]
+    desk = opened(Script("It is blue. Or so they say.", gate=threading.Event(), pause=5))
+    read, shown = threading.Event(), list[str]()
+
+    def write(_id: str, text: str) -> None:
+        shown.append(text)
+        if text == " so":
+            read.set()
+
+    desk.live.write = write  # type: ignore[method-assign]
     c = desk.conversations.open("ada")
     desk.conversations.say(c.id, "What color?")
     desk.wake(c.id)
@@ -309,7 +404,8 @@ def test_stop_ends_the_answer_with_what_was_read(opened: Open) -> None:
     desk.stop(c.id)
     assert settled(desk, c.id).state == "bot"
     sent = desk.conversations.messages(c.id)[-1]
-    assert (sent.text, sent.data["stopped"]) == ("It is blue. ", True)
+    assert (sent.text, sent.data["stopped"]) == ("It is blue. Or so", True)
+    assert shown == ["It", " is", " blue.", " Or", " so"], "word by word: nothing of it could be withheld"
 
 
 def test_another_message_while_the_bot_writes_gets_one_answer_to_both(opened: Open) -> None:

@@ -19,12 +19,14 @@ from itsdangerous import URLSafeTimedSerializer
 from joserfc import jwt
 from joserfc.jwk import OctKey
 
+from coterie.config import DeskRuleSpec
 from coterie.desk.conversation import Conversations
 from coterie.desk.desk import Desk
 from coterie.errors import StorageError
 from coterie.privacy.access import Limit
 from coterie.privacy.house import open_house
-from coterie.store.database import open_database
+from coterie.privacy.tables import AccountRow
+from coterie.store.database import open_database, writing
 from coterie.web import widget
 from coterie.web.app import create_app
 from coterie.web.door import COOKIE, TOKEN_S, Agent, Door, open_door
@@ -317,6 +319,7 @@ def test_an_agent_works_through_a_conversation(client: TestClient, desk: Desk) -
     listed = bea.get("/desk/api/conversations").json()
     assert [c["last"]["text"] for c in listed["conversations"]] == ["You said Hi."]
     assert listed["counts"] == {"waiting": 1, "mine": 0, "approvals": 0}
+    assert (listed["queues"], listed["people"]) == ({"general": 1}, ["Bea"])
     path = f"/desk/api/conversations/{id}"
     assert bea.post(f"{path}/take", json={"seen": "queue"}).json()["owner"] == "agent:Bea"
     assert code(cem.post(f"{path}/take", json={"seen": "queue"})) == (409, "conversation_changed")
@@ -333,6 +336,69 @@ def test_an_agent_works_through_a_conversation(client: TestClient, desk: Desk) -
     assert cem.post(f"{path}/bot").json()["state"] == "bot"
     assert bea.post(f"{path}/resolve").json()["state"] == "resolved"
     assert code(bea.get("/desk/api/conversations/none")) == (404, "conversation_not_found")
+
+
+@pytest.mark.parametrize(
+    ("declared", "language", "disclosure", "greeting"),
+    [
+        ({}, "ar", "أنت تتحدث مع ذكاء اصطناعي", "كيف"), ({}, "de-AT", "Sie sprechen mit einer KI", "Wie"),
+        ({}, "pl", "You are talking to an AI", "How"), ({}, "", "You are talking to an AI", "How"),
+        ({"disclosure": "I am Rob."}, "ar", "I am Rob.", "كيف"),
+        ({"disclosure": "I am Rob.", "languages": {"ar": {"disclosure": "أنا روب"}}}, "ar", "أنا روب", "كيف"),
+        ({"languages": {"pl": {"disclosure": "To AI.", "greeting": "Dzień dobry"}}}, "pl-PL", "To AI.", "Dzień dobry"),
+    ],
+)  # fmt: skip
+def test_a_visitor_reads_the_first_words_in_their_language(
+    declared: dict[str, Any], language: str, disclosure: str, greeting: str, tmp_path: Path
+) -> None:
+    answerer = scripted(tmp_path, lambda _: Script("Hi."), origins=[SHOP], **declared)
+    desk = open_desk(answerer, f"sqlite:///{tmp_path}/desk.db", start=False)
+    client = TestClient(create_app(answerer, desk), base_url="http://desk.example")  # type: ignore[arg-type]
+    said = client.post("/widget/visits", json={"language": language}, headers={"Origin": SHOP}).json()
+    assert said["disclosure"].startswith(disclosure)
+    assert said["greeting"].startswith(greeting)
+    desk.close()
+
+
+def test_a_case_keeps_its_queue_and_queues_are_listed_apart(client: TestClient, desk: Desk) -> None:
+    desk.spec.rules.append(DeskRuleSpec(reason="grief", words=["grief"], queue="care"))
+    care, general = (desk.conversations.open(name).id for name in ("ada", "bob"))
+    desk.conversations.ask_for_person(care, queue="care")
+    desk.conversations.ask_for_person(general)
+    bea = agent(client)
+
+    def waiting(queue: str) -> list[str]:
+        found = bea.get("/desk/api/conversations", params={"queue": queue}).json()
+        assert found["queues"] == {"general": 1, "care": 1}
+        return [c["id"] for c in found["conversations"]]
+
+    assert (waiting("care"), waiting("general"), set(waiting(""))) == ([care], [general], {care, general})
+    path = f"/desk/api/conversations/{care}"
+    bea.post(f"{path}/take", json={})
+    assert bea.post(f"{path}/release").json()["queue"] == "care"
+    bea.post(f"{path}/take", json={})
+    refused = bea.post(f"{path}/release", json={"queue": "cear"})
+    assert (refused.status_code, "there is no 'cear'" in refused.json()["error"]["message"]) == (400, True)
+    assert bea.post(f"{path}/release", json={"queue": "general"}).json()["queue"] == "general"
+
+
+def test_a_conversation_is_given_only_to_who_works_at_the_desk(client: TestClient, desk: Desk) -> None:
+    id = desk.conversations.open("ada").id
+    path = f"/desk/api/conversations/{id}"
+    desk.conversations.ask_for_person(id)
+    bea = agent(client)
+    with writing(desk.conversations.database) as session:
+        for name, role, disabled in (("Dan", "agent", False), ("Eve", "viewer", False), ("Fay", "agent", True)):
+            session.add(AccountRow(name=name, role=role, password="", totp=b"", totp_last=0, subject="", failures=0,
+                                   locked_until=0.0, made_at=0.0, disabled=disabled))  # fmt: skip
+    for name in ("Cme", "Eve", "Fay"):
+        refused = bea.post(f"{path}/take", json={"to": name})
+        assert (refused.status_code, f"nobody named '{name}'" in refused.json()["error"]["message"]) == (400, True)
+    assert desk.conversations.get(id).owner == "queue"
+    agent(client, "Cem").get("/desk/api/conversations")
+    assert bea.get("/desk/api/conversations").json()["people"] == ["Bea", "Cem", "Dan"]
+    for name in ("Cem", "Dan"):
+        assert bea.post(f"{path}/take", json={"to": name}).json()["owner"] == f"agent:{name}"
 
 
 def test_only_supervisors_see_the_overview(client: TestClient, desk: Desk) -> None:

@@ -457,6 +457,37 @@ def test_what_is_refused_for_good_is_told_to_the_agent(desk: MailDesk, sent: Sen
     assert "550 no such user" in desk.talks.messages(c.id, kinds=("note",))[0].text
 
 
+REFUSAL = "550 5.1.1 <ada@mail.example>: Ada Byron is no user here (try ada.b@home.example)"
+
+
+@pytest.mark.parametrize("forever", [True, False])
+def test_what_a_server_says_of_a_customer_is_in_no_log_and_in_no_table(
+    forever: bool, desk: MailDesk, sent: Sent, now: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.take(mail(sender="Ada Byron <ada@mail.example>"))
+    c = only(desk)
+    bot_says(desk, c.id, "Yes.")
+    sent.answers = [Refused(REFUSAL) if forever else OSError(REFUSAL)]
+    assert send_due(desk, now) == 0
+    ((_, error),) = states(desk)
+    assert "5.1.1" in error
+    assert "5.1.1" in caplog.text
+    for private in ("ada@mail", "ada.b@home", "Byron"):
+        assert private not in error + caplog.text
+    notes = [n.text for n in desk.talks.messages(c.id, kinds=("note",))]
+    assert [REFUSAL in n for n in notes] == ([True] if forever else []), "the agent reads it, sealed as it is kept"
+
+
+def test_what_a_bounce_says_of_a_customer_is_in_no_table(desk: MailDesk, sent: Sent, now: list[float]) -> None:
+    desk.take(mail())
+    bot_says(desk, only(desk).id, "Yes.")
+    send_due(desk, now)
+    report = REPORT.format(action="failed", id=sent.mails[0][0]["Message-ID"])
+    desk.take(report.replace("550 no such user", "550 no such user ada@mail.example").encode())
+    ((state, error),) = states(desk)
+    assert (state, "550 no such user" in error, "ada@" in error) == ("bounced", True, False)
+
+
 @pytest.mark.parametrize(("action", "state"), [("failed", "bounced"), ("delayed", "sent")])
 def test_a_bounce_is_noted_at_its_message(
     action: str, state: str, desk: MailDesk, sent: Sent, now: list[float]

@@ -16,7 +16,7 @@ from coterie.business import Business
 from coterie.cli.main import main
 from coterie.config import read_config
 from coterie.errors import CoterieError
-from coterie.grounding import Grounded, Rule, Writer, preface, quoted
+from coterie.grounding import Grounded, Rule, Writer, preface
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.support import Checker, numbers, paragraphs, sentences
 from coterie.model.load import BaseModel
@@ -269,11 +269,6 @@ def test_a_document_cannot_end_the_message_that_quotes_it(smol: BaseModel, text:
 
     front = preface([Evidence("s", text, f"Prices. {text}", 1.0)])
     assert marks(front + "What is free?") == marks("What is free?")
-
-
-@given(st.text(alphabet="<|>/s im_end", max_size=60))
-def test_a_quotation_holds_no_mark(text: str) -> None:
-    assert not re.search(r"<\||\|>|</?s>", quoted(text))
 
 
 def test_a_source_that_fails_is_told_and_the_others_answer(shop: Path) -> None:

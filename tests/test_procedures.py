@@ -104,6 +104,38 @@ def test_who_is_not_eligible_is_told_or_gets_a_person(found: Any, state: str, sa
         assert "order: LW-12345" in note(desk, c.id)["detail"]
 
 
+CARE = [{"reason": "vulnerable_customer", "words": ["passed away"], "queue": "care"}]
+
+
+@pytest.mark.parametrize("where", ["beginning", "inside"])
+def test_a_rule_that_calls_a_person_comes_before_a_procedure(where: str, opened: Open) -> None:
+    desk, did = opened(says=lambda _: Script("All is well.", "returns"), rules=CARE)
+    c = Customer(desk)
+    if where == "inside":
+        lead(c)
+    c.say("I want to return a thing. My husband has passed away.")
+    now = desk.conversations.get(c.id)
+    assert (now.state, now.reason, now.queue) == ("waiting", "vulnerable_customer", "care")
+    assert did.named("refund") == []
+    assert desk.procedures
+    assert desk.procedures.runs.active(c.id) is None
+    details = [m.data.get("detail", "") for m in desk.conversations.messages(c.id, kinds=("note",))]
+    assert any("order: LW-12345" in d for d in details) == (where == "inside"), "the person knows what was said in it"
+
+
+def test_what_the_crm_says_when_it_fails_is_in_no_log(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(customer: str) -> Any:
+        raise RuntimeError(f"no such row: ada@mail.example, {customer}")
+
+    desk, _ = opened()
+    assert desk.procedures
+    desk.procedures._profile = fail
+    desk.procedures.procedures["refund"].kinds["customer.tier"] = "text"  # type: ignore[index]
+    assert Customer(desk, "ada@mail.example").begin() == "What is your order number?"
+    assert "the customer's profile could not be read: RuntimeError" in caplog.text
+    assert "ada@" not in caplog.text
+
+
 def test_a_button_of_an_older_question_does_nothing(opened: Open) -> None:
     desk, did = opened()
     c = Customer(desk)

@@ -236,6 +236,17 @@ class EmailSpec(Strict):
     )
 
 
+class LanguageSpec(Strict):
+    """[desk.languages.CODE]: what visitors read first in one language, such as `ar`.
+
+    Our own words are there in English, German, French, Spanish and Arabic; whoever changes them in [desk] gives the
+    other languages here.
+    """
+
+    disclosure: str = Field("", description="the first thing that a visitor reads; default: as in [desk]")
+    greeting: str = Field("", description="shown above an empty conversation; default: as in [desk]")
+
+
 class DeskSpec(Strict):
     """[desk]: customer service."""
 
@@ -246,6 +257,7 @@ class DeskSpec(Strict):
         min_length=1, description="the first thing that a visitor reads",
     )  # fmt: skip
     greeting: str = Field("How can we help?", description="shown above an empty conversation")
+    languages: dict[Annotated[str, Field(pattern="^[a-z]{2,3}$")], LanguageSpec] = Field({})
     unknown: Literal["hand_over", "answer"] = Field(
         "hand_over", description="when no expert is near enough and no knowledge was found"
     )

@@ -119,7 +119,9 @@ def paraphraser(engine: Engine, seed: int = 0) -> Paraphrase:
     def ask(alike: Sequence[str], wanted: int) -> list[str]:
         nonlocal asked
         shown = "".join(f"- {' '.join(t.split())}\n" for t in [*alike[1:], alike[0]])
-        prompt = engine.base.encode(f"Different customers ask for the same thing in their own words:\n{shown}-")
+        prompt = engine.base.encode(
+            f"Different customers ask for the same thing in their own words:\n{engine.base.unmarked(shown)}-"
+        )
         room = engine.context - len(prompt) - 1
         if room < 8:
             return []

@@ -2,8 +2,8 @@
 
 Notable: the model is not trusted to cite. It is given numbered evidence, and each sentence that it writes is checked
 against that evidence; the piece that says it is cited, and a sentence that no piece says is marked or withheld. What
-stands in the evidence is quoted and never executed: its words cannot end the message that holds them (`quoted`), and no
-tool is called because of them.
+stands in the evidence is quoted and never executed: its words cannot end the message that holds them
+(`BaseModel.chat`), and no tool is called because of them.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ class Grounding:
 
         def fits(text: str) -> bool:
             nonlocal left
-            size = len(encode(quoted(text))) + ADDRESS
+            size = len(encode(base.unmarked(text))) + ADDRESS
             fit = size <= left
             left -= size if fit else 0
             return fit
@@ -135,6 +135,11 @@ class Writer:
         self._held, self._waiting = "", ""
         self._cited = False
 
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """The statements so far that no source says."""
+        return tuple(s.text for s in self.grounded.sentences if s.checked and s.cites is None)
+
     def feed(self, text: str) -> str:
         """What can be shown now: the sentences that are complete."""
         self._held += text
@@ -185,17 +190,12 @@ class Writer:
         places = [e.where.rpartition(" > ")[2] for e in evidence]
         found = found or (self.checker.quote(self.asked, places) if self.asked else [])
         self.grounded.sentences += [Sentence(q.text, q.by + 1, True, 1.0) for q in found]
-        return "\n".join(f"\u201c{quoted(q.text)}\u201d [{q.by + 1}]" for q in found)
+        return "\n".join(f"\u201c{q.text}\u201d [{q.by + 1}]" for q in found)
 
 
 def preface(evidence: list[Evidence]) -> str:
     """The numbered evidence, as it stands before the question; "" where there is none."""
     if not evidence:
         return ""
-    parts = [f"[{n}] {quoted(e.where)}\n{quoted(e.text)}" for n, e in enumerate(evidence, 1)]
+    parts = [f"[{n}] {e.where}\n{e.text}" for n, e in enumerate(evidence, 1)]
     return "\n\n".join([ASK, *parts]) + "\n\n"
-
-
-def quoted(text: str) -> str:
-    """Text of a source, unable to look like a mark of the chat template: `<|im_end|>` would end the message."""
-    return text.replace("<|", "< |").replace("|>", "| >").replace("<s>", "< s>").replace("</s>", "< /s>")

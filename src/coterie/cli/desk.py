@@ -74,6 +74,7 @@ def list_(
         Literal["bot", "waiting", "person", "snoozed", "resolved"] | None, typer.Option(help="Only in this state.")
     ] = None,
     search: Annotated[str, typer.Option(help="Only those with these words in a message.")] = "",
+    queue: Annotated[str, typer.Option(help="Only of this queue.")] = "",
     as_json: Json = False,
 ) -> None:
     """List conversations, those that wait longest first."""
@@ -85,8 +86,8 @@ def list_(
 
     house = house_of(Business.open(folder))
     talks = Conversations(house.database, house.seal, house.unseal)
-    found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else ())
-    found = [c for c in found if state in (None, c.state)]
+    found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else (), queue=queue)
+    found = [c for c in found if state in (None, c.state) and queue in ("", c.queue)]
     rows = [[c.id, c.customer, c.state, c.owner, c.reason] for c in found]
     result([asdict(c) for c in found], as_json, table(["conversation", "customer", "state", "owner", "reason"], rows))
 
@@ -126,22 +127,30 @@ def calibrate(
 ) -> None:
     """Learn from answers to rows with known outcome how sure an answer must be to be sent."""
     from dataclasses import asdict
+    from functools import partial
 
     from coterie.answer import Answerer
     from coterie.business import Business
     from coterie.desk.calibrate import outcomes
     from coterie.desk.confidence import fit_confidence
     from coterie.desk.desk import confidence_file
+    from coterie.desk.flow import Parts
+    from coterie.desk.knowing import check, ground
+    from coterie.grounding import Grounding
 
     business = Business.open(folder)
     rows = list(islice(_rows(business, data), limit or None))
     if not rows:
         raise DataError('no rows to calibrate on; declare test = "..." for an expert in coterie.toml, or give --data')
     answerer = Answerer.open(business, tell)
+    grounding, parts = Grounding.of(answerer), Parts()
+    if grounding.spec.sources:
+        parts = Parts(ground=partial(ground, grounding), check=partial(check, grounding))
     try:
         with bars() as shown:
-            signals, right = outcomes(answerer, rows, lambda done: shown.count("answers", done, len(rows)))
+            signals, right = outcomes(answerer, rows, lambda done: shown.count("answers", done, len(rows)), parts=parts)
     finally:
+        grounding.knowledge.close()
         answerer.close()
     fitted = fit_confidence(signals, right, error or business.config.desk.error)
     fitted.save(confidence_file(business))

@@ -278,11 +278,11 @@ class Conversations(Record):
             if row.answering is None:
                 _owe(row)
 
-    def release(self, id: str, agent: str, queue: str = "general") -> Conversation:
-        """Back to the queue, for another person."""
+    def release(self, id: str, agent: str, queue: str = "") -> Conversation:
+        """Back to the queue that it came from, or to another one, for another person."""
         with self._act(id) as (session, row):
             _must_own(row, agent)
-            row.queue = queue
+            row.queue = queue or row.queue
             self._move(session, row, "release", by=f"agent:{agent}")
             return self._now(session, row)
 

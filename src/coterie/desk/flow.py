@@ -1,9 +1,11 @@
 """The answer flow of the desk on one page: who may ask -> mask -> route -> ground -> generate -> check -> unmask ->
 reply or handoff -> record.
 
-Notable: the customer reads along sentence by sentence, and a sentence is shown only while the answer so far is sure
-enough to be sent. So nothing that was shown is ever taken back, and what was not sure goes to the agent as a
-suggestion. What masks, grounds and checks comes from other rooms as plain functions (`Parts`).
+Notable: the customer reads along, token by token where nothing of an answer can be withheld. Where it is checked
+against evidence, or must be sure enough, it is sentence by sentence, each shown once it has been checked and while the
+answer so far is sure. So nothing that was shown is ever taken back, and what was not sure goes to the agent as a
+suggestion. Rules that call a person come before everything else, procedures too. What masks, grounds and checks comes
+from other rooms as plain functions (`Parts`).
 """
 
 import logging
@@ -11,13 +13,14 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
 
 from coterie.answer import Answer, Answerer
 from coterie.choose import Choice, question
-from coterie.config import DeskSpec
+from coterie.config import DeskRuleSpec, DeskSpec
 from coterie.data.read import Message as Spoken
 from coterie.desk import handoff
 from coterie.desk.confidence import Confidence, Signals
@@ -25,7 +28,6 @@ from coterie.desk.conversation import Handoff
 from coterie.desk.message import Message, Turn
 from coterie.engine.request import Generation, Sampling
 from coterie.errors import Busy, ContextTooLong, Stopped
-from coterie.grounding import quoted
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.privacy.deidentify import MaskingFailed
 from coterie.privacy.vault import Masked, Masking, as_it_is, loggable
@@ -40,12 +42,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Checked:
-    """An answer after the check against its evidence: what may be said, and which statements nothing supports."""
+class Check(Protocol):
+    """Takes an answer as it is written and gives it back sentence by sentence, with its citations."""
 
-    text: str
-    unsupported: tuple[str, ...] = ()
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """The statements so far that no evidence supports."""
+        ...
+
+    def feed(self, text: str) -> str: ...
+
+    def end(self) -> str: ...
 
 
 def _anyone(turn: Turn) -> Reader | None:
@@ -54,6 +61,10 @@ def _anyone(turn: Turn) -> Reader | None:
 
 def _nothing(_question: str, _reader: Reader) -> list[Evidence]:
     return []
+
+
+def _unchecked(_evidence: Sequence[Evidence]) -> Check | None:
+    return None
 
 
 def _unknown(_customer: str) -> Mapping[str, Any]:
@@ -78,18 +89,19 @@ class _Unguided:
 
 @dataclass(frozen=True)
 class Parts:
-    """What other rooms bring. Each default does nothing, except `check`: without one, sentences stream as they come.
+    """What other rooms bring. Each default does nothing.
 
     may_ask: as whom the customer reads; None refuses. mask: texts without private data, those that are known of the
-    customer among it; raises where it cannot be sure. ground: the best evidence first. check: the answer against its
-    evidence. profile: fields that a rule lets into the prompt; a part that raises is told to the agent, and the
-    conversation goes on without it. procedures: guided flows, which need no model.
+    customer among it; raises where it cannot be sure. ground: the best evidence first. check: begins the check of an
+    answer against its evidence (masked); None where nothing is to be checked. profile: fields that a rule lets into the
+    prompt; a part that raises is told to the agent, and the conversation goes on without it. procedures: guided flows,
+    which need no model.
     """
 
     may_ask: Callable[[Turn], Reader | None] = _anyone
     mask: Masking = as_it_is
     ground: Callable[[str, Reader], list[Evidence]] = _nothing
-    check: Callable[[str, Sequence[Evidence]], Checked] | None = None
+    check: Callable[[Sequence[Evidence]], Check | None] = _unchecked
     profile: Callable[[str], Mapping[str, Any]] = _unknown
     procedures: Guided = field(default_factory=_Unguided)
 
@@ -118,19 +130,19 @@ def answer(
     answerer: Answerer, turn: Turn, rules: Rules, parts: Parts, show: Callable[[str], None],
     begun: Callable[[Generation], None],
 ) -> Result:  # fmt: skip
-    """Answer the customer's turn. `show` gets each sentence as it may be read; `begun` what can be cancelled."""
+    """Answer the customer's turn. `show` gets each piece as it may be read; `begun` what can be cancelled."""
     troubles: list[str] = []
+    broken: DeskRuleSpec | None = None  # the rule that calls a person: the answer is then for them only
     customer, channel, said = turn.conversation.customer, turn.conversation.channel, turn.messages
 
     def person(reason: str, **more: Any) -> Result:
         more.setdefault("detail", "; ".join(troubles))
-        return Result(handoff=handoff.brief(reason, said, **more))
+        reason, queue = (broken.reason, broken.queue) if broken else (reason, "general")
+        return Result(handoff=handoff.brief(reason, said, queue=queue, **more))
 
     reader = parts.may_ask(turn)
     if reader is None:
         return person("may_not_ask")
-    if guided := parts.procedures.go_on(turn):
-        return guided
 
     def tried(what: str, otherwise: T, do: Callable[[], T]) -> T:
         """What a part gives, or something else where it fails, which the agent is told."""
@@ -150,15 +162,28 @@ def answer(
             log.exception("masking failed; nothing goes to a model")
             raise MaskingFailed(type(error).__name__) from error
 
+    def negative() -> bool:
+        return _is_negative(answerer, rules.spec, hidden([fresh]).texts[0])
+
+    fresh = _unanswered(said)
+    about = handoff.Facts(fresh, (), profile)
+    if fresh and rules.spec.sentiment and any(rule.negative for rule in rules.spec.rules):
+        about = replace(about, negative=tried("whether the message is negative could not be told", True, negative))
+    broken = handoff.broken_rule(rules.spec.rules, about) if fresh else None
+    if not broken and (guided := parts.procedures.go_on(turn)):
+        return guided
+
+    words: _Words | None = None
     try:
         spoken = _spoken(said, hidden([m.text for m in said]).texts)
         asked = question(spoken)
-        if handoff.failures(said, rules.disliked) >= rules.spec.failures:
+        if not broken and handoff.failures(said, rules.disliked) >= rules.spec.failures:
             return person("repeated_failure")
 
         choice = answerer.chooser.choose(asked, channel)
         topics = [name for name, _ in choice.decision.chosen]
-        if guided := parts.procedures.begin(turn, asked, topics):
+        broken = broken or handoff.broken_rule(rules.spec.rules, replace(about, topics=topics))
+        if not broken and (guided := parts.procedures.begin(turn, asked, topics)):
             return guided
 
         found = tried("the knowledge could not be searched", _nothing("", reader), lambda: parts.ground(asked, reader))
@@ -166,41 +191,37 @@ def answer(
         facts = [f"{name}: {value}" for name, value in profile.items()]
         masked = hidden([*(e.text for e in evidence), *facts])
         seen = [replace(e, text=text) for e, text in zip(evidence, masked.texts, strict=False)]
-        preface = _preface(seen, masked.texts[len(evidence) :])
-
-        negative = _is_negative(answerer, rules.spec, spoken[-1]["content"])
-        about = handoff.Facts(said[-1].text, topics, profile, negative)
-        broken = handoff.broken_rule(rules.spec.rules, about)
-        running = _generate(answerer, choice, spoken, preface, channel)
+        known = preface(seen, masked.texts[len(evidence) :])
+        running = _generate(answerer, choice, spoken, known, channel)
         begun(running.generation)
         retrieval = max((e.score for e in evidence), default=None)
-        words = _Words(masked.restore, choice.decision.similarity, retrieval, rules, show)
         labels = bool(topics) and bool(answerer.business.library.facts(topics[0]).choices)
+        check = None if labels else parts.check(seen)  # a label states nothing
+        words = _Words(masked, check, choice.decision.similarity, retrieval, rules, show)
         unknown = handoff.unsure(rules.spec, None, words.signals, bool(topics), evidence)
-        words.silent = bool(broken or parts.check or unknown or labels)
+        words.silent = bool(broken or unknown or labels)
         for piece in running.generation:
             words.take(piece.text, [t.logprob for t in piece.tokens if t.logprob is not None])
     except MaskingFailed:
         return person("masking_failed")
     except (Busy, Stopped, ContextTooLong) as error:
-        return person("assistant_unavailable", detail=str(error))
-    if running.generation.cancelled:
+        handed = person("assistant_unavailable", detail=str(error))
+        return Result(words.shown if words else "", handed.handoff)
+    if running.generation.cancelled and not broken:
         return Result(words.shown, data=_record(running, words, evidence) | {"stopped": True})
 
     label = words.raw.strip() if labels else ""
-    if labels and rules.spec.answers:  # labels are intents, and the business says what each is answered with
-        checked = Checked(rules.spec.answers.get(label, ""))
-    else:
-        checked = parts.check(words.raw, seen) if parts.check else Checked(words.raw)
-    reply = masked.restore(checked.text)
-    if label and (guided := parts.procedures.begin(turn, "", [label])):
-        return guided
+    answers = rules.spec.answers if labels else {}  # labels are intents: the business says what each is answered with
+    reply = answers.get(label, "") if answers else words.end()
     broken = broken or handoff.broken_rule(rules.spec.rules, replace(about, topics=[*topics, label]))
+    if label and not broken and (guided := parts.procedures.begin(turn, "", [label])):
+        return guided
+    unsupported = check.unsupported if check else ()
     reason = (
         (broken.reason if broken else "")
         or handoff.unsure(rules.spec, rules.confidence, words.signals, bool(topics), evidence)
         or ("low_confidence" if running.verdict and not running.verdict.sure else "")
-        or ("unsupported" if checked.unsupported else "" if reply.strip() else "no_answer")
+        or ("unsupported" if unsupported else "" if reply.strip() else "no_answer")
     )
     data = _record(running, words, evidence) | ({"label": label} if label else {})
     if not reason:
@@ -208,10 +229,9 @@ def answer(
         return Result(reply, data=data)
     sure = rules.confidence.of(words.signals) if rules.confidence else None
     sure = running.verdict.confidence if sure is None and running.verdict else sure
-    if checked.unsupported:
-        troubles.append("nothing supports: " + " / ".join(checked.unsupported))
-    queue = broken.queue if broken else "general"
-    handed = person(reason, evidence=evidence, suggestion=reply.strip(), confidence=sure, queue=queue)
+    if unsupported:
+        troubles.append("nothing supports: " + " / ".join(unsupported))
+    handed = person(reason, evidence=evidence, suggestion=reply.strip(), confidence=sure)
     return Result(words.shown, handed.handoff, data)
 
 
@@ -219,18 +239,16 @@ class _Words:
     """An answer as it arrives: its text, how likely its tokens were, and how much of it was shown."""
 
     def __init__(
-        self, restore: Callable[[str], str], similarity: float | None, retrieval: float | None, rules: Rules,
+        self, masked: Masked, check: Check | None, similarity: float | None, retrieval: float | None, rules: Rules,
         show: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.raw = self.shown = self._waiting = ""
-        self.silent = False  # nothing is shown before all of it is there
-        self._restore, self._rules, self._show = restore, rules, show
+        self.raw = self.shown = ""
+        self.silent = False  # nothing more is shown before all of it is there
+        self._checked = self._waiting = ""  # masked, as the model wrote it
+        self._restore, self._restorer, self._check = masked.restore, masked.restoring(), check
+        self._rules, self._show = rules, show
         self._similarity, self._retrieval = similarity, retrieval
         self._sum, self._tokens = 0.0, 0
-
-    @property
-    def text(self) -> str:
-        return self._restore(self.raw)
 
     @property
     def signals(self) -> Signals:
@@ -238,22 +256,43 @@ class _Words:
         return Signals(self._similarity, logprob, self._retrieval)
 
     def take(self, text: str, logprobs: list[float]) -> None:
+        """Show what of it may be read: whole sentences where they are checked or must be sure, else all of it."""
         self.raw += text
-        self._waiting += text
         self._sum, self._tokens = self._sum + sum(logprobs), self._tokens + len(logprobs)
-        whole = SENTENCE.match(self._waiting)
-        sure = self._rules.confidence is None or self._rules.confidence.sure(self.signals)
-        if whole and sure and not self.silent:
-            self._say(self._restore(whole[0]))
-            self._waiting = self._waiting[whole.end() :]
+        self._hear(self._check.feed(text) if self._check else text)
+        ready, confidence = self._waiting, self._rules.confidence
+        if confidence and not self._check:
+            whole = SENTENCE.match(ready)
+            ready = whole[0] if whole else ""
+        if ready and not self.silent and (confidence is None or confidence.sure(self.signals)):
+            self._waiting = self._waiting[len(ready) :]
+            self._say(self._restorer.feed(ready))
+
+    def end(self) -> str:
+        """The whole answer, checked, with its private data again."""
+        self._hear(self._check.end() if self._check else "")
+        return self._restore(self._checked)
+
+    def _hear(self, checked: str) -> None:
+        self._checked += checked
+        self._waiting += checked
+        if self._check and self._check.unsupported:
+            self.silent = True
 
     def show_rest(self, reply: str) -> None:
         """What of the final reply was not shown yet."""
         self._say(reply[len(self.shown) :] if reply.startswith(self.shown) else reply)
 
     def _say(self, text: str) -> None:
-        self.shown += text
-        self._show(text)
+        if text:
+            self.shown += text
+            self._show(text)
+
+
+def _unanswered(said: Sequence[Message]) -> str:
+    """What the customer wrote since anybody last answered: several messages may have come in a row."""
+    last = list(takewhile(lambda m: m.author == "customer", reversed(said)))
+    return "\n".join(m.text for m in reversed(last))
 
 
 def _spoken(said: Sequence[Message], texts: Sequence[str]) -> list[Spoken]:
@@ -268,9 +307,9 @@ def _spoken(said: Sequence[Message], texts: Sequence[str]) -> list[Spoken]:
     return out
 
 
-def _preface(evidence: Sequence[Evidence], facts: Sequence[str]) -> str:
+def preface(evidence: Sequence[Evidence], facts: Sequence[str]) -> str:
     """What is known, masked, as it stands before the customer's last message. Evidence is data, never orders."""
-    known = [f"[{n}] {quoted(e.text)}" for n, e in enumerate(evidence, 1)]
+    known = [f"[{n}] {e.text}" for n, e in enumerate(evidence, 1)]
     lines = [*(["What we know:", *known] if known else []), *(["The customer:", *facts] if facts else [])]
     return "\n".join([*lines, "", "The question:", ""]) if lines else ""
 
@@ -293,8 +332,6 @@ def _generate(answerer: Answerer, choice: Choice, messages: list[Spoken], prefac
 
 def _is_negative(answerer: Answerer, spec: DeskSpec, text: str) -> bool:
     """Whether the declared expert calls the message negative."""
-    if not spec.sentiment or not any(rule.negative for rule in spec.rules):
-        return False
     said = answerer.chat(spec.sentiment, [{"role": "user", "content": text}], Sampling(max_tokens=16))
     return said.generation.text().strip() in spec.negative
 

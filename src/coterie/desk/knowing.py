@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from coterie.desk.flow import Checked
-from coterie.grounding import Grounded, Grounding
+from coterie.grounding import Grounded, Grounding, Writer
 from coterie.knowledge.evidence import Evidence, Reader
 
 
@@ -12,11 +11,6 @@ def ground(grounding: Grounding, question: str, reader: Reader) -> list[Evidence
     return grounding.gather([{"role": "user", "content": question}], reader).evidence
 
 
-def check(grounding: Grounding, text: str, evidence: Sequence[Evidence]) -> Checked:
-    """The answer with its citations, and the statements that no evidence supports; untouched without evidence."""
-    if not evidence:
-        return Checked(text)
-    grounded = Grounded(list(evidence), True, [])
-    writer = grounding.writer(grounded)
-    said = writer.feed(text) + writer.end()
-    return Checked(said, tuple(s.text for s in grounded.sentences if s.checked and s.cites is None))
+def check(grounding: Grounding, evidence: Sequence[Evidence]) -> Writer | None:
+    """What checks an answer as it is written, and cites; None where there is no evidence to check it against."""
+    return grounding.writer(Grounded(list(evidence), True, [])) if evidence else None

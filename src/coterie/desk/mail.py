@@ -16,7 +16,7 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.headerregistry import Address
@@ -35,7 +35,9 @@ from coterie.desk.conversation import Conversations
 from coterie.desk.message import LONGEST, Message, clean
 from coterie.desk.mime import Incoming, read_mail
 from coterie.errors import CoterieError, StorageError
+from coterie.privacy.deidentify import Detector
 from coterie.privacy.house import House
+from coterie.privacy.vault import Vault, loggable
 from coterie.store.conversation import ConversationRow, MessageRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import MailboxRow, MailRow, OutboxRow
@@ -77,6 +79,7 @@ class MailDesk:
         self.disclosure, self.shown = disclosure, spec.name or business
         self.files = Attachments(house)
         self._secret = house.keys.secret("coterie:mail")
+        self._vault = Vault(Detector(), house.database, house.keys)
 
     # Coming in
 
@@ -177,6 +180,7 @@ class MailDesk:
             why = next((code[1].strip() for code in codes if code), _some(mail))
             if re.search(r"(?im)^Action:\s*(delayed|relayed|delivered|expanded)", report):
                 return "ignored", None
+            error = self._loggable(self.talks.get(id).customer, why)
             with writing(self.house.database) as session:
                 row = session.scalars(
                     select(OutboxRow).join(MessageRow, MessageRow.id == OutboxRow.message_id)
@@ -184,7 +188,7 @@ class MailDesk:
                 ).first()  # fmt: skip
                 if row is None:
                     continue
-                row.state, row.error = "bounced", why[:300]
+                row.state, row.error = "bounced", error[:300]
             said = f"Message {found[2]} was not delivered: {why}"
             self.talks.note(id, NOTED_BY, said, f"mail:{mark[:70]}")
             return "noted", id
@@ -257,21 +261,27 @@ class MailDesk:
             problem, forever = str(error), True
         except OSError as error:  # smtplib's errors are, too
             problem = str(error) or type(error).__name__
+        shown = self._loggable(letter.customer, problem, letter.answers) if problem else ""
         with writing(self.house.database) as session:
             out = session.get(OutboxRow, row)
             if out is None:
                 return 0
             gone = forever or self.clock() - out.at > GIVE_UP_S
             out.state = "failed" if problem and gone else "due" if problem else "sent"
-            out.error = problem[:300]
+            out.error = shown[:300]
             pause = min(FIRST_PAUSE_S * 2.0 ** min(out.tries, 20), LONGEST_PAUSE_S)
             out.next_at = self.clock() + pause if problem else 0.0
         if problem:
-            log.warning("e-mail: entry %d was not sent: %s", row, problem)
+            log.warning("e-mail: entry %d was not sent: %s", row, shown)
             if gone:
                 said = f"Message {letter.entry.seq} could not be sent: {problem[:300]}"
                 self.talks.note(letter.conversation, NOTED_BY, said, f"out:{row}")
         return 0 if problem else 1
+
+    def _loggable(self, customer: str, said: str, about: Mapping[str, Any] = {}) -> str:
+        """What a mail server said, without the address and the name of whom it speaks."""
+        known = {"email": [customer, about.get("from", "")], "name": [about.get("name", "")]}
+        return loggable(lambda c, texts, _: self._vault.mask(c, texts, known), customer, said)
 
     def letter(self, letter: _Letter) -> EmailMessage:
         """The mail as it goes out. Its Message-ID is the entry's, the same however often it is tried."""

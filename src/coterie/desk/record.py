@@ -53,7 +53,7 @@ class Record:
             return list(self._messages(session, row, kinds, after))
 
     def listed(
-        self, states: Sequence[State] = (), owner: str = "", customer: str = "", limit: int = 200
+        self, states: Sequence[State] = (), owner: str = "", customer: str = "", limit: int = 200, queue: str = ""
     ) -> list[Conversation]:
         """Conversations, those that wait longest first, then the latest changed."""
         wanted = select(ConversationRow).order_by(
@@ -65,6 +65,8 @@ class Record:
             wanted = wanted.where(ConversationRow.owner == owner)
         if customer:
             wanted = wanted.where(ConversationRow.customer == customer)
+        if queue:
+            wanted = wanted.where(ConversationRow.queue == queue)
         with reading(self.database) as session:
             return [plain(row) for row in session.scalars(wanted.limit(limit))]
 
@@ -127,6 +129,18 @@ class Record:
         with reading(self.database) as session:
             grouped = select(ConversationRow.state, func.count()).group_by(ConversationRow.state)
             return {state: int(n) for state, n in session.execute(grouped)}
+
+    def queues(self) -> dict[str, int]:
+        """How many conversations wait in each queue."""
+        with reading(self.database) as session:
+            waiting = select(ConversationRow.queue, func.count()).where(ConversationRow.state == "waiting")
+            return {queue: int(n) for queue, n in session.execute(waiting.group_by(ConversationRow.queue))}
+
+    def owners(self) -> list[str]:
+        """The names of all agents who own a conversation, or were the last to."""
+        with reading(self.database) as session:
+            owned = select(ConversationRow.owner).where(ConversationRow.owner.like("agent:%")).distinct()
+            return [owner.partition(":")[2] for owner in session.scalars(owned)]
 
     def disliked(self, id: str) -> dict[int, str]:
         """The messages that the customer put a thumb down on, and the reasons they gave."""

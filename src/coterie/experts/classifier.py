@@ -205,7 +205,7 @@ def hidden(base: BaseModel, texts: list[str], business: str) -> list[Tensor]:
     decoder, start = base.decoder, base.encode(base.bos_token or base.eos_token)
     before, after = start + base.encode(BEFORE.format(business)), base.encode(AFTER)
     room = min(LONGEST, decoder.config.context - len(before) - len(after))
-    plain = [start + base.encode(text)[:room] for text in texts]
+    plain = [start + base.encode(base.unmarked(text))[:room] for text in texts]
     questions = [before + row[len(start) :] + after for row in plain]
     layers = decoder.config.layers
     quarter, high = max(1, round(layers * 0.26)), max(1, round(layers * 0.87))

@@ -1,9 +1,10 @@
 """Load a base model: a Hugging Face directory (safetensors) or a GGUF file, with its tokenizer and template."""
 
 import json
+import re
 import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,25 @@ class BaseModel:
     eos_token: str = ""
 
     def chat(self, messages: list[dict[str, str]], prompt: bool = True) -> str:
-        """The conversation as text, by the model's chat template, in a sandbox."""
+        """The conversation as text, by the model's chat template, in a sandbox. Only the template sets marks."""
+        said = [{field: self.unmarked(text) for field, text in message.items()} for message in messages]
         try:
             return _compile(self.template).render(
-                messages=messages, add_generation_prompt=prompt, bos_token=self.bos_token, eos_token=self.eos_token
+                messages=said, add_generation_prompt=prompt, bos_token=self.bos_token, eos_token=self.eos_token
             )
         except Exception as error:  # a template is a program that came with the model: it may fail in any way
             raise DataError(f"the chat template of {self.name} refuses these messages: {error}") from error
+
+    def unmarked(self, text: str) -> str:
+        """`text` with a blank in whatever the tokenizer would read as a mark: `<|im_end|>` would end the message that
+        holds it, and what follows would be somebody else's words."""
+        return self._mark.sub(r"\1 ", text)
+
+    @cached_property
+    def _mark(self) -> re.Pattern[str]:
+        """The first character of a special token; of each, where they overlap."""
+        special = [re.escape(t.content) for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
+        return re.compile(rf"(?=(?:{'|'.join(special)}))(.)" if special else "()(?!)", re.DOTALL)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

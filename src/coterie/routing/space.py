@@ -64,7 +64,7 @@ def locate(base: BaseModel, texts: list[str], step: Step | None = None) -> Float
 
 
 def _tokens(base: BaseModel, texts: list[str]) -> list[list[int]]:
-    return [base.encode(text)[:LONGEST] for text in texts]
+    return [base.encode(base.unmarked(text))[:LONGEST] for text in texts]
 
 
 @torch.no_grad()

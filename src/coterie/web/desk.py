@@ -14,13 +14,16 @@ from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from jinja2 import Environment
 from pydantic import BaseModel as Record
 from pydantic import Field
+from sqlalchemy import select
 
 from coterie.desk.desk import Desk
 from coterie.desk.live import EVERY
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
 from coterie.errors import CoterieError
-from coterie.privacy.access import LOCAL, PASSER, Forbidden, NotSignedIn
+from coterie.privacy.access import LOCAL, MAY, PASSER, Forbidden, NotSignedIn
+from coterie.privacy.tables import AccountRow
 from coterie.recent import Recent
+from coterie.store.database import reading
 from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
 from coterie.web.events import event, next_news, stream
 from coterie.web.procedures import approvals_router
@@ -43,7 +46,11 @@ class Words(Record):
 
 class Taking(Record):
     seen: str | None = Field(None, max_length=200, description="the owner that the agent saw")
-    to: str | None = Field(None, max_length=100)
+    to: str | None = Field(None, max_length=100, description="somebody who works at the desk; default: oneself")
+
+
+class Releasing(Record):
+    queue: str = Field("", max_length=80, description="a declared queue; default: the one that it came from")
 
 
 class Snoozing(Record):
@@ -96,8 +103,20 @@ def _router(
     desk: Desk, door: Door, pages: Environment, saw: Callable[[str, str, str], None] | None = None
 ) -> APIRouter:
     router, talks, presence = APIRouter(), desk.conversations, _Presence()
-    ByAgent = Annotated[Agent, Depends(door.agent)]
-    opened = Looks()
+    opened, seen = Looks(), set[str]()  # agents who have been here since this process began
+
+    def working(agent: Annotated[Agent, Depends(door.agent)]) -> Agent:
+        seen.add(agent.name)
+        return agent
+
+    ByAgent = Annotated[Agent, Depends(working)]
+
+    def queues() -> list[str]:
+        return ["general", *sorted({rule.queue for rule in desk.spec.rules} - {"general"})]
+
+    def people() -> list[str]:
+        """Everybody whom a conversation can be given to."""
+        return sorted(seen | set(talks.owners()) | _accounts(desk), key=str.casefold)
 
     @router.get("/desk", response_class=HTMLResponse)
     def page(request: Request, invite: str = "") -> Response:
@@ -118,15 +137,19 @@ def _router(
         )
 
     @router.get("/desk/api/conversations")
-    def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting") -> dict[str, Any]:  # type: ignore[valid-type]
+    def listed(agent: ByAgent, view: Literal[*VIEWS] = "waiting", queue: str = "") -> dict[str, Any]:  # type: ignore[valid-type]
         owner = f"agent:{agent.name}" if view == "mine" else ""
         wanted = [w["conversation"] for w in desk.procedures.runs.waiting()] if desk.procedures else []
-        found = [talks.get(id) for id in wanted] if view == "approvals" else talks.listed(VIEWS[view], owner)
+        if view == "approvals":
+            found = [c for c in map(talks.get, wanted) if queue in ("", c.queue)]
+        else:
+            found = talks.listed(VIEWS[view], owner, queue=queue)
         mine = len(talks.listed(VIEWS["mine"], f"agent:{agent.name}"))
         last = talks.last_messages([c.id for c in found])
         return {
             "conversations": [_row(c) | {"last": _short(last.get(c.id))} for c in found],
             "counts": talks.counts() | {"mine": mine, "approvals": len(wanted)},
+            "queues": dict.fromkeys(queues(), 0) | talks.queues(), "people": people(),
         }  # fmt: skip
 
     @router.get("/desk/api/conversations/{id}")
@@ -148,11 +171,16 @@ def _router(
 
     @router.post("/desk/api/conversations/{id}/take")
     def take(id: str, body: Taking, agent: ByAgent) -> dict[str, Any]:
+        if body.to and body.to != agent.name and body.to not in people():
+            raise CoterieError(f"to: nobody named {body.to!r} works at the desk")
         return _row(talks.assign(id, agent.name, body.to or agent.name, body.seen))
 
     @router.post("/desk/api/conversations/{id}/release")
-    def release(id: str, agent: ByAgent) -> dict[str, Any]:
-        return _row(talks.release(id, agent.name))
+    def release(id: str, agent: ByAgent, body: Releasing | None = None) -> dict[str, Any]:
+        queue = body.queue if body else ""
+        if queue and queue not in queues():
+            raise CoterieError(f"queue: there is no {queue!r}; declared are {', '.join(queues())}")
+        return _row(talks.release(id, agent.name, queue))
 
     @router.post("/desk/api/conversations/{id}/snooze")
     def snooze(id: str, body: Snoozing, agent: ByAgent) -> dict[str, Any]:
@@ -199,7 +227,7 @@ def _router(
         people = Counter(c.owner.partition(":")[2] for c in talks.listed(("person",), limit=1000))
         return {
             "counts": talks.counts(), "people": dict(people.most_common()),
-            "queues": dict(Counter(c.queue for c in waiting)),
+            "queues": talks.queues(),
             "longest_wait_s": max((talks.clock() - (c.waiting_since or talks.clock()) for c in waiting), default=0),
             "reasons": talks.reasons(talks.clock() - 24 * 3600), "ratings": talks.ratings(talks.clock() - 24 * 3600),
             "assistant": {
@@ -232,6 +260,13 @@ async def _news(desk: Desk) -> AsyncIterator[str]:
 
 def _versions(desk: Desk) -> dict[str, int]:
     return {c.id: c.version for c in desk.conversations.listed(("bot", "waiting", "person", "snoozed"), limit=1000)}
+
+
+def _accounts(desk: Desk) -> set[str]:
+    """Who may sign in and speak to customers."""
+    with reading(desk.conversations.database) as session:
+        rows = session.execute(select(AccountRow.name, AccountRow.role).where(~AccountRow.disabled))
+        return {name for name, role in rows if "converse" in MAY[role]}
 
 
 def _row(c: Conversation) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from coterie.desk.desk import Desk
+from coterie.desk.first_words import first_words
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, NoConversation
 from coterie.privacy.access import Limit
 from coterie.recent import Recent
@@ -47,6 +48,7 @@ class Visit(Record):
 
     identity: str = Field("", max_length=4000)
     token: str = Field("", max_length=4000)
+    language: str = Field("", max_length=40, description="that the widget speaks, such as ar")
 
 
 class Begin(Record):
@@ -97,9 +99,10 @@ def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] 
         VISITS.count(request.client.host if request.client else "")
         customer, token = door.admit(site, body.identity, body.token)
         last = next(iter(talks.listed(customer=customer, limit=1)), None)
+        disclosure, greeting = first_words(desk.spec, body.language)
         return {
-            "token": token, "business": desk.business.config.business.name, "disclosure": desk.spec.disclosure,
-            "greeting": desk.spec.greeting, "conversation": last.id if last else None,
+            "token": token, "business": desk.business.config.business.name, "disclosure": disclosure,
+            "greeting": greeting, "conversation": last.id if last else None,
             "offers": desk.procedures.offers() if desk.procedures else [],
         }  # fmt: skip
 

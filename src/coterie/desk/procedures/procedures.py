@@ -95,7 +95,7 @@ class Procedures:
             try:
                 customer |= {f"customer.{k}": str(v) for k, v in self._profile(run.customer).items()}
             except Exception as error:  # conditions on what is not there do not hold, and a person is called
-                log.warning("the customer's profile could not be read: %s", error)
+                log.warning("the customer's profile could not be read: %s", type(error).__name__)  # it may quote them
         last = max(m.at for m in turn.messages)
         return Guide(procedure, run.state, partial(self.runs.act, run), day(last), customer)
 

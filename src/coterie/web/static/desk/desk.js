@@ -13,9 +13,10 @@ let sending = null; // key of the text that is being sent, so that a second try 
 const drafts = new Map(); // conversation -> what was being written
 
 async function list() {
-  const [query, wanted] = [find("#q").value.trim(), view];
-  const found = query ? await get(`search?q=${encodeURIComponent(query)}`) : await get(`conversations?view=${wanted}`);
-  if (query !== find("#q").value.trim() || wanted !== view) return; // another list has been asked for meanwhile
+  const [query, wanted, queue] = [find("#q").value.trim(), view, find("#queue").value];
+  const found = query ? await get(`search?q=${encodeURIComponent(query)}`)
+    : await get(`conversations?view=${wanted}&queue=${encodeURIComponent(queue)}`);
+  if (query !== find("#q").value.trim() || wanted !== view || queue !== find("#queue").value) return; // another list has been asked for meanwhile
   listed = found.conversations;
   const focused = document.activeElement.dataset.id; // a list that is brought up to date keeps the focus where it was
   find("#list").replaceChildren(...listed.map(row));
@@ -27,6 +28,18 @@ async function list() {
     const state = { people: "person" }[button.dataset.view] ?? button.dataset.view;
     if (found.counts) button.querySelector(".count").textContent = found.counts[state] ?? 0;
   }
+  if (!found.people) return;
+  offer("#assign", found.people, (name) => name);
+  offer("#queue", Object.keys(found.queues), (name) => `${words(name)} (${found.queues[name]})`);
+  find("#queue-choice").hidden = Object.keys(found.queues).length < 2;
+}
+
+/** What can be chosen after the first, which stands for nothing chosen. What was chosen stays so. */
+function offer(where, values, shown) {
+  const select = find(where);
+  const chosen = select.value;
+  select.replaceChildren(select.options[0], ...values.map((v) => element("option", { value: v }, shown(v))));
+  select.value = values.includes(chosen) ? chosen : "";
 }
 
 function row(c) {
@@ -188,8 +201,9 @@ for (const button of document.querySelectorAll("#views button"))
   });
 for (const button of document.querySelectorAll("[data-action]"))
   button.addEventListener("click", () => act(button.dataset.action, button.dataset.action === "take" ? { seen: current.conversation.owner } : {}));
+find("#queue").addEventListener("change", () => list().catch((error) => problem(error.message)));
 find("#assign").addEventListener("change", async (event) => {
-  const to = event.target.value.trim();
+  const to = event.target.value;
   event.target.value = "";
   if (to) await act("take", { to });
 });
