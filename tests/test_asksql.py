@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from coterie.engine.engine import Engine
-from coterie.errors import DataError, SourceError
+from coterie.errors import DataError, SourceError, Unreachable
 from coterie.knowledge.asksql import Nearest, SqlSource, Written, instruction, open_sql
 from coterie.knowledge.database import Database, open_database
 from coterie.knowledge.evidence import Reader
@@ -165,6 +165,21 @@ def test_rows_are_evidence_with_the_sql_that_found_them(cities: Database) -> Non
     for nothing in ("SELECT name FROM city WHERE people > 99", "SELECT MAX(people) FROM city WHERE people > 99"):
         assert Scripted(cities, [nothing], []).search("Which?", ANYONE) == []
     assert Scripted(cities, ["SELECT name FROM mayor"], []).search("Who?", ANYONE) == []
+
+
+def test_a_database_that_dies_meanwhile_is_not_tried_with_statement_after_statement(
+    cities: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def dead(sql: str, _reader: Reader) -> None:
+        tried.append(sql)
+        raise Unreachable("c: the database cannot be reached")
+
+    monkeypatch.setattr(cities, "run", dead)
+    with pytest.raises(Unreachable):
+        Scripted(cities, ["SELECT name FROM city", "SELECT 1 FROM city"], []).search("Which?", ANYONE)
+    assert len(tried) == 1
 
 
 def test_a_dead_database_is_an_error_of_the_source(tmp_path: Path) -> None:
