@@ -106,7 +106,7 @@ def main() -> None:
                     q: Row, own: list[Row] = own, database: Database = database, asked: Engine = engine
                 ) -> bool:
                     nearest = Nearest([(o["question"], o["sql"]) for o in own if o is not q])
-                    answer, _ = SqlSource(q["db"], database, lambda: asked, None, nearest).answer(q["question"], WHO)
+                    answer, _ = SqlSource(q["db"], database, lambda: asked, nearest=nearest).answer(q["question"], WHO)
                     found = [" ".join(str(c) for c in row) for row in answer.rows] if answer else []
                     return same(found, q["answer"])
 

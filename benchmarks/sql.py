@@ -98,7 +98,7 @@ def geo(data: Path, work: Path, args: argparse.Namespace, report: Report) -> Non
     engine, nearest = business.engine(), Nearest(pairs)
 
     def product(adapter: Adapter | None, shots: Nearest | None) -> list[str]:
-        source = SqlSource("geography", db, lambda: engine, adapter, shots)
+        source = SqlSource("geography", db, lambda: engine, lambda: adapter, shots)
         with ThreadPoolExecutor(12) as pool:  # the engine generates for all of them at once
             found = list(pool.map(lambda e: source.answer(e.question, WHO)[0], test))
         return [answer.ran if answer else "" for answer in found]

@@ -7,14 +7,16 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from coterie.engine.engine import Engine
-from coterie.errors import DataError, SourceError
+from coterie.errors import DataError, SourceError, Unreachable
 from coterie.knowledge.asksql import Nearest, SqlSource, Written, instruction, open_sql
 from coterie.knowledge.database import Database, open_database
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.plainsql import simplify
+from coterie.knowledge.schema import Column, TableSchema
 from coterie.knowledge.specs import DatabaseSpec, TablesSpec
 from coterie.knowledge.sqlgrammar import sql_grammar
-from coterie.knowledge.sqlguard import guard
+from coterie.knowledge.sqlguard import View, guard
+from coterie.knowledge.tables import open_tables
 from coterie.model.constrain import Grammars
 from coterie.model.load import BaseModel
 
@@ -60,12 +62,44 @@ WRITABLE = [
 def test_the_grammar_knows_the_readers_tables_and_reading_only(
     cities: Database, tiny_base: BaseModel, sql: str, may: bool
 ) -> None:
-    matcher = Grammars(tiny_base).matcher(sql_grammar(cities.schema(ANYONE).values()))
+    matcher = Grammars(tiny_base).matcher(sql_grammar(cities.schema(ANYONE).values(), "sqlite"))
     ids = tiny_base.encode(sql)
     went = all(matcher.consume_token(i) and not matcher.is_error() for i in ids)
     assert (went and matcher.is_accepting()) is may
     if may:
         guard(sql, cities.views(ANYONE), "sqlite", 10)
+
+
+DATED = [
+    ("SELECT COUNT(*) FROM day WHERE STRFTIME('%Y', at) = '2024'", {"sqlite"}),
+    ("SELECT COUNT(*) FROM day WHERE EXTRACT(YEAR FROM at) = 2024", {"postgres", "duckdb"}),
+    ("SELECT DATE_TRUNC('month', at), COUNT(*) FROM day GROUP BY DATE_TRUNC('month', at)", {"postgres", "duckdb"}),
+    ("SELECT at FROM day WHERE CAST(at AS TIMESTAMP) > '2024-01-01'", {"postgres", "duckdb"}),
+    ("SELECT at FROM day WHERE what ILIKE 'b%'", {"postgres", "duckdb"}),
+    ("SELECT at FROM day WHERE what LIKE 'b%'", {"sqlite", "postgres", "duckdb"}),
+    ("SELECT DATE_TRUNC('x') FROM day", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sql", "dialects"), DATED)
+def test_dates_are_written_as_each_database_has_them(tiny_base: BaseModel, sql: str, dialects: set[str]) -> None:
+    """What the grammar of a database lets through, its guard does."""
+    day = TableSchema("day", (Column("at", "date"), Column("what", "text")))
+    for dialect in ("sqlite", "postgres", "duckdb"):
+        matcher = Grammars(tiny_base).matcher(sql_grammar([day], dialect))
+        went = all(matcher.consume_token(i) and not matcher.is_error() for i in tiny_base.encode(sql))
+        assert (went and matcher.is_accepting()) is (dialect in dialects)
+        if dialect in dialects:
+            guard(sql, {"day": View("day", ("at", "what"))}, dialect, 10)
+
+
+def test_duckdb_answers_what_its_grammar_writes_of_dates(tmp_path: Path) -> None:
+    (tmp_path / "day.csv").write_text("at,what\n2024-02-03,Bike\n2025-01-01,boat\n")
+    db = open_tables("t", TablesSpec.model_validate({"files": {"day": "day.csv"}}), tmp_path)[0]
+    assert db.run("SELECT what FROM day WHERE EXTRACT(YEAR FROM at) = 2024", ANYONE).rows == (("Bike",),)
+    assert db.run("SELECT COUNT(DISTINCT DATE_TRUNC('month', at)) FROM day WHERE what ILIKE 'b%'", ANYONE).rows == (
+        (2,),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +162,24 @@ def test_rows_are_evidence_with_the_sql_that_found_them(cities: Database) -> Non
     assert [e.text for e in found] == ["name: Bergen, people: 3", "name: New Oslo, people: 7"]
     assert found[0].where == "row 1 of 2 row(s)"
     assert found[0].query == "SELECT name, people FROM city ORDER BY people"
-    none = Scripted(cities, ["SELECT name FROM city WHERE people > 99"], []).search("Which?", ANYONE)
-    assert [e.text for e in none] == ["Which?: no rows"]
+    for nothing in ("SELECT name FROM city WHERE people > 99", "SELECT MAX(people) FROM city WHERE people > 99"):
+        assert Scripted(cities, [nothing], []).search("Which?", ANYONE) == []
     assert Scripted(cities, ["SELECT name FROM mayor"], []).search("Who?", ANYONE) == []
+
+
+def test_a_database_that_dies_meanwhile_is_not_tried_with_statement_after_statement(
+    cities: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def dead(sql: str, _reader: Reader) -> None:
+        tried.append(sql)
+        raise Unreachable("c: the database cannot be reached")
+
+    monkeypatch.setattr(cities, "run", dead)
+    with pytest.raises(Unreachable):
+        Scripted(cities, ["SELECT name FROM city", "SELECT 1 FROM city"], []).search("Which?", ANYONE)
+    assert len(tried) == 1
 
 
 def test_a_dead_database_is_an_error_of_the_source(tmp_path: Path) -> None:
@@ -148,10 +197,10 @@ def test_the_model_is_shown_the_readers_tables_only_and_the_nearest_examples_las
     )
     assert "mayor (name, city)" in instruction(cities, STAFF)
     nearest = Nearest([(f"{how} {w} are there", w) for w in ("dogs", "birds", "cows") for how in ("how many", "which")])
-    asked = SqlSource("c", cities, lambda: engine, None, nearest).messages("how many birds are in town", ANYONE)
+    asked = SqlSource("c", cities, lambda: engine, nearest=nearest).messages("how many birds are in town", ANYONE)
     assert [m["role"] for m in asked] == ["system", *["user", "assistant"] * 4, "user"]
     assert asked[-2]["content"] == "birds"
-    assert len(SqlSource("c", cities, lambda: engine, ("x", 1), nearest).messages("how many birds", ANYONE)) == 2
+    assert len(SqlSource("c", cities, lambda: engine, nearest=nearest).messages("how many", ANYONE, ("x", 1))) == 2
 
 
 SHORT = [

@@ -1,7 +1,9 @@
 """Questions to a graph: what they name, the path they ask for, and evidence with its source."""
 
 import json
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coterie.errors import DataError
+from coterie.errors import DataError, SourceError
+from coterie.knowledge import entities, graph_source
+from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Entities, plain
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph, read_asked
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.paths import COUNT, Asked, Finder, mask
+from coterie.knowledge.sparql import Rows, Term
 from coterie.knowledge.specs import GraphSpec
+from knowledge_support import WordEmbedder
 
 ANYONE, STAFF = Reader(), Reader("ada", frozenset({"staff"}))
 LABEL = "@prefix rdfs: <http://www.w3.org/2000/01/rdf-schema#> . @prefix e: <urn:e:> .\n"
@@ -217,6 +223,132 @@ def test_declared_examples_train_the_finder(music: tuple[Path, GraphSource]) -> 
     source = open_graph("music", spec, root / "graph")
     assert source.answers("How dear is Ella and Louis?", ANYONE)[0].values[0].value == "9.5"
     source.graph.close()  # type: ignore[attr-defined]
+
+
+class Words(WordEmbedder):
+    """Keeps the texts that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        self.texts += texts
+        return super().embed(texts)
+
+
+def test_names_are_read_and_embedded_once_for_all_who_see_the_same(
+    music: tuple[Path, GraphSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = music
+    by, spec = Words(), GraphSpec.model_validate(SPEC)
+    source = open_graph("music", spec, root / "graph", by.embed)
+    read, asked = source.graph.select, list[str]()
+    monkeypatch.setattr(source.graph, "select", lambda query, *more: asked.append(query) or read(query, *more))
+    assert source.answers("What is the price of Satchmo?", Reader("customer 0"))
+    names, before = by.texts.count("satchmo"), len(asked)
+    assert source.answers("What is the price of Satchmo?", Reader("customer 0"))
+    once = len(asked) - before
+    for n in range(1, 20):  # more customers than are held
+        assert source.answers("What is the price of Satchmo?", Reader(f"customer {n}"))
+    assert len(asked) == before + 20 * once
+    assert source.answers("What is the price of Satchmo?", STAFF)  # who sees more: only what is new is computed
+    assert by.texts.count("satchmo") == names == 1
+    (root / "albums.csv").write_text(MUSIC["albums.csv"] + "4,Porgy and Bess,1,9\n")
+    learn_graph(spec, root, root / "graph")
+    assert source.answers("What is the price of Porgy and Bess?", ANYONE)
+    assert (by.texts.count("satchmo"), by.texts.count("porgy and bess")) == (1, 1)
+    source.graph.close()  # type: ignore[attr-defined]
+
+
+class Server:
+    """An endpoint of names only, which gives at most `most` rows at once and never says when it changes."""
+
+    fresh_s = 0.05
+
+    def __init__(self, *names: str, most: int = 3) -> None:
+        self.names, self.most, self.asked = list(names), most, 0
+
+    def seen(self, _reader: Reader) -> frozenset[str]:
+        return frozenset({"all"})
+
+    def select(self, query: str, _reader: Reader, limit: int = 1000) -> Rows:
+        if "ISLITERAL(?n)" not in query:
+            return Rows((), ())
+        self.asked += 1
+        start = int(query.rpartition(" OFFSET ")[2])
+        pairs = [(Term("literal", n), Term("uri", f"urn:{n}")) for n in self.names]
+        return Rows(("n", "e"), tuple(pairs[start : start + min(limit, self.most)]))
+
+
+def test_all_names_are_read_however_few_a_server_gives_at_once() -> None:
+    names = [f"name{n}" for n in range(10)]
+    assert sorted(Entities.of(Server(*names), ANYONE).keys) == names
+    assert Entities.of(Server(), ANYONE).keys == []
+
+
+def test_a_graph_on_disk_is_read_page_by_page(music: tuple[Path, GraphSource], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Entities.of(music[1].graph, STAFF).iris
+    monkeypatch.setattr(entities, "PAGE", 2)
+    assert Entities.of(music[1].graph, STAFF).iris == whole
+    assert len(whole) > 4
+
+
+def test_the_names_of_an_endpoint_are_read_again_after_a_while() -> None:
+    server = Server("Satchmo")
+    source = GraphSource("far", server, named=False)
+    assert source._entities(ANYONE).keys == source._entities(Reader("ada")).keys == ["satchmo"]
+    read = server.asked
+    server.names = ["Lullabies"]
+    time.sleep(2 * server.fresh_s)
+    assert source._entities(ANYONE).keys == ["lullabies"]
+    assert server.asked == 2 * read
+    assert Endpoint("http://far.invalid/").fresh_s < 3600
+
+
+def test_who_may_see_nothing_of_an_endpoint_gets_nothing_and_no_error() -> None:
+    source = GraphSource("far", Endpoint("http://far.invalid/", readers=["staff"]), named=False)
+    assert source.search("What is the price of Satchmo?", ANYONE) == []
+    assert source.search("How many albums are there?", ANYONE) == []
+
+
+def test_many_names_are_found_as_they_are_written_until_their_vectors_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(entities, "WAITED_FOR", 2)
+    go = threading.Event()
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        assert go.wait(10)
+        places = {"satchmo": 0, "the record": 0, **{plain(n): 1 for n, _ in NAMES if n != "Satchmo"}}
+        return np.eye(3, dtype=np.float32)[[places.get(t, 2) for t in texts]]
+
+    many = Entities(NAMES, embed)
+    assert many.link("When was Ella born?")[0].name == "ella"
+    assert many.vectors is None
+    assert many.link("how dear is the record") == []
+    go.set()
+    for _ in range(100):
+        if many.vectors is not None:
+            break
+        time.sleep(0.05)
+    assert many.link("how dear is the record")[0].name == "satchmo"
+
+
+def test_a_graph_too_large_to_be_looked_over_in_time_is_not_looked_over_at_each_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    def fails(*_: object) -> None:
+        tried.append(1)
+        raise SourceError("no answer in 5 s")
+
+    monkeypatch.setattr(graph_source, "shape_of", fails)
+    source = GraphSource("far", Server("Satchmo"), named=False)
+    for _ in range(3):
+        assert source.total("How many albums are there?", ANYONE) is None
+    assert len(tried) == 1
 
 
 def test_plain_compares_what_people_write() -> None:

@@ -1,8 +1,10 @@
 """SQL under guard: what may be run gives what this reader may see, and everything else is refused before it is run."""
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
-from coterie.errors import CoterieError, QueryRefused, SourceError
+from coterie.errors import CoterieError, QueryRefused, SourceError, Unreachable
+from coterie.knowledge import database
 from coterie.knowledge.database import Database, open_database
 from coterie.knowledge.evidence import Reader
-from coterie.knowledge.schema import describe
+from coterie.knowledge.schema import Column, TableSchema, describe
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 from coterie.knowledge.sqlguard import View, guard, view_of
 from coterie.knowledge.tables import open_tables
@@ -374,6 +377,69 @@ def test_samples_are_of_rows_that_the_reader_may_see(shop: Database) -> None:
     assert "customers (id" in north
     assert "who buys" in north
     assert describe(shop.schema(ANYONE)) == ""
+
+
+@pytest.fixture(params=["sqlite", "sqlite, WAL", "duckdb"])
+def changing(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Database, Callable[[str, list[str]], None]]:
+    """A table `t`, and what writes it anew: its columns, and one value of the first in each row."""
+    wal, kind = "WAL" in request.param, request.param.split(",")[0]
+
+    def write(columns: str, values: list[str]) -> None:
+        rows = [[v, *["x"] * columns.count(",")] for v in values]
+        if kind == "duckdb":
+            (tmp_path / "t.csv").write_text("\n".join([columns, *(",".join(r) for r in rows)]) + "\n")
+            return
+        with closing(sqlite3.connect(tmp_path / "t.db")) as db, db:
+            if wal:
+                db.execute("PRAGMA journal_mode=WAL")
+            db.execute("DROP TABLE IF EXISTS t")
+            db.execute(f"CREATE TABLE t ({columns.replace(',', ' TEXT,')} TEXT)")
+            db.executemany(f"INSERT INTO t VALUES ({','.join('?' * (columns.count(',') + 1))})", rows)
+
+    write("a", ["secret", "open"])
+    if kind == "duckdb":
+        return open_tables("t", TablesSpec.model_validate({"files": {"t": "t.csv"}}), tmp_path)[0], write
+    spec = DatabaseSpec.model_validate({"url": "sqlite:///t.db", "tables": {"t": {}}})
+    return open_database("t", spec, tmp_path), write
+
+
+def test_what_was_read_is_read_again_when_the_database_changed(
+    changing: tuple[Database, Callable[[str, list[str]], None]],
+) -> None:
+    """New columns can be asked for, and deleted rows leave the samples."""
+    db, write = changing
+    assert describe(db.schema(ANYONE)) == "t (a [secret; open])"
+    write("a,b", ["open"])
+    assert describe(db.schema(ANYONE)) == "t (a [open], b [x])"
+    assert db.run("SELECT b FROM t", ANYONE).rows == (("x",),)
+
+
+def test_a_database_that_does_not_say_when_it_changed_is_read_again_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(database, "FRESH_S", 0.05)
+    now, asked = {"t": TableSchema("t", (Column("a", "text"),))}, list[str]()
+
+    def fetch(sql: str, _limit: int) -> tuple[list[str], list[tuple[str]], bool]:
+        asked.append(sql)
+        return ["a"], [("secret",)], False
+
+    db = Database("t", "postgres", lambda: dict(now), {"t": RowsSpec.model_validate({})}, fetch, 10)
+    time.sleep(0.06)
+    assert {describe(db.schema(Reader(f"customer {n}"))) for n in range(3)} == {"t (a [secret])"}
+    assert len(asked) <= 2  # whoever asks, but for the time being over in between
+    now["t"] = TableSchema("t", (Column("b", "text"),))
+    time.sleep(0.06)
+    assert describe(db.schema(ANYONE)).startswith("t (b")
+
+
+def test_a_dead_postgresql_is_told_from_a_statement_that_fails() -> None:
+    spec = DatabaseSpec.model_validate({"url": "postgresql://nobody@127.0.0.1:9/none", "tables": {"t": {}}})
+    db = open_database("far", spec, Path())
+    with pytest.raises(Unreachable, match="far: the database cannot be read"):
+        db.tables()
+    with pytest.raises(Unreachable, match="far: "):
+        db.values(View("t", ("a",)), "a")
 
 
 def test_a_slow_statement_is_stopped_and_the_next_one_answers(shop: Database) -> None:

@@ -93,6 +93,10 @@ class SourceError(CoterieError):
     code = "source_unavailable"
 
 
+class Unreachable(SourceError):
+    """A source on another machine that gives no answer at all: it is down, or hangs. It is left alone for a while."""
+
+
 class QueryRefused(CoterieError):
     """SQL or SPARQL that asks for more than reading what is allowed; nothing of it was run."""
 

@@ -42,6 +42,11 @@ class Recent(Generic[K, V]):
             while len(self._kept) > self.most or now - next(iter(self._kept.values()))[0] >= self.seconds:
                 self._kept.popitem(last=False)
 
+    def values(self) -> list[V]:
+        """Those in memory, oldest first; some may be over."""
+        with self._lock:
+            return [value for _, value in self._kept.values()]
+
     def drop(self, key: K) -> None:
         """Forget it, if it is there."""
         with self._lock:

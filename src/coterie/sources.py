@@ -1,19 +1,23 @@
 """What a business knows, all kinds of source together: learned, searched, opened, listed."""
 
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
+from numpy.typing import NDArray
 
 from coterie.business import Business, Count, Tell
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, Unreachable
 from coterie.experts.instruction import weights_of
 from coterie.knowledge import articles, documents
-from coterie.knowledge.asksql import open_sql
+from coterie.knowledge.asksql import SqlSource, open_sql
 from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned
 from coterie.knowledge.documents_spec import DocumentsSpec
@@ -21,13 +25,19 @@ from coterie.knowledge.embed import Embedder, Endpoint, minilm
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
-from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.graph_source import UNSURE, GraphSource
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.tables import open_tables
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
-EACH = 8  # pieces of evidence asked of each source
+EACH = 8  # pieces of evidence asked of each source, and given of all
+ASKED = 0.35  # relevance of a database from which it is worth asking a model for SQL; see docs/log.md
+FURTHER = 0.2  # and by how much the best passage may be nearer to the question
+AT_ONCE = 8  # sources asked beside each other
+REST_S, LONGEST_REST_S = 15.0, 300.0  # for which a source that gave no answer is left alone: twice as long each time
 Fits = Callable[[str], bool]
+Ranked = dict[str, list[tuple[float, Evidence]]]  # by source, nearest first
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -38,6 +48,15 @@ class Source(Protocol):
     def search(self, question: str, reader: Reader) -> list[Evidence]:
         """What it has to say that the reader may read, best first."""
         ...
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """A source that gave no answer, left alone until `until` (of time.monotonic), for `seconds` in all."""
+
+    until: float
+    seconds: float
+    why: str
 
 
 def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
@@ -118,6 +137,7 @@ class Knowledge:
         self._by, self._given, self._own = by, engine, list[Engine]()
         self._open: dict[str, Source] = {}
         self._opening = threading.RLock()
+        self._rests: dict[str, _Rest] = {}
 
     @property
     def embedder(self) -> Embedder:
@@ -161,36 +181,108 @@ class Knowledge:
             return Documents(name, spec, folder, self.embedder, self.business.folder, vectors)
         if isinstance(spec, GraphSpec):
             return open_graph(name, spec, folder, self.embedder.embed)
-        adapter = weights_of(self.business.library.facts(spec.expert)) if spec.expert else None
-        return open_sql(name, spec, self.business.folder, self._engine, adapter)
+        library, expert = self.business.library, spec.expert
+        return open_sql(
+            name, spec, self.business.folder, self._engine,
+            lambda: weights_of(library.facts(expert)) if expert else None,
+        )  # fmt: skip
 
     def gather(
         self, question: str, reader: Reader, fits: Fits = lambda _: True, tell: Tell = lambda _: None,
         limit: int = EACH,
     ) -> list[Evidence]:  # fmt: skip
-        """What the sources have to say to a question, nearest first, of that what `fits`.
+        """What the sources have to say to a question, the best of each first, of that what `fits`.
 
-        What a source found by a query of its own (SQL, SPARQL) is an answer as it stands; passages must be near the
-        question. A source that fails is told, and the others answer.
+        Documents and graphs are searched; a database is asked only where the question is about it, as a model must
+        write for that. What is not near the question is no evidence, whatever found it. A source that fails is told,
+        and the others answer.
         """
-        found: list[Evidence] = []
-        for name in self.business.config.knowledge.sources:
-            try:
-                found += self.source(name).search(question, reader)[:limit]
-            except CoterieError as error:
-                tell(f"{name}: {error}")
-        if not found:
+        declared = self.business.config.knowledge.sources
+        if not declared:
             return []
-        vectors = self.embedder.embed([question, *(e.text for e in found)])
-        near = vectors[1:] @ vectors[0]
-        near[[bool(e.query) for e in found]] = 1.0
-        kept = [found[i] for i in np.argsort(-near, kind="stable") if near[i] >= NEAR]
-        return [evidence for evidence in kept[:limit] if fits(evidence.text)]
+        embed = self.embedder.embed
+        vector = embed([question])[0]
+
+        def first(source: Source) -> list[Evidence] | float:
+            if isinstance(source, SqlSource):
+                return source.relevance(question, vector, reader, embed)
+            return source.search(question, reader)[:limit]
+
+        seen = self._each(dict.fromkeys(declared, first), tell)
+        found = {name: said for name, said in seen.items() if not isinstance(said, float)}
+        ranked = self._ranked(found, question, vector)
+        passages = (near for each in ranked.values() for near, evidence in each if not evidence.query)
+        worth = max(ASKED, max(passages, default=0.0) - FURTHER)
+        asked = {name for name, said in seen.items() if isinstance(said, float) and said >= worth}
+        rows = self._each(dict.fromkeys(asked, lambda source: source.search(question, reader)[:limit]), tell)
+        ranked |= self._ranked(rows, question, vector)
+        return [evidence for evidence in in_turn(ranked)[:limit] if fits(evidence.text)]
+
+    def _each(self, asks: Mapping[str, Callable[[Source], T]], tell: Tell) -> dict[str, T]:
+        """What each of some sources gives, asked beside each other; what went wrong is told, by source."""
+        if len(asks) < 2:
+            tried = [self._try(name, ask) for name, ask in asks.items()]
+        else:
+            with ThreadPoolExecutor(min(AT_ONCE, len(asks))) as pool:
+                tried = list(pool.map(self._try, asks.keys(), asks.values()))
+        out = {}
+        for name, (given, problem) in zip(asks, tried, strict=True):
+            if problem:
+                tell(f"{name}: {problem}")
+            elif given is not None:
+                out[name] = given
+        return out
+
+    def _try(self, name: str, ask: Callable[[Source], T]) -> tuple[T | None, str]:
+        """What a source gives, or why it gives nothing."""
+        rest = self._rests.get(name)
+        if rest and (left := rest.until - time.monotonic()) > 0:
+            return None, f"not asked for another {left:.0f} s, as it gave no answer ({rest.why})"
+        try:
+            given = ask(self.source(name))
+        except Unreachable as error:
+            seconds = min(2 * rest.seconds, LONGEST_REST_S) if rest else REST_S
+            self._rests[name] = _Rest(time.monotonic() + seconds, seconds, str(error))
+            return None, str(error)
+        except CoterieError as error:
+            return None, str(error)
+        self._rests.pop(name, None)
+        return given, ""
+
+    def _ranked(self, found: Mapping[str, list[Evidence]], question: str, vector: NDArray[Any]) -> Ranked:
+        """What each source found that is near the question (its `vector`), nearest first."""
+        every = [(name, evidence) for name, each in found.items() for evidence in each]
+        out: Ranked = {}
+        if not every:
+            return out
+        kinds = {name: type(self._open.get(name)) for name in found}
+        texts = [_row_in_words(e) if kinds[name] is SqlSource else e.text for name, e in every]
+        for (name, evidence), cosine in zip(every, (self.embedder.embed(texts) @ vector).tolist(), strict=True):
+            sure = kinds[name] is GraphSource and evidence.query and evidence.score >= UNSURE  # that a path was asked
+            near = 1.0 if sure else cosine
+            if near >= NEAR:
+                out.setdefault(name, []).append((near, evidence))
+        for each in out.values():
+            each.sort(key=lambda pair: -pair[0])
+        return out
 
     def open(self, source: str, where: str, reader: Reader) -> Evidence | None:
         """The passage that a citation names, where the reader may read it. Rows and triples come with their answer."""
         opened = self.source(source)
         return opened.open(where, reader) if isinstance(opened, Documents) else None
+
+
+def in_turn(ranked: Ranked) -> list[Evidence]:
+    """The best of each source, the nearest before, then the second of each, and so on: none pushes another out."""
+    placed = [(place, -near, e) for each in ranked.values() for place, (near, e) in enumerate(each)]
+    return [evidence for _, _, evidence in sorted(placed, key=lambda p: p[:2])]
+
+
+def _row_in_words(evidence: Evidence) -> str:
+    """A row with the names and values of the statement that found it: "COUNT(*): 3" says nothing by itself. Words of
+    SQL stand there in upper case."""
+    said = re.findall(r"'([^']*)'|([^\W\d_]+)", evidence.query)
+    return f"{' '.join(value or name for value, name in said if value or not name.isupper())}: {evidence.text}"
 
 
 def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:

@@ -19,20 +19,24 @@ from coterie.data.features import TfIdf
 from coterie.data.read import Message, read_objects
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
-from coterie.errors import ContextTooLong, QueryRefused, SourceError
-from coterie.knowledge.database import Answer, Database
-from coterie.knowledge.entities import plain
+from coterie.errors import ContextTooLong, QueryRefused, SourceError, Unreachable
+from coterie.knowledge.database import FRESH_S, Answer, Database
+from coterie.knowledge.embed import Floats
+from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.relevance import About, spoken
 from coterie.knowledge.schema import describe
 from coterie.knowledge.specs import DatabaseSpec, TablesSpec
 from coterie.knowledge.sqlgrammar import sql_grammar
 from coterie.knowledge.tables import open_tabular
+from coterie.recent import Recent
 
 DRAWN = 4  # statements tried where the first finds nothing
 MOST = 128  # tokens of a statement
 SHOTS = 4  # worked examples shown, the nearest to the question
 NEAR = 70.0  # likeness of a value, of 100, from which it takes the place of one that stands in no row
 SHOWN = 20  # rows of an answer that become evidence
+ABOUTS = 16  # groups of readers for whom it is known at once what the database is about
 WRITTEN = {"sqlite": "SQLite", "postgres": "PostgreSQL", "duckdb": "DuckDB"}
 
 
@@ -52,6 +56,10 @@ def instruction(db: Database, reader: Reader, samples: bool = False) -> str:
     )
 
 
+def _base() -> None:
+    """No adapter: the base model writes."""
+
+
 class Nearest:
     """Worked examples, pairs of question and SQL, by likeness to a question (TF-IDF)."""
 
@@ -67,35 +75,60 @@ class Nearest:
         order = (-(self.vectors @ self.space([question])[0])).argsort(kind="stable")[:most]
         return [self.examples[i] for i in reversed(order)]
 
+    def likeness(self, question: str) -> float:
+        """Of the nearest one, 0 to 1."""
+        return float((self.vectors @ self.space([question])[0]).max()) if self.examples else 0.0
+
 
 class SqlSource:
     """A database or tables that questions are put to, by `adapter` or the base model of `engine`."""
 
     def __init__(
-        self, name: str, db: Database, engine: Callable[[], Engine], adapter: Adapter | None = None,
-        nearest: Nearest | None = None,
+        self, name: str, db: Database, engine: Callable[[], Engine], adapter: Callable[[], Adapter | None] = _base,
+        nearest: Nearest | None = None, about: str = "",
     ) -> None:  # fmt: skip
+        """`adapter` is asked at each question: its expert may have been learned again, or rolled back, meanwhile.
+        `about`: what people say that it knows."""
         self.name, self.db, self.engine, self.adapter, self.nearest = name, db, engine, adapter, nearest
+        self.about = about
+        self._abouts = Recent[object, About](ABOUTS, FRESH_S)
         self._grammar = lru_cache(maxsize=16)(sql_grammar)
 
     def search(self, question: str, reader: Reader) -> list[Evidence]:
-        """The rows that answer `question`, each with the SQL that found it; none where no statement could be run."""
+        """The rows that answer `question`, each with the SQL that found it. None where no statement could be run, and
+        none where it found no rows, or empty ones: that is no evidence, as the statement may be wrong."""
         answer, written = self.answer(question, reader)
         if answer is None or written is None:
             return []
         score = 2.0 ** (written.logprob / max(1, len(written.sql) / 4))  # per token, about: longer is not worse
         what = f"{len(answer.rows)}{' or more' if answer.cut else ''} row(s)"
-        out = [Evidence(self.name, what, f"{question}: no rows", score, answer.sql)] if not answer.rows else []
+        out = []
         for number, row in enumerate(answer.rows[:SHOWN], 1):
+            if all(cell is None for cell in row):
+                continue
             cells = ", ".join(f"{c}: {'' if v is None else v}" for c, v in zip(answer.columns, row, strict=True))
             out.append(Evidence(self.name, f"row {number} of {what}", cells, score, answer.sql))
         return out
 
-    def messages(self, question: str, reader: Reader) -> list[Message]:
+    def relevance(self, question: str, vector: Floats, reader: Reader, embed: Embed) -> float:
+        """How much `question` (and its vector) is about what this reader may see here, 0 to 1. Raises Unreachable."""
+        schema, views = self.db.schema(reader), tuple(self.db.views(reader).values())
+        if not schema:
+            return 0.0
+        known = (views, tuple(schema.values()))
+        about = self._abouts.get(known)
+        if about is None:
+            values = (v for view in views for column in view.columns for v in self.db.values(view, column))
+            about = About.of([spoken(table, self.about) for table in schema.values()], values, embed)
+            self._abouts.put(known, about)
+        alike = self.nearest.likeness(question) if self.nearest else 0.0
+        return max(alike, about.relevance(question, vector))
+
+    def messages(self, question: str, reader: Reader, adapter: Adapter | None = None) -> list[Message]:
         """The conversation that asks for SQL; examples are shown to the base model only, an expert has learned them."""
-        shots = self.nearest(question) if self.nearest and self.adapter is None else []
+        shots = self.nearest(question) if self.nearest and adapter is None else []
         shown = [m for q, sql in shots for m in _turn(q, sql)]
-        about = instruction(self.db, reader, samples=self.adapter is None and not shots)
+        about = instruction(self.db, reader, samples=adapter is None and not shots)
         return [{"role": "system", "content": about}, *shown, {"role": "user", "content": question}]
 
     def write(self, question: str, reader: Reader, drawn: int = 0) -> list[Written]:
@@ -103,12 +136,13 @@ class SqlSource:
         schema = tuple(self.db.schema(reader).values())
         if not schema:
             raise QueryRefused(f"{self.name}: there is nothing here that {reader.name or 'this reader'} may read")
-        engine, constraint = self.engine(), self._grammar(schema)
-        prompt = engine.base.encode(engine.base.chat(self.messages(question, reader)))
+        engine, constraint = self.engine(), self._grammar(schema, self.db.dialect)
+        adapter = self.adapter()
+        prompt = engine.base.encode(engine.base.chat(self.messages(question, reader, adapter)))
         plans = [Sampling(MOST, logprobs=0, constraint=constraint)]
         if drawn:
             plans = [replace(plans[0], temperature=0.8, seed=seed) for seed in range(drawn)]
-        under_way, out = [engine.submit(prompt, plan, self.adapter) for plan in plans], dict[str, float]()
+        under_way, out = [engine.submit(prompt, plan, adapter) for plan in plans], dict[str, float]()
         for generation in under_way:
             pieces = list(generation)
             sql, logprob = (
@@ -135,6 +169,8 @@ class SqlSource:
                 for sql in dict.fromkeys((written.sql, self.with_values(written.sql, question, reader))):
                     try:
                         answer = self.db.run(sql, reader)
+                    except Unreachable:
+                        raise
                     except (QueryRefused, SourceError):
                         continue
                     if any(cell is not None for row in answer.rows for cell in row):
@@ -148,7 +184,7 @@ class SqlSource:
             tree = sqlglot.parse_one(sql, dialect=self.db.dialect)
         except SqlglotError:
             return sql
-        schema, asked = self.db.schema(reader), f" {plain(question)} "
+        views, asked = self.db.views(reader), f" {plain(question)} "
         for test in list(tree.find_all(exp.EQ)):
             column, value = test.this, test.expression
             if not (isinstance(column, exp.Column) and isinstance(value, exp.Literal) and value.is_string):
@@ -157,9 +193,9 @@ class SqlSource:
             tables = [t.name.lower() for t in tree.find_all(exp.Table)]
             known = [
                 v
-                for key in dict.fromkeys(tables) if key in schema
-                for c in schema[key].columns if c.name.lower() == name
-                for v in self.db.values(f'"{key}"', f'"{name}"', reader)
+                for view in (views[key] for key in dict.fromkeys(tables) if key in views)
+                if name in map(str.lower, view.columns)
+                for v in self.db.values(view, name)
             ]  # fmt: skip
             if not known or value.name in known:
                 continue
@@ -171,16 +207,17 @@ class SqlSource:
 
 
 def open_sql(
-    name: str, spec: DatabaseSpec | TablesSpec, root: Path, engine: Callable[[], Engine], adapter: Adapter | None = None
-) -> SqlSource:
-    """The source that a declaration names; `adapter` is the version of its expert that answers now.
+    name: str, spec: DatabaseSpec | TablesSpec, root: Path, engine: Callable[[], Engine],
+    adapter: Callable[[], Adapter | None] = _base,
+) -> SqlSource:  # fmt: skip
+    """The source that a declaration names; `adapter` gives the version of its expert that answers now.
 
     Raises CoterieError where an address or an example cannot be used; the database itself need not be alive yet.
     """
     db = open_tabular(name, spec, root)
     files = [f for pattern in spec.examples for f in sorted(root.glob(pattern)) or [root / pattern]]
     examples = [pair for f in files for pair in read_examples(f)]
-    return SqlSource(name, db, engine, adapter, Nearest(examples) if examples else None)
+    return SqlSource(name, db, engine, adapter, Nearest(examples) if examples else None, spec.description)
 
 
 def read_examples(file: Path) -> list[tuple[str, str]]:

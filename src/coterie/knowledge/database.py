@@ -5,10 +5,9 @@ only; and SQLite's authorizer, or PostgreSQL's read-only transaction, refuses th
 """
 
 import sqlite3
-import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,23 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from sqlglot import exp
 
-from coterie.errors import CoterieError, SourceError, first_line
+from coterie.errors import CoterieError, SourceError, Unreachable, first_line
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import SAMPLES, WIDTH, TableSchema, read_schema
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec
 from coterie.knowledge.sqlguard import View, guard, view_of
+from coterie.recent import Recent
 from coterie.store.sqlite import cage
 
 DIALECTS = {"sqlite": "sqlite", "postgresql": "postgres", "duckdb": "duckdb"}  # SQLAlchemy's name: sqlglot's
 LONGEST = 1_000_000  # characters of a cell, SQLite
 LOOKED_AT = 20_000  # rows of a table, for its values
+VALUES = 1_000  # different ones of a column
+VALUE = 80  # characters of one: the grammar lets a model write no more
+FRESH_S = 60.0  # for which a database that does not say when it changed is taken as it was read
+COLUMNS = 2_000  # whose values are kept, each as one group of readers sees it
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,21 @@ class Database:
     def __init__(
         self, name: str, dialect: str, tables: Callable[[], dict[str, TableSchema]], specs: dict[str, RowsSpec],
         fetch: Callable[[str, int], tuple[Sequence[str], list[Any], bool]], rows: int,
+        mark: Callable[[], object] = lambda: int(time.monotonic() / FRESH_S),
     ) -> None:  # fmt: skip
+        """`mark` is another one where the content may be: what was read under the former is read again then."""
         self.name, self.dialect, self.rows = name, dialect, rows
         self._specs = {t.lower(): s for t, s in specs.items()}
-        self._fetch, self._read = fetch, tables
-        self._tables: dict[str, TableSchema] | None = None
-        self._lock = threading.Lock()
-        self._sampled = lru_cache(maxsize=32)(self._sample)
+        self._fetch, self._read, self._mark = fetch, tables, mark
+        self._tables: tuple[object, dict[str, TableSchema]] | None = None
+        self._values = Recent[tuple[View, str], tuple[object, tuple[str, ...]]](COLUMNS, 3600)
 
     def tables(self) -> dict[str, TableSchema]:
         """All tables, without samples. Raises SourceError where they cannot be read; the next call tries again."""
-        with self._lock:
-            if self._tables is None:
-                self._tables = self._read()
-            return self._tables
+        mark, kept = self._mark(), self._tables
+        if kept is None or kept[0] != mark:
+            self._tables = kept = mark, self._read()
+        return kept[1]
 
     def views(self, reader: Reader) -> dict[str, View]:
         """What `reader` may see, by table in lower case."""
@@ -71,7 +77,8 @@ class Database:
 
     def schema(self, reader: Reader) -> dict[str, TableSchema]:
         """The same, with types, comments, and samples of the rows that this reader may see."""
-        return {key: self._sampled(key, view, reader) for key, view in self.views(reader).items()}
+        tables = self.tables()
+        return {key: self._sample(tables[key], view) for key, view in self.views(reader).items() if key in tables}
 
     def run(self, sql: str, reader: Reader) -> Answer:
         """Raises QueryRefused before anything is run, SourceError where running it fails."""
@@ -82,22 +89,35 @@ class Database:
     def _guarded(self, sql: str, reader: Reader) -> str:
         return guard(sql, self.views(reader), self.dialect, self.rows + 1)
 
-    def values(self, table: str, column: str, reader: Reader, most: int = 1000) -> list[str]:
-        """Different values of a text column, of the rows that `reader` may see. Empty where it cannot be read."""
-        inner = f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL LIMIT {LOOKED_AT}"
-        sql = f"SELECT DISTINCT {column} FROM ({inner}) AS looked LIMIT {most}"
-        try:
-            found = self._fetch(self._guarded(sql, reader), most)[1]
-        except CoterieError:
-            return []
-        return [r[0] for r in found if isinstance(r[0], str)]
+    def values(self, view: View, column: str) -> tuple[str, ...]:
+        """Different short values of a text column, of the rows that `view` shows. Empty where it cannot be read.
 
-    def _sample(self, key: str, view: View, reader: Reader) -> TableSchema:
-        table, kept = self.tables()[key], set(view.columns)
+        Kept for all who have this view, until the database changes. Raises Unreachable.
+        """
+        mark, key = self._mark(), (view, column.lower())
+        kept = self._values.get(key)
+        if kept is None or kept[0] != mark:
+            self._values.put(key, kept := (mark, self._read_values(view, column.lower())))
+        return kept[1]
+
+    def _read_values(self, view: View, column: str) -> tuple[str, ...]:
+        name, table = (exp.to_identifier(n, quoted=True).sql(self.dialect) for n in (column, view.table.lower()))
+        inner = f"SELECT {name} FROM {table} WHERE LENGTH(CAST({name} AS TEXT)) <= {VALUE} LIMIT {LOOKED_AT}"
+        sql = f"SELECT DISTINCT {name} FROM ({inner}) AS looked LIMIT {VALUES}"
+        try:
+            found = self._fetch(guard(sql, {view.table.lower(): view}, self.dialect, VALUES), VALUES)[1]
+        except Unreachable:
+            raise
+        except CoterieError:
+            return ()
+        return tuple(r[0] for r in found if isinstance(r[0], str))
+
+    def _sample(self, table: TableSchema, view: View) -> TableSchema:
+        kept = set(view.columns)
         sampled = []
         for column in table.columns:
             if column.name in kept:
-                seen = self.values(f'"{key}"', f'"{column.name.lower()}"', reader, SAMPLES * 4)
+                seen = self.values(view, column.name)[: SAMPLES * 4]
                 short = [v for v in seen if len(v) <= WIDTH and v.isprintable()][:SAMPLES]
                 sampled.append(replace(column, samples=tuple(short)))
         return replace(table, columns=tuple(sampled))
@@ -110,14 +130,16 @@ def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
         backend = url.get_backend_name()
     except ArgumentError as error:
         raise CoterieError(f"knowledge.{name}.url: {spec.url!r} is no SQLAlchemy address") from error
+    gone: type[SourceError] = SourceError
+    marks: list[Callable[[], object]] = []
     if backend == "sqlite":
         file = root / (url.database or "")
         if not url.database or url.query:
             raise CoterieError(f"knowledge.{name}.url: name a file: sqlite:///shop.db")
-        engine = _sqlite(file)
-        run = _run_sqlite
+        engine, run = _sqlite(file), _run_sqlite
+        marks = [lambda: (stamp(file), stamp(Path(f"{file}-wal")))]
     elif backend == "postgresql":
-        engine, run = _postgresql(name, spec), _run_postgresql
+        engine, run, gone = _postgresql(name, spec), _run_postgresql, Unreachable
     else:
         raise CoterieError(f"knowledge.{name}.url: {backend} is not known; sqlite and postgresql are")
     wanted = {table: rows.description for table, rows in spec.tables.items()}
@@ -129,20 +151,29 @@ def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
                 assert raw is not None
                 columns, rows = run(raw, sql, limit + 1, spec.timeout_s)
         except SourceError as error:
-            raise SourceError(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
         except SQLAlchemyError as error:
-            raise SourceError(f"{name}: the database cannot be reached ({first_line(error)})") from error
+            raise gone(f"{name}: the database cannot be reached ({first_line(error)})") from error
         return columns, rows[:limit], len(rows) > limit
 
     def read() -> dict[str, TableSchema]:
         try:
             return read_schema(engine, wanted)
         except SourceError as error:
-            raise SourceError(f"{name}: {error}") from error
+            raise gone(f"{name}: {error}") from error
         except CoterieError as error:
             raise CoterieError(f"knowledge.{name}: {error}") from error
 
-    return Database(name, DIALECTS[backend], read, spec.tables, fetch, spec.rows)
+    return Database(name, DIALECTS[backend], read, spec.tables, fetch, spec.rows, *marks)
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """Size and time of change of a file; another pair where its content changed, (0, 0) where there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
 
 
 def _sqlite(file: Path) -> Engine:
@@ -194,4 +225,4 @@ def _run_postgresql(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[li
     except psycopg.errors.QueryCanceled as error:
         raise SourceError(f"stopped after {timeout_s:g} s; ask for less") from error
     except psycopg.Error as error:
-        raise SourceError(first_line(error)) from error
+        raise (Unreachable if raw.broken else SourceError)(first_line(error)) from error

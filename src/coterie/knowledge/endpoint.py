@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-from coterie.errors import SourceError
+from coterie.errors import SourceError, Unreachable
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import LIMIT, TIMEOUT_S
 from coterie.knowledge.sparql import Rows, check, limited, read_answer
 
 LARGEST = 32 << 20  # bytes of an answer
+FRESH_S = 600.0  # for which names that were read here are taken as they were: it does not say when it changes
 
 
 class Endpoint:
@@ -25,7 +26,7 @@ class Endpoint:
         self, address: str, graphs: Mapping[str, Sequence[str]] | None = None, readers: Sequence[str] = ("*",),
         timeout_s: float = TIMEOUT_S,
     ) -> None:  # fmt: skip
-        self.address, self.timeout_s = address, timeout_s
+        self.address, self.timeout_s, self.fresh_s = address, timeout_s, FRESH_S
         self.graphs = dict(graphs or {}) or {"": readers}
         self._client = httpx.Client(timeout=timeout_s, follow_redirects=False)
 
@@ -54,9 +55,9 @@ class Endpoint:
                 raise SourceError(f"{self.address}: answered {response.status_code}: {said}")
             return read_answer(json.loads(body), limit)
         except httpx.TimeoutException as error:
-            raise SourceError(f"{self.address}: no answer in {self.timeout_s:g} s") from error
+            raise Unreachable(f"{self.address}: no answer in {self.timeout_s:g} s") from error
         except httpx.HTTPError as error:
-            raise SourceError(f"{self.address}: cannot be reached ({error})") from error
+            raise Unreachable(f"{self.address}: cannot be reached ({error})") from error
         except ValueError as error:
             raise SourceError(f"{self.address}: its answer is not JSON ({error})") from error
 

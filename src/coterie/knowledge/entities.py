@@ -1,10 +1,13 @@
 """Which things of a graph a question names: by label, by alias, by a spelling that is near, or by meaning."""
 
+import logging
 import re
+import threading
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +22,15 @@ NAMES = (
     "http://schema.org/alternateName", "https://schema.org/alternateName", "http://xmlns.com/foaf/0.1/name",
 )  # fmt: skip
 MOST = 500_000  # names held in memory: about 210 MB
+PAGE = 50_000  # names read by one query: more may not come in its time
+WAITED_FOR = 2_000  # vectors computed while a question waits, about 2 s; more are computed beside
+MEANT = 100_000  # names that are found by meaning as well, where there are no more: 150 MB
 LONGEST = 12  # words of a name
 NEAR = 86.0  # rapidfuzz's ratio, of 100, from which another spelling counts
 ALIKE = 0.7  # cosine from which another wording counts
 TRIED = 200  # names that share most letters with a word, compared letter by letter
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]  # texts to unit vectors (texts, width)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,10 @@ def plain(text: str) -> str:
 class Entities:
     """The names of a graph, as pairs of name and IRI."""
 
-    def __init__(self, names: Sequence[tuple[str, str]], embed: Embed | None = None) -> None:
+    def __init__(
+        self, names: Iterable[tuple[str, str]], embed: Embed | None = None, before: Sequence["Entities"] = ()
+    ) -> None:
+        """`before`: of other readers, or of the same graph as it was; a vector that is there is not computed again."""
         found: defaultdict[str, dict[str, None]] = defaultdict(dict)
         for name, iri in names:
             if key := plain(name):
@@ -67,17 +77,41 @@ class Entities:
             for piece in _pieces(key):
                 self._pieces[piece].append(number)
         self.embed = embed
-        self.vectors = embed(self.keys) if embed and self.keys else None
+        self.vectors: NDArray[np.float32] | None = None  # (names, width), once they are computed
+        if embed and 0 < len(self.keys) <= MEANT:
+            known = _known(self.keys, before)
+            fill = partial(self._fill, embed, known, [i for i, k in enumerate(self.keys) if k not in known])
+            if len(self.keys) - len(known) <= WAITED_FOR:
+                fill()
+            else:
+                threading.Thread(target=_logged, args=(fill,), daemon=True).start()
+
+    def _fill(self, embed: Embed, known: dict[str, NDArray[np.float32]], missing: list[int]) -> None:
+        """Compute the vectors of names that are `missing` from those `known`."""
+        rows = {i: known[k] for i, k in enumerate(self.keys) if k in known}
+        for begin in range(0, len(missing), WAITED_FOR):
+            part = missing[begin : begin + WAITED_FOR]
+            rows.update(zip(part, embed([self.keys[i] for i in part]), strict=True))
+        self.vectors = np.stack([rows[i] for i in range(len(self.keys))])
 
     @classmethod
     def of(
-        cls, graph: Askable, reader: Reader, embed: Embed | None = None, without: Collection[str] = ()
-    ) -> "Entities":
-        """The things that `reader` may see the name of, but for those `without`."""
+        cls, graph: Askable, reader: Reader, embed: Embed | None = None, without: Collection[str] = (),
+        before: Sequence["Entities"] = (),
+    ) -> "Entities":  # fmt: skip
+        """The things that `reader` may see the name of, but for those `without`. They are read PAGE by PAGE; a server
+        may give fewer at once, so the end is where nothing new comes."""
         listed = " ".join(f"<{p}>" for p in NAMES)
         query = f"SELECT DISTINCT ?n ?e {{ VALUES ?p {{ {listed} }} ?e ?p ?n FILTER(ISIRI(?e) && ISLITERAL(?n)) }}"
-        rows = graph.select(query, reader, MOST).rows
-        return cls([(n.value, e.value) for n, e in rows if n and e and e.value not in without], embed)
+        found, asked = dict[tuple[str, str], None](), 0
+        while len(found) < MOST:
+            rows = graph.select(f"{query} LIMIT {PAGE} OFFSET {asked}", reader, PAGE).rows
+            new = {(n.value, e.value): None for n, e in rows if n and e}
+            if new.keys() <= found.keys():
+                break
+            found |= new
+            asked += len(rows)
+        return cls([(n, e) for n, e in found if e not in without], embed, before)
 
     def link(self, question: str) -> list[Mention]:
         """What the question names, longest names first and no word used twice; near spellings where no name fits."""
@@ -118,12 +152,30 @@ class Entities:
         return best
 
     def _meant(self, words: list[str], spans: list[tuple[int, int]]) -> Mention | None:
-        if self.embed is None or self.vectors is None or not spans:
+        vectors = self.vectors
+        if self.embed is None or vectors is None or not spans:
             return None
-        alike = self.embed([" ".join(words[a:b]) for a, b in spans]) @ self.vectors.T  # (spans, names)
+        alike = self.embed([" ".join(words[a:b]) for a, b in spans]) @ vectors.T  # (spans, names)
         place, number = np.unravel_index(int(alike.argmax()), alike.shape)
         score, key = float(alike[place, number]), self.keys[int(number)]
         return Mention(*spans[int(place)], key, self.iris[key], score, "meaning") if score >= ALIKE else None
+
+
+def _known(keys: Sequence[str], before: Sequence[Entities]) -> dict[str, NDArray[np.float32]]:
+    """The vectors of `keys` that are computed already."""
+    wanted = set(keys)
+    out: dict[str, NDArray[np.float32]] = {}
+    for entities in before:
+        if (vectors := entities.vectors) is not None:
+            out.update((k, v) for k, v in zip(entities.keys, vectors, strict=True) if k in wanted)
+    return out
+
+
+def _logged(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception:
+        log.exception("names of a graph are not found by meaning: their vectors could not be computed")
 
 
 def _pieces(text: str) -> set[str]:

@@ -7,6 +7,7 @@ query: the query's data set is made of the graphs that this reader may see, and 
 
 import hashlib
 import json
+import math
 import os
 import queue
 import shutil
@@ -39,7 +40,10 @@ READER, MARK, SIZE = (ox.NamedNode(f"urn:coterie:{p}") for p in ("reader", "mark
 
 
 class Askable(Protocol):
-    """What can be asked in SPARQL: a graph on this disk, or an endpoint."""
+    """What can be asked in SPARQL: a graph on this disk, or an endpoint. fresh_s: for which what was read of the graphs
+    in `seen` stays true."""
+
+    fresh_s: float
 
     def select(self, query: str, reader: Reader, limit: int = LIMIT) -> Rows:
         """What `query` gives on the graphs that `reader` may see. Raises QueryRefused, SourceError or Busy."""
@@ -68,6 +72,8 @@ def source_of(graph: str) -> str:
 
 class Graph:
     """The graph in `folder`; empty until something is written. Safe to ask from several threads."""
+
+    fresh_s = math.inf  # a graph's IRI says what its content is
 
     def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
         self.folder, self.timeout_s = folder, timeout_s

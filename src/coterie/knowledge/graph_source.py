@@ -3,16 +3,17 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 from coterie.errors import QueryRefused, SourceError
 from coterie.knowledge.entities import NAMES, Embed, Entities, Mention
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.graph import Askable, source_of
 from coterie.knowledge.paths import COUNT, Finder, RelationPath, mask, split_words
-from coterie.knowledge.shape import TYPE, shape_of
+from coterie.knowledge.shape import TYPE, Shape, shape_of
 from coterie.knowledge.sparql import Term, iri
 from coterie.knowledge.totals import TIED, Reading, asks, read
+from coterie.recent import Recent
 
 STARTS = 8  # things that a question may name, tried one by one
 RELATIONS = 500  # of one step
@@ -23,6 +24,8 @@ SURE = 0.8  # probability at which no further path is shown
 UNSURE = 0.2  # and below which what is known of the thing itself is shown instead
 KIND = 0.3  # what a type of things counts beside a thing itself
 AROUND = 12  # triples of that
+FAILED_S = 600.0  # after which a graph that was too large to be looked over in time is looked over again
+CLASSES = 8  # groups of readers who see the same, for whom the names are held
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,15 @@ def ends(start: str, relations: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is held of a graph for all who see the same of it: its names, the words of its relations, its types."""
+
+    entities: Entities
+    labels: dict[str, str]
+    kinds: set[str]
+
+
+@dataclass(frozen=True)
 class Total:
     """What a question over all things of a kind led to. `values`: one number, or the things that share the first
     place, with the `numbers` they are ranked by."""
@@ -90,8 +102,9 @@ class GraphSource:
         self, name: str, graph: Askable, finder: Finder | None = None, embed: Embed | None = None, named: bool = True
     ) -> None:  # fmt: skip
         self.name, self.graph, self.finder, self.embed, self.named = name, graph, finder, embed, named
-        self._known = lru_cache(maxsize=8)(self._read_known)  # by what a reader sees, which changes with the content
-        self._shape = lru_cache(maxsize=8)(lambda _, reader: shape_of(graph, reader, lambda t: self.names(t, reader)))
+        self._kept = Recent[frozenset[str], Known](CLASSES, graph.fresh_s)  # by what a reader sees, whoever it is
+        self._shapes = Recent[frozenset[str], Shape](CLASSES, graph.fresh_s)
+        self._failed = Recent[frozenset[str], SourceError](CLASSES, FAILED_S)  # why there is no shape
 
     def search(self, question: str, reader: Reader) -> list[Evidence]:
         """Evidence for `question` among what `reader` may see, best first; none where it names nothing here."""
@@ -113,7 +126,7 @@ class GraphSource:
     def answers(self, question: str, reader: Reader, most: int = 3) -> list[GraphAnswer]:
         """The likeliest readings of the question that lead to something, best first."""
         entities, finder = self._entities(reader), self._finder(reader)
-        kinds = self._known(self.graph.seen(reader), reader)[2]
+        kinds = self._known(reader).kinds
         tried: list[tuple[float, Mention, str, RelationPath]] = []
         for mention in entities.link(question)[:STARTS]:
             words = mask(question, mention.start, mention.end)
@@ -136,10 +149,10 @@ class GraphSource:
         """What a question over all things of a kind asks for, where it is one; see totals.py. Nothing is guessed."""
         if not asks(question):
             return None
-        _, _, kinds = self._known(self.graph.seen(reader), reader)
+        kinds = self._known(reader).kinds
         mentions = [m for m in self._entities(reader).link(question) if not kinds & set(m.iris)]
         try:
-            shape = self._shape(self.graph.seen(reader), reader)
+            shape = self._shape(reader)
             having, leading = partial(self._having, reader), partial(self._leading, reader)
             reading = read(question, shape, mentions, having, leading)
             if reading is None:
@@ -208,17 +221,37 @@ class GraphSource:
         return out
 
     def _entities(self, reader: Reader) -> Entities:
-        return self._known(self.graph.seen(reader), reader)[0]
+        return self._known(reader).entities
 
     def labels(self, reader: Reader) -> dict[str, str]:
         """The words of each relation that `reader` may see."""
-        return self._known(self.graph.seen(reader), reader)[1]
+        return self._known(reader).labels
 
     def _finder(self, reader: Reader) -> Finder:
         learned = self.finder
         return Finder(self.labels(reader), *((learned.choices, learned.weight) if learned else ()))
 
-    def _read_known(self, _seen: frozenset[str], reader: Reader) -> tuple[Entities, dict[str, str], set[str]]:
+    def _known(self, reader: Reader) -> Known:
+        seen = self.graph.seen(reader)
+        known = self._kept.get(seen)
+        if known is None:
+            self._kept.put(seen, known := self._read_known(reader))
+        return known
+
+    def _shape(self, reader: Reader) -> Shape:
+        seen = self.graph.seen(reader)
+        if failed := self._failed.get(seen):
+            raise failed
+        shape = self._shapes.get(seen)
+        if shape is None:
+            try:
+                self._shapes.put(seen, shape := shape_of(self.graph, reader, lambda t: self.names(t, reader)))
+            except SourceError as error:
+                self._failed.put(seen, error)
+                raise
+        return shape
+
+    def _read_known(self, reader: Reader) -> Known:
         """The names in a graph, and the words of its relations; followed backwards, those of what they lead to."""
         rows = self.graph.select("SELECT DISTINCT ?r { ?s ?r ?o }", reader, RELATIONS).column("r")
         words = self.names(rows, reader)
@@ -230,7 +263,8 @@ class GraphSource:
         words[f"^{TYPE}"] = ""
         types = {t.value for _, t in kinds}
         relations = {r.value for r in rows} - types
-        return Entities.of(self.graph, reader, self.embed, relations), words, types
+        before = [known.entities for known in self._kept.values()]
+        return Known(Entities.of(self.graph, reader, self.embed, relations, before), words, types)
 
     def _follow(self, start: str, taken: tuple[str, ...], reader: Reader) -> set[str]:
         """Relations that lead on from the ends of a path, forwards and backwards."""

@@ -73,6 +73,8 @@ class Rows:
 
     def column(self, name: str) -> list[Term]:
         """The values of one variable, without the missing."""
+        if name not in self.names:  # nothing was asked, as the reader may see nothing
+            return []
         place = self.names.index(name)
         return [row[place] for row in self.rows if row[place] is not None]  # type: ignore[misc]
 

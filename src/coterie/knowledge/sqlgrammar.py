@@ -30,21 +30,33 @@ source: TABLE (" AS " ALIAS)? | "(" select ") AS " ALIAS
 join: " CROSS JOIN " source | " JOIN " source " ON " cond | " LEFT JOIN " source " ON " cond
 cond: pred ((" AND " | " OR ") pred)*
 pred: "NOT " test | test
-test: expr OP expr | expr " IN (" (select | expr (", " expr)*) ")" | expr " LIKE " STRING | expr " IS NULL"
+test: expr OP expr | expr " IN (" (select | expr (", " expr)*) ")" | expr LIKE STRING | expr " IS NULL"
     | expr " BETWEEN " expr " AND " expr | "EXISTS(" select ")" | "(" cond ")" | expr " IS NOT NULL"
 expr: term ((" + " | " - " | " * " | " / ") term)*
 term: column | NUMBER | STRING | "COUNT(" ("*" | ("DISTINCT ")? expr) ")" | FUNCTION ("DISTINCT ")? expr ")"
-    | "(" select ")" | "STRFTIME(" STRING ", " expr ")" | "CAST(" expr " AS " TYPE ")" | "(" expr ")"
+    | "(" select ")" | date | "CAST(" expr " AS " TYPE ")" | "(" expr ")"
     | "ALL (" select ")"
 column: (QUALIFIER ".")? (COLUMN | ALIAS)
 OP: " = " | " <> " | " > " | " < " | " >= " | " <= "
 FUNCTION: "SUM(" | "AVG(" | "MIN(" | "MAX(" | "ROUND(" | "ABS(" | "LOWER(" | "UPPER(" | "LENGTH("
-TYPE: "REAL" | "INTEGER" | "TEXT" | "DATE"
 STRING: /'([^'\n]|''){0,80}'/
 NUMBER: /-?[0-9]{1,12}(\.[0-9]{1,8})?/
 INT: /[0-9]{1,4}/
 ALIAS: /[a-z][a-z_]{0,20}[0-9]{1,2}/
 """
+SQLITE = r"""
+date: "STRFTIME(" STRING ", " expr ")"
+LIKE: " LIKE "
+TYPE: "REAL" | "INTEGER" | "TEXT" | "DATE"
+"""
+STANDARD = r"""
+date: "EXTRACT(" PART " FROM " expr ")" | "DATE_TRUNC('" UNIT "', " expr ")"
+PART: "YEAR" | "QUARTER" | "MONTH" | "WEEK" | "DAY" | "DOW" | "HOUR"
+UNIT: "year" | "quarter" | "month" | "week" | "day" | "hour"
+LIKE: " LIKE " | " ILIKE "
+TYPE: "REAL" | "INTEGER" | "TEXT" | "DATE" | "TIMESTAMP"
+"""
+OWN = {"sqlite": SQLITE, "postgres": STANDARD, "duckdb": STANDARD}  # what the databases write in different ways
 
 
 def quoted(name: str) -> str:
@@ -53,8 +65,8 @@ def quoted(name: str) -> str:
     return low if re.fullmatch(r"[a-z_][a-z0-9_]*", low) and low not in RESERVED else '"' + low.replace('"', '""') + '"'
 
 
-def sql_grammar(tables: Iterable[TableSchema]) -> Constraint:
-    """SELECT over `tables`. Raises CoterieError where there are none."""
+def sql_grammar(tables: Iterable[TableSchema], dialect: str) -> Constraint:
+    """SELECT over `tables` as `dialect` (sqlglot's name) has it. Raises CoterieError where there are none."""
     tables = list(tables)
     names = sorted({quoted(t.name) for t in tables})
     columns = sorted({quoted(c.name) for t in tables for c in t.columns})
@@ -62,7 +74,7 @@ def sql_grammar(tables: Iterable[TableSchema]) -> Constraint:
         raise CoterieError("there are no tables to write SQL for")
     rules = f"TABLE: {_either(names)}\nCOLUMN: {_either(columns)}\n"
     rules += f"QUALIFIER: {_either(names)} | /[a-z][a-z_]{{0,20}}[0-9]{{1,2}}/\n"
-    return Constraint(f"%llguidance {{}}\n{GRAMMAR}{rules}")
+    return Constraint(f"%llguidance {{}}\n{GRAMMAR}{OWN[dialect]}{rules}")
 
 
 def _either(names: Iterable[str]) -> str:

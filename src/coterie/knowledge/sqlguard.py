@@ -40,7 +40,7 @@ FUNCTIONS: frozenset[type[exp.Expression]] = frozenset({
 NAMED = frozenset({"julianday", "total", "unaccent"})  # functions that sqlglot has no class for
 TYPES = frozenset({
     "INT", "BIGINT", "SMALLINT", "TINYINT", "FLOAT", "DOUBLE", "DECIMAL", "TEXT", "VARCHAR", "CHAR", "DATE",
-    "TIMESTAMP", "TIMESTAMPTZ", "DATETIME", "BOOLEAN", "UNKNOWN",
+    "TIMESTAMP", "TIMESTAMPNTZ", "TIMESTAMPTZ", "DATETIME", "BOOLEAN", "UNKNOWN",
 })  # fmt: skip
 HIDDEN = frozenset({  # columns that a database adds of its own
     "rowid", "oid", "_rowid_", "ctid", "xmin", "xmax", "cmin", "cmax", "tableoid", "file_row_number", "filename",

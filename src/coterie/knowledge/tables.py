@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 
 from coterie.errors import SourceError, first_line
-from coterie.knowledge.database import Database, open_database
+from coterie.knowledge.database import Database, open_database, stamp
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import Column, TableSchema
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
@@ -35,7 +35,7 @@ class Files:
     def connection(self) -> duckdb.DuckDBPyConnection:
         """Locked down, with every file that could be read."""
         with self._lock:
-            now = tuple((f, _stamp(self.root / f)) for f in self.spec.files.values())
+            now = self.mark()
             if self._loaded is None or self._loaded[0] != now:
                 connection = duckdb.connect(":memory:", config={"memory_limit": MEMORY, "threads": 2})
                 self.problems = {}
@@ -48,6 +48,10 @@ class Files:
                     connection.execute(f"SET {setting}")
                 self._loaded = now, connection
             return self._loaded[1]
+
+    def mark(self) -> tuple[object, ...]:
+        """Another one where a file changed."""
+        return tuple((f, stamp(self.root / f)) for f in self.spec.files.values())
 
     def problems_for(self, reader: Reader) -> list[str]:
         """Why files are not among the tables, of those that `reader` may read."""
@@ -93,7 +97,7 @@ def open_tables(name: str, spec: TablesSpec, root: Path) -> tuple[Database, File
     """The tables that `spec` declares; a file that cannot be read is among the problems of the second."""
     files = Files(name, spec, root)
     specs = {table: rows_of(spec, table) for table in spec.files}
-    return Database(name, "duckdb", files.tables, specs, files.fetch, spec.rows), files
+    return Database(name, "duckdb", files.tables, specs, files.fetch, spec.rows, files.mark), files
 
 
 def rows_of(spec: TablesSpec, table: str) -> RowsSpec:
@@ -104,14 +108,6 @@ def rows_of(spec: TablesSpec, table: str) -> RowsSpec:
 def open_tabular(name: str, spec: DatabaseSpec | TablesSpec, root: Path) -> Database:
     """What is asked in SQL: a database, or files as tables. Raises CoterieError where an address cannot be used."""
     return open_database(name, spec, root) if isinstance(spec, DatabaseSpec) else open_tables(name, spec, root)[0]
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    try:
-        about = file.stat()
-    except OSError:
-        return 0, 0
-    return about.st_size, about.st_mtime_ns
 
 
 def _load(connection: duckdb.DuckDBPyConnection, table: str, file: Path) -> None:
