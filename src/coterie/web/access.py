@@ -45,6 +45,7 @@ ROUTES: dict[str, Permission | str] = {
     "GET /v1/models": "see", "GET /v1/models/{name}": "see", "GET /experts": "see",
     "GET /experts/scores.svg": "see", "GET /experts/{name}/loss.svg": "see", "GET /experts/{name}/curve.svg": "see",
     "POST /v1/chat/completions": "ask", "POST /v1/completions": "ask", "POST /v1/route": "review",
+    "PUT /v1/route/{name}": "manage",
     "GET /login": OPEN, "POST /login": OPEN, "POST /logout": OPEN, "GET /v1/me": SELF,
     "POST /v1/me/password": SELF, "POST /v1/me/second-factor": SELF, "PUT /v1/me/second-factor": SELF,
     "GET /v1/me/tokens": SELF, "POST /v1/me/tokens": SELF, "DELETE /v1/me/tokens/{id}": SELF,

@@ -76,7 +76,7 @@ def create_app(
             app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
     app.include_router(knowledge_router(shelf, business, pages))
     app.include_router(experts_router(business, pages))
-    app.include_router(route_router(answerer))
+    app.include_router(route_router(answerer, _on_learned(house)))
 
     @app.get("/", response_class=HTMLResponse)
     def page(request: Request) -> str:
@@ -153,6 +153,11 @@ def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, 
 def _on_refusal(house: House) -> Callable[[str, str, str], None]:
     """Says in the audit log which customer asked for whose conversation, and did not get it."""
     return lambda who, id, customer: house.audit.record(f"customer:{who}", "conversation.refused", customer, id=id)
+
+
+def _on_learned(house: House | None) -> Callable[[str, str, int], None]:
+    """Says in the audit log who taught the router which expert."""
+    return lambda who, name, count: house.audit.record(who, "route.learn", name, inputs=count) if house else None
 
 
 class _ChatShape:
