@@ -1,27 +1,35 @@
 """How far `coterie anatomy`'s estimated speeds are from measured ones, on this machine, with the default model.
 
-    python benchmarks/anatomy.py [--quick] [--json] [--record]       about a minute
+    python benchmarks/anatomy.py [--quick] [--json] [--record]       about two minutes
 
-Decoding steps at 256 tokens in the cache, 1 and 16 sequences at once, and one prompt of 256 tokens, by the decoder
-alone (no sampling, no HTTP). `measured_over_estimate` is 1 where the estimate is right; the figure of that name is the
-geometric mean of the cases.
+What serves is measured, the engine with all that it does between two products: decoding around 256 tokens of context
+for 1 and 16 requests at once, and one new prompt of 256 tokens. The decoder in PyTorch alone, which serves where the
+step in C cannot run, stands beside it. `measured_over_estimate` is 1 where the estimate is right; the figure of that
+name is the geometric mean of the engine's cases. `reached` is the share of the hardware's rates that this comes to:
+what `REACHED` in model/anatomy.py should be.
 """
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import common
+import numpy as np
 import torch
 
-from coterie.model.anatomy import estimate, examine, probe
-from coterie.model.decoder import KVCache, attend_packed, packed_positions
+from coterie.engine.engine import Engine
+from coterie.engine.request import Sampling
+from coterie.model.anatomy import REACHED, estimate, examine, probe
+from coterie.model.decoder import Decoder, KVCache, attend_packed, packed_positions
 from coterie.model.load import load
 from coterie.model.pull import pull
 
-CONTEXT = 256
+CONTEXT, SAID = 256, 64  # tokens in the middle of an answer, and of the answer
 
 
 def seconds(work: Callable[[], Any], rounds: int) -> float:
@@ -35,40 +43,81 @@ def seconds(work: Callable[[], Any], rounds: int) -> float:
     return statistics.median(taken)
 
 
+class Served:
+    """The engine, asked for answers of a known length."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self._seeds = engine, itertools.count()
+
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        """Texts that nobody has sent before."""
+        rng = np.random.default_rng(next(self._seeds))
+        return [rng.integers(1000, self.engine.base.decoder.config.vocab, length).tolist() for _ in range(count)]
+
+    def answer(self, prompts: list[list[int]], most: int) -> None:
+        """All of them at once. Drawn at random, so that no token can be guessed ahead."""
+        asked = [self.engine.submit(p, Sampling(most, temperature=1.0, seed=i)) for i, p in enumerate(prompts)]
+        for generation in asked:
+            generation.text()
+            assert len(generation.generated) == most, "nothing ends an answer here"
+
+    def decode(self, batch: int, rounds: int) -> float:
+        """Tokens a second of answers whose prompts the cache knows: longer and shorter answers' difference."""
+        prompts = self.prompts(batch, CONTEXT - SAID // 2)
+        long = seconds(lambda: self.answer(prompts, 1 + SAID), rounds)
+        return batch * SAID / (long - seconds(lambda: self.answer(prompts, 1), rounds))
+
+    def prefill(self, rounds: int) -> float:
+        """Tokens a second of prompts that are new."""
+        return CONTEXT / seconds(lambda: self.answer(self.prompts(1, CONTEXT), 1), rounds)
+
+
 @torch.inference_mode()
+def by_torch(decoder: Decoder, batch: int, rounds: int) -> float:
+    """Tokens a second of decoding steps of the decoder in PyTorch."""
+    cache = KVCache(decoder.config, batch, CONTEXT, decoder.dtype, decoder.device)
+    ids, slots = torch.zeros(batch, dtype=torch.long), torch.arange(batch)
+    at = torch.full((batch,), CONTEXT - 1)
+    return batch / seconds(lambda: decoder.logits(decoder.forward(ids, at, cache.attend_decode(slots, at))), rounds)
+
+
+@torch.inference_mode()
+def prompt_by_torch(decoder: Decoder, rounds: int) -> float:
+    """Tokens a second of prompts read by the decoder in PyTorch."""
+    ids, places = torch.zeros(CONTEXT, dtype=torch.long), packed_positions([CONTEXT])
+    return CONTEXT / seconds(
+        lambda: decoder.logits(decoder.forward(ids, places, attend_packed([CONTEXT]))[-1:]), rounds
+    )
+
+
 def main() -> None:
     args = common.options(__doc__ or "").parse_args()
     torch.set_num_threads(args.threads)
-    rounds = 5 if args.quick else 30
+    rounds = 3 if args.quick else 10
     path = pull()
-    base, found, here = load(path, packed=True), examine(path), probe()
+    base, found = load(path, packed=True), examine(path)
     decoder, dtype = base.decoder, str(base.decoder.dtype).removeprefix("torch.")
-    cases: list[dict[str, Any]] = []
-    for batch in (1, 16):
-        cache = KVCache(decoder.config, batch, CONTEXT, decoder.dtype, decoder.device)
-        ids, slots = torch.zeros(batch, dtype=torch.long), torch.arange(batch)
-        at = torch.full((batch,), CONTEXT - 1)
-
-        def step(ids: Any = ids, slots: Any = slots, at: Any = at, cache: Any = cache) -> Any:
-            return decoder.logits(decoder.forward(ids, at, cache.attend_decode(slots, at)))
-
-        guess = estimate(found, here, dtype, CONTEXT, batch).decode_tokens_per_s or 0.0
-        cases.append({"what": f"decode, batch {batch}", "measured": batch / seconds(step, rounds), "estimate": guess})
-
-    def prefill() -> Any:
-        ids, places = torch.zeros(CONTEXT, dtype=torch.long), packed_positions([CONTEXT])
-        return decoder.logits(decoder.forward(ids, places, attend_packed([CONTEXT]))[-1:])
-
-    guess = estimate(found, here, dtype, CONTEXT, 1).prefill_tokens_per_s or 0.0
-    cases.append({"what": "prompt", "measured": CONTEXT / seconds(prefill, rounds // 3 + 1), "estimate": guess})
+    here = probe()
+    with closing(Engine(replace(base, eos=frozenset()), slots=16, context=2 * CONTEXT)) as engine:
+        served = Served(engine)
+        cases = [(f"decode, batch {batch}", served.decode(batch, rounds), by_torch(decoder, batch, 5 * rounds),
+                  estimate(found, here, dtype, CONTEXT, batch).decode_tokens_per_s or 0.0)
+                 for batch in (1, 16)]  # fmt: skip
+        cases.append(("prompt", served.prefill(rounds), prompt_by_torch(decoder, rounds),
+                      estimate(found, here, dtype, CONTEXT, 1).prefill_tokens_per_s or 0.0))  # fmt: skip
+        way = "the step in C" if engine.step else "PyTorch"
+    again = probe()
     report = common.Report("Estimated and measured speed: benchmarks/anatomy.py")
-    over = {case["what"]: case["measured"] / case["estimate"] for case in cases}
+    over = {what: measured / guess for what, measured, _, guess in cases}
     report.figures = {f"measured_over_estimate, {what}": value for what, value in over.items()}
     report.figures["measured_over_estimate"] = math.exp(statistics.fmean(math.log(v) for v in over.values()))
-    rows = [[c["what"], c["measured"], c["estimate"], over[c["what"]]] for c in cases]
-    report.table("Tokens per second", ["what", "measured", "estimate", "measured over estimate"], rows)
+    report.figures |= {f"reached, {what}": REACHED * value for what, value in over.items()}
+    rows = [[what, measured, plain, guess, over[what], REACHED * over[what]] for what, measured, plain, guess in cases]
+    head = ["what", f"engine ({way})", "PyTorch alone", "estimate", "engine over estimate", "share of the rates"]
+    report.table("Tokens per second", head, rows)
     report.say(f"SmolLM2-135M-Instruct in {dtype}, {CONTEXT} tokens of context; this machine by its own probe: "
-               f"{here.flops / 1e12:.2f} TFLOPs/s in bfloat16, {here.bandwidth / 1e9:.1f} GB/s.")  # fmt: skip
+               f"{here.flops / 1e12:.2f} TFLOPs/s in {dtype} and {here.bandwidth / 1e9:.1f} GB/s before, "
+               f"{again.flops / 1e12:.2f} and {again.bandwidth / 1e9:.1f} after.")  # fmt: skip
     common.finish(report, args)
 
 

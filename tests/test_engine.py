@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from coterie.experts import lora as loras
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
 from coterie.experts.kinds import load as load_expert
+from coterie.experts.kinds import read
 from coterie.experts.kinds import save as save_expert
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
@@ -195,6 +197,44 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
             engine.submit(prompt, Sampling(max_tokens=1), (name, 1)).text()
         assert budget / 4 < held() - before < budget
         assert engine._shelf.open(("e0", 1)) is first  # pinned
+    finally:
+        engine.close()
+
+
+def test_reading_one_expert_holds_up_nobody_whose_expert_is_in_memory(
+    tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Library(tmp_path)
+    for name in ("hot", "cold"):
+        publish(library, tiny_base, name, 0)
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    begun, leave, times = threading.Event(), threading.Event(), list[str]()
+
+    def slowly(library: Library, name: str, *more: Any) -> Expert:
+        times.append(name)
+        if name == "cold":
+            begun.set()
+            assert leave.wait(60)
+        return read(library, name, *more)
+
+    monkeypatch.setattr("coterie.engine.shelf.read", slowly)
+
+    def ask(name: str) -> str:
+        return engine.submit([1, 2, 3], Sampling(max_tokens=2), (name, 1)).text()
+
+    try:
+        hot = ask("hot")
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(ask, "cold") for _ in range(2)]
+            try:
+                assert begun.wait(60)
+                with ThreadPoolExecutor(1) as other:
+                    assert other.submit(ask, "hot").result(timeout=60) == hot
+                    assert not any(one.done() for one in both)
+            finally:
+                leave.set()
+            assert both[0].result(60) == both[1].result(60)
+        assert times == ["hot", "cold"]  # each once
     finally:
         engine.close()
 

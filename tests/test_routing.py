@@ -1,7 +1,9 @@
 """The router: whose subject a question is, or nobody's; experts come and go without touching each other."""
 
 import json
-from dataclasses import replace
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,10 @@ from coterie.errors import CoterieError, DataError, ModelError
 from coterie.experts import lora as loras
 from coterie.experts.library import ExpertFacts
 from coterie.model.load import BaseModel
-from coterie.routing.router import Router
+from coterie.routing.router import FITTED, POOLED, SHORTLIST, Router, rank
 from coterie.routing.rules import Rule, rule
 from coterie.routing.space import COMMON, Background, _words, background, embed, locate
-from coterie.routing.statistics import FILE, Statistics, learn, load_statistics
+from coterie.routing.statistics import FILE, Statistics, Summary, learn, load_statistics, load_summary
 from coterie.web.app import create_app
 
 WIDTH = 24
@@ -138,6 +140,21 @@ def test_what_is_far_from_every_expert_goes_to_none_unless_someone_must_answer()
     assert Router(flat()).route(far).chosen == ()
 
 
+def test_more_than_a_short_list_answer_together_where_top_k_allows_it() -> None:
+    router = router_of(list(range(30)))
+    assert len(router.route(inputs_of(1)[0], 24, sure=True).scored) == 24
+    assert len(router.route(inputs_of(1)[0], 2, sure=True).scored) == SHORTLIST
+
+
+def test_forbidding_an_expert_looks_at_the_others_once() -> None:
+    class Names(list[str]):
+        def __contains__(self, name: object) -> bool:
+            raise AssertionError("looked through for each expert")
+
+    router = router_of([1, 2, 3])
+    assert [n for n, _ in router.route(inputs_of(1)[0], 5, only=Names(["e2", "e3"]), sure=True).chosen] == ["e2", "e3"]
+
+
 def ring(name: str, radius: float, seed: int, count: int = 200) -> Statistics:
     """Inputs on a circle of this radius around the same point as every other ring: their means say nothing."""
     rng = np.random.default_rng(seed)
@@ -215,6 +232,108 @@ def test_an_expert_whose_file_goes_bad_while_it_serves_is_left_out_and_the_other
     assert "e2" not in router
     assert router.lost == {"e2": "e2: the file is gone"}
     assert {s.name for s in router.route(inputs_of(3)[0]).scored} == {"e1", "e3"}
+
+
+def test_statistics_that_cannot_be_read_leave_the_router_as_it_was() -> None:
+    def gone() -> Statistics:
+        raise ModelError("e2: the file is gone")
+
+    router, known = router_of([1, 3]), synthetic(2)
+    before = router.route(inputs_of(1)[0])
+    with pytest.raises(ModelError, match="gone"):
+        router.add("e2", Summary(known.space, known.count, known.mean), gone)
+    assert ("e2" in router, len(router), router.route(inputs_of(1)[0])) == (False, 2, before)
+
+
+@pytest.fixture
+def many(tmp_path: Path, tiny_base: BaseModel) -> Business:
+    """A business with more experts than are pooled, which have statistics and nothing else."""
+    (tmp_path / "coterie.toml").write_text("[routing]\nabstain = 0.0\n")
+    business = Business(tmp_path, Business.open(tmp_path).config, tiny_base)
+    for number in range(POOLED + 24):
+        shelve(business, f"e{number}", number)
+    return business
+
+
+def shelve(business: Business, name: str, seed: int) -> None:
+    """An expert of invented inputs in the space of the business's base."""
+    space, rng = background(business.base(), business.folder / ".coterie"), np.random.default_rng(seed)
+    inputs = (space.centre + rng.normal(size=(6, len(space.centre)))).astype(np.float32)
+    made = Statistics(
+        space.space, len(inputs), inputs.mean(axis=0), np.cov(inputs, rowvar=False, bias=True).astype(np.float32),
+        inputs.astype(np.float16), tuple(f"{name}:{i}" for i in range(len(inputs))),
+    )  # fmt: skip
+    business.library.publish(ExpertFacts(name, "instruction"), made.save)
+
+
+@dataclass
+class Read:
+    """Whose statistics have been read, in part and as a whole, and how many means were whitened."""
+
+    parts: list[str] = field(default_factory=list)
+    wholes: list[str] = field(default_factory=list)
+    whitened: int = 0
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Read:
+    """Counts the work of every chooser from now on."""
+    read, see = Read(), Router._see
+
+    def noting(names: list[str], load):  # type: ignore[no-untyped-def]
+        def noted(folder: Path):  # type: ignore[no-untyped-def]
+            names.append(folder.parent.name)
+            return load(folder)
+
+        return noted
+
+    def seeing(router: Router, vectors: np.ndarray) -> np.ndarray:
+        read.whitened += len(vectors)
+        return see(router, vectors)
+
+    monkeypatch.setattr("coterie.choose.load_summary", noting(read.parts, load_summary))
+    monkeypatch.setattr("coterie.choose.load_statistics", noting(read.wholes, load_statistics))
+    monkeypatch.setattr(Router, "_see", seeing)
+    return read
+
+
+def test_the_first_decision_reads_whole_statistics_of_few_experts(many: Business, read: Read) -> None:
+    choice = Chooser(many, many.base()).choose("Which color has the grass?")
+    assert len(choice.decision.scored) == SHORTLIST
+    assert sorted(read.parts) == sorted(many.library.names())
+    # Those that are pooled, those on the shortlist, and those that the temperature is fitted to.
+    assert len(read.wholes) <= POOLED + SHORTLIST + 2 * FITTED
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_one_expert_that_comes_or_goes_among_many_touches_no_other_and_costs_the_same_few_reads(
+    many: Business, read: Read, pooled: bool
+) -> None:
+    library, chooser = many.library, Chooser(many, many.base())
+    chooser.choose("Which color has the grass?")
+    others = {name: (library.folder(name) / FILE).read_bytes() for name in library.names()}
+    stands = sorted(map(rank, others))[POOLED - 1]  # the last that is pooled
+    name = next(n for n in (f"new{i}" for i in range(1000)) if (rank(n) < stands) == pooled)
+
+    def turn(change: Callable[[], None]) -> Read:
+        change()
+        before = Read(list(read.parts), list(read.wholes), read.whitened)
+        chooser.choose("Which color has the grass?")
+        assert {n: (library.folder(n) / FILE).read_bytes() for n in others} == others
+        return Read(read.parts[len(before.parts) :], read.wholes[len(before.wholes) :], read.whitened - before.whitened)
+
+    few = SHORTLIST + 2 * FITTED  # inputs looked at closely: not more for a larger library
+    came = turn(lambda: shelve(many, name, 999))
+    assert came.parts == [name]
+    if pooled:  # what whitens has changed: all means are whitened anew, from memory, in one product
+        assert len(came.wholes) <= 1 + few
+    else:
+        assert set(came.wholes) <= {name}
+        assert came.whitened <= 1 + 1 + 6  # the text, the new mean, and the new sample where it is on the shortlist
+    went = turn(lambda: library.remove(name))
+    assert went.parts == []
+    assert len(went.wholes) <= (1 + few if pooled else 1)
+    assert pooled or went.whitened <= 1 + 1 + 6  # the text, and at most the sample that takes the place on the list
 
 
 def test_a_text_has_the_same_vector_alone_and_among_others(tiny_base: BaseModel) -> None:
@@ -427,6 +546,33 @@ def test_route_explains_its_decision(routed_shop: Path, capsys: pytest.CaptureFi
     assert "colors.csv:" in text.err
 
 
+def test_the_api_explains_its_decision_as_the_command_line_does(
+    routed_shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "static").mkdir()
+    monkeypatch.setattr("coterie.web.app.HERE", tmp_path)  # the pages play no part
+    answerer = Answerer.open(Business.open(routed_shop))
+    try:
+        client = TestClient(create_app(answerer), base_url="http://localhost", client=("127.0.0.1", 1))
+
+        def ask(text: object, **headers: str):  # type: ignore[no-untyped-def]
+            return client.post("/v1/route", json={"text": text}, headers=headers)
+
+        for channel in ("", "lobby"):
+            main_with("route", "Which color has the grass?", "--folder", str(routed_shop), "--json", "--channel", channel)
+            told = json.loads(capsys.readouterr().out)
+            found = ask("Which color has the grass?", **{"X-Coterie-Channel": channel}).json()
+            assert found["experts"] == told["experts"]
+            assert found["why_not"].keys() == told["why_not"].keys()
+            for here, there in zip(found["scores"], told["scores"], strict=True):
+                assert [n["text"] for n in here["nearest"]] == [n["text"] for n in there["nearest"]]
+        assert ask(7).status_code == 400
+        assert ask("x").status_code == 200
+        assert TestClient(create_app(answerer)).post("/v1/route", json={"text": "x"}).status_code == 401
+    finally:
+        answerer.close()
+
+
 def test_an_imported_expert_can_be_learned_and_forgotten(
     shop: Path, tmp_path: Path, tiny_base: BaseModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -446,6 +592,29 @@ def test_an_imported_expert_can_be_learned_and_forgotten(
     assert chooser.choose("What is 3 plus 4?").decision.chosen == (("sums", 1.0),)
     business.library.remove("sums")
     assert chooser.choose("What is 3 plus 4?").decision.chosen == ()
+
+
+def test_the_api_lets_the_router_know_an_expert(
+    routed_shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: BaseModel
+) -> None:
+    (tmp_path / "static").mkdir()
+    monkeypatch.setattr("coterie.web.app.HERE", tmp_path)  # the pages play no part
+    folder = Path(shutil.copytree(routed_shop, tmp_path / "shop"))
+    business = Business(folder, Business.open(folder).config, tiny_base)
+    answerer = Answerer(business, business.engine())
+    try:
+        client = TestClient(create_app(answerer), base_url="http://localhost", client=("127.0.0.1", 1))
+        sums = [f"What is {a} plus {b}?" for a in range(2, 8) for b in range(3, 9)]
+        reply = client.put("/v1/route/stranger", json={"inputs": sums})
+        assert reply.json() == {"expert": "stranger", "version": 1, "inputs": 36}
+        said = client.post("/v1/route", json={"text": "What is 3 plus 4?"}).json()
+        assert said["experts"][0]["name"] == "stranger"
+        assert said["scores"][0]["nearest"][0] == {**said["scores"][0]["nearest"][0], "text": None}  # no words are kept
+        assert client.put("/v1/route/nobody", json={"inputs": sums}).status_code == 404
+        assert client.put("/v1/route/stranger", json={"inputs": []}).status_code == 400
+        assert TestClient(create_app(answerer)).put("/v1/route/stranger", json={"inputs": sums}).status_code == 401
+    finally:
+        answerer.close()
 
 
 @pytest.mark.parametrize(

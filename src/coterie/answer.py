@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 from coterie.business import Business, Tell
 from coterie.choose import Choice, Chooser, question
@@ -13,9 +14,10 @@ from coterie.engine.request import Blend, Callback, Combine, Generation, Piece, 
 from coterie.errors import CoterieError
 from coterie.experts.classifier import KIND, Verdict
 from coterie.experts.instruction import frame, weights_of
-from coterie.experts.kinds import Labeller, labeller
+from coterie.experts.kinds import Labeller, adds_up, has_voice, labeller
 from coterie.experts.library import ExpertFacts
 from coterie.model.constrain import choices
+from coterie.own import OwnEngines
 
 ARROW_MOST = 64  # experts that Arrow may choose among
 LABELLERS = 8  # classifiers in memory: one of 10,000 rows takes 90 MB
@@ -39,7 +41,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Who is to answer; the first speaks for them: it brings instruction and choices. Under "arrow" nobody does."""
+    """Who answers, all of them able to answer together, and shares that sum to 1.
+
+    The first speaks for them: it brings instruction and choices. Under "arrow" nobody does.
+    """
 
     facts: tuple[ExpertFacts, ...] = ()
     shares: tuple[float, ...] = ()
@@ -50,13 +55,10 @@ class _Chosen:
 
     def adapter(self) -> tuple[str, int] | Blend | None:
         """As the engine wants it."""
-        parts = tuple(
-            (key, share) for f, share in zip(self.facts, self.shares, strict=True)
-            if f.kind != "full" and (key := weights_of(f))
-        )  # fmt: skip
-        if len(parts) > 1:
-            return Blend(parts, self.combine)
-        return parts[0][0] if parts else None
+        if len(self.facts) > 1:
+            parts = zip(((f.name, f.version) for f in self.facts), self.shares, strict=True)
+            return Blend(tuple(parts), self.combine)
+        return weights_of(self.facts[0]) if self.facts else None
 
 
 class Answerer:
@@ -65,27 +67,15 @@ class Answerer:
     def __init__(self, business: Business, engine: Engine) -> None:
         self.business, self.engine = business, engine
         self.chooser = Chooser(business, engine.base, engine.step)
-        self._own: dict[tuple[str, int], Engine] = {}  # of experts that are models of their own
+        memory = business.config.business.expert_memory << 20
+        self._own = OwnEngines(business.own_engine, business.library, memory)
         self._labellers: dict[tuple[str, int], Labeller] = {}  # the latest used last
         self._opening = threading.Lock()
 
     def close(self) -> None:
         """Stop the engines."""
-        for engine in (self.engine, *self._own.values()):
-            engine.close()
-
-    def _engine_of(self, chosen: _Chosen) -> Engine:
-        """The engine that the first of the experts runs in: its own, where it is a model of its own."""
-        first = chosen.facts[0] if chosen.facts and chosen.leads else None
-        if first is None or first.kind != "full":
-            return self.engine
-        with self._opening:
-            key = (first.name, first.version)
-            if key not in self._own:
-                opened = self.business.own_engine(first)
-                assert opened is not None, "a full expert has an engine of its own"
-                self._own[key] = opened
-            return self._own[key]
+        self.engine.close()
+        self._own.close()
 
     def _labeller_of(self, chosen: _Chosen) -> Labeller | None:
         """The first of the experts, where it is a classifier."""
@@ -156,11 +146,11 @@ class Answerer:
         if who in ("base", config.business.base):
             return _Chosen()
         if who == "arrow":
-            facts = tuple(f for f in library.shelf() if f.kind == "lora")
+            facts = tuple(f for f in library.shelf() if adds_up(library, f))
             if not 1 <= len(facts) <= ARROW_MOST:
                 raise CoterieError(
-                    f"arrow chooses among 1 to {ARROW_MOST} LoRA experts for each token; the library has {len(facts)}: "
-                    'ask "auto", with combine = "arrow" under [routing]'
+                    f"arrow chooses among 1 to {ARROW_MOST} LoRA experts (without DoRA) for each token; the library "
+                    f'has {len(facts)}: ask "auto", with combine = "arrow" under [routing]'
                 )
             return _Chosen(facts, (1 / len(facts),) * len(facts), "arrow", leads=False)
         if who != "auto":
@@ -168,18 +158,27 @@ class Answerer:
         return self._chosen(self.chooser.choose(text, channel))
 
     def _chosen(self, choice: Choice) -> _Chosen:
-        library, chosen = self.business.library, choice.decision.chosen
+        """The nearest of the experts chosen, and those of the others that can answer together with it."""
+        library, how = self.business.library, self.business.config.routing.combine
+        found = [(library.facts(name), share) for name, share in choice.decision.chosen]
+        if len(found) > 1:
+            able = has_voice if how == "logits" else partial(adds_up, library)
+            joined = [part for part in found if able(part[0])] if able(found[0][0]) else found[:1]
+            found = joined[: self.engine.slots] if how == "logits" else joined  # a voice takes a slot
+        total = sum(share for _, share in found)
         return _Chosen(
-            tuple(library.facts(name) for name, _ in chosen), tuple(share for _, share in chosen),
-            self.business.config.routing.combine, routed=True, similarity=choice.decision.similarity,
+            tuple(f for f, _ in found), tuple(share / total for _, share in found), how, routed=True,
+            similarity=choice.decision.similarity,
         )  # fmt: skip
 
     def _submit(
         self, prompt: list[int], sampling: Sampling, chosen: _Chosen, on_piece: Callback | None
     ) -> Answer:  # fmt: skip
-        engine = self._engine_of(chosen)
-        adapter = chosen.adapter() if engine is self.engine else None
-        return self._given(engine.submit(prompt, sampling, adapter, on_piece), chosen)
+        self._own.tidy()
+        first = chosen.facts[0] if chosen.facts and chosen.leads else None
+        if first and first.kind == "full":  # it answers alone, in an engine of its own
+            return self._given(self._own.submit(first, prompt, sampling, on_piece), chosen)
+        return self._given(self.engine.submit(prompt, sampling, chosen.adapter(), on_piece), chosen)
 
     def _label(
         self, labeller: Labeller, text: str, sampling: Sampling, chosen: _Chosen, on_piece: Callback | None

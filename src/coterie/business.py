@@ -299,6 +299,17 @@ def route_statistics(business: Business, examples: list[Example], seed: int = 0)
     return learn(business.base(), [e.question for e in examples], where, seed)
 
 
+def learn_route(business: Business, name: str, inputs: Sequence[tuple[str, str]]) -> int:
+    """Let the router know the current version of an expert by inputs, each with where it came from: the version.
+
+    Raises UnknownExpert, DataError for none.
+    """
+    version, target = business.library.current(name), business.library.folder(name)
+    learn(business.base(), [text for _, text in inputs], [where for where, _ in inputs]).save(target)
+    business.library.touch()
+    return version or 0
+
+
 def _sample(rows: Sequence[int], most: int, seed: int) -> list[int]:
     """At most `most` of the rows, at random."""
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:most]]

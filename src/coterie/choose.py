@@ -6,6 +6,7 @@ Notable: one look at a time stamp tells whether an expert came, went or changed 
 import logging
 import threading
 from dataclasses import dataclass
+from typing import TypeVar
 
 from coterie.business import Business
 from coterie.data.read import Message
@@ -14,12 +15,13 @@ from coterie.errors import CoterieError, ModelError
 from coterie.experts.library import Library
 from coterie.model.load import BaseModel
 from coterie.model.threads import give_back_pool
-from coterie.routing.router import Decision, Router
+from coterie.routing.router import Decision, Router, rank
 from coterie.routing.rules import Rule, rule
 from coterie.routing.space import background, locate
-from coterie.routing.statistics import Statistics, load_statistics
+from coterie.routing.statistics import Summary, load_statistics, load_summary
 
 SHORT = 4  # a message of fewer words ("yes, please") is read together with the one before it
+T = TypeVar("T", bound=Summary)
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ class Chooser:
         with self._lock:
             router = self._in_step()
             ruling = rule(rules, channel, text, self._versions.keys())
-            allowed = [n for n in self._versions if n not in ruling.refused] if ruling.refused else None
+            allowed = self._versions.keys() - ruling.refused.keys() if ruling.refused else None
             vector = locate(self.base, [text], self._step)[0] if len(router) else router.background.centre
             give_back_pool()
             decision = router.route(vector, settings.top_k, settings.abstain, allowed, sure=bool(ruling.use))
@@ -94,7 +96,7 @@ class Chooser:
                 self._left_out[name] = str(error)
         for name in self._versions.keys() - now.keys():
             self._drop(name)
-        for name, version in now.items():
+        for name, version in sorted(now.items(), key=lambda one: rank(one[0])):  # so that who is pooled stays so
             if self._versions.get(name) != version or name not in self._router:
                 self._drop(name)
                 self._take(library, name, version)
@@ -110,15 +112,15 @@ class Chooser:
         assert self._router is not None
         mend = f"`coterie experts learn-route {name} --inputs FILE` gives it some"
 
-        def read() -> Statistics:
-            found = load_statistics(library.folder(name, version))
+        def there(found: T | None) -> T:
             if found is None:
                 raise ModelError(f"{name}: no routing statistics; {mend}")
             return found
 
         try:
             library.facts(name, version)  # an expert whose facts are damaged cannot answer
-            self._router.add(name, read(), read)
+            summary = there(load_summary(library.folder(name, version)))
+            self._router.add(name, summary, lambda: there(load_statistics(library.folder(name, version))))
         except CoterieError as error:
             self._left_out[name] = str(error)
             log.warning("left out of routing: %s", error)

@@ -106,14 +106,12 @@ def learn_route(
 ) -> None:
     """Let the router know an expert by examples of its inputs: an imported one, or one whose statistics are damaged."""
     from coterie.business import Business
+    from coterie.business import learn_route as learn
     from coterie.data.read import read_inputs
-    from coterie.routing.statistics import learn
 
     business = Business.open(folder)
-    version, target = business.library.current(name), business.library.folder(name)
-    found = list(read_inputs(inputs, column))
-    statistics = learn(business.base(), [t for _, t in found], [business.place(str(w)) for w, _ in found])
-    statistics.save(target)
-    business.library.touch()
+    business.library.folder(name)  # an unknown expert is said before the inputs are read
+    found = [(business.place(str(where)), text) for where, text in read_inputs(inputs, column)]
+    version = learn(business, name, found)
     result({"expert": name, "version": version, "inputs": len(found)}, as_json,
            f"{name}: the router knows it by {len(found)} inputs")  # fmt: skip

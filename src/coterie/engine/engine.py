@@ -172,6 +172,16 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
+    def retire(self) -> bool:
+        """Stop the thread if there is nothing to do, and say whether it has stopped."""
+        with self._wake:
+            if self._waiting or self._running:
+                return False
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        return True
+
     @cached_property
     def grammars(self) -> Grammars:
         """Compiled when the first constrained request comes."""

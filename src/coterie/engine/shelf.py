@@ -54,7 +54,8 @@ class Shelf:
         self._library, self._decoder, self._step = library, decoder, step
         self._budget, self._pinned = budget, pinned
         self._kept: dict[tuple[Path, int], Loaded] = {}  # the latest used last
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is kept; held for moments
+        self._reading = threading.Lock()  # one expert is read at a time, while requests to those in memory go on
 
     def open(self, adapter: Adapter) -> Loaded:
         """A version's weights; read anew where an expert was removed and its numbers given again.
@@ -65,19 +66,33 @@ class Shelf:
             raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
         folder = self._library.folder(*adapter)
         key = folder, folder.stat().st_mtime_ns
+        loaded = self._latest(key)
+        if loaded is None:
+            with self._reading:
+                loaded = self._latest(key) or self._load(adapter, key)  # somebody else may have read it meanwhile
+                if loaded.size > self._budget:
+                    raise CoterieError(
+                        f"the expert {adapter[0]} takes {loaded.size / 2**20:.0f} MiB, and expert_memory under "
+                        f"[business] allows {self._budget / 2**20:.0f} for all experts: raise it"
+                    )
+                self._keep(loaded)
+        return loaded
+
+    def _latest(self, key: tuple[Path, int]) -> Loaded | None:
+        """What is kept under `key`, from now on the latest used."""
         with self._lock:
-            loaded = self._kept.pop(key, None) or self._load(adapter, key)
-            if loaded.size > self._budget:
-                raise CoterieError(
-                    f"the expert {adapter[0]} takes {loaded.size / 2**20:.0f} MiB, and expert_memory under [business] "
-                    f"allows {self._budget / 2**20:.0f} for all experts: raise it"
-                )
-            self._kept[key] = loaded
+            loaded = self._kept.pop(key, None)
+            if loaded is not None:
+                self._kept[key] = loaded
+            return loaded
+
+    def _keep(self, loaded: Loaded) -> None:
+        with self._lock:
+            self._kept[loaded.key] = loaded
             # Those that answer at the moment stay in memory until they end, whatever leaves the shelf.
-            idle = [other for other in self._kept if other != key and other[0].parent.name not in self._pinned]
+            idle = [k for k in self._kept if k != loaded.key and k[0].parent.name not in self._pinned]
             while idle and sum(each.size for each in self._kept.values()) > self._budget:
                 del self._kept[idle.pop(0)]
-        return loaded
 
     def _load(self, adapter: Adapter, key: tuple[Path, int]) -> Loaded:
         assert self._library, "open has asked"

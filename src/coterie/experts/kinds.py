@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from coterie.errors import ModelError
+from coterie.errors import CoterieError, ModelError
 from coterie.experts import adapter, classifier, full, lora, prefix, prompt
 from coterie.experts.expert import CONFIG, Applied, Expert, read_config
 from coterie.experts.instruction import weights_of
@@ -89,6 +89,22 @@ def labeller(library: Library, facts: ExpertFacts, base: BaseModel) -> Labeller:
 def answering(library: Library, facts: ExpertFacts, base: BaseModel) -> tuple[str, int] | Labeller | None:
     """What answers for an expert: its weights in the engine, a classifier, or nothing but its words."""
     return labeller(library, facts, base) if facts.kind == classifier.KIND else weights_of(facts)
+
+
+def adds_up(library: Library, facts: ExpertFacts) -> bool:
+    """Whether its update can be summed with those of others: a LoRA's can, unless DoRA scales the sum once more."""
+    if facts.kind != "lora":
+        return False
+    try:
+        return not read_config(library.folder(facts.name, facts.version)).get("use_dora")
+    except CoterieError:  # it answers with that error when it is asked alone
+        return False
+
+
+def has_voice(facts: ExpertFacts) -> bool:
+    """Whether it can score the next token in the base's engine, beside others: all that change the base's weights or
+    what stands before a prompt, but not a model of its own."""
+    return facts.kind != "full" and weights_of(facts) is not None
 
 
 def _check_mark(facts: ExpertFacts, decoder: Decoder) -> None:

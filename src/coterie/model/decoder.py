@@ -147,6 +147,11 @@ class Decoder:
             digest.update(name.encode() + some.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights as they were read; each way of computing lays them out once more."""
+        return sum(w.nbytes for w in self.weights.values())
+
     def pack(self, weight: Tensor) -> Tensor:
         """`weight` (out, in) in the layout that `apply` wants."""
         if self.prepack:

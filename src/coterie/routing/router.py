@@ -20,15 +20,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import CoterieError, ModelError
 from coterie.routing.space import Background, Floats
-from coterie.routing.statistics import Statistics
+from coterie.routing.statistics import Statistics, Summary
 
-SHORTLIST = 10  # experts compared closely
+SHORTLIST = 10  # experts compared closely, or as many as may answer together where those are more
 NEAREST = 3  # training inputs that a similarity is the mean over
 POOLED = 32  # experts whose covariances are pooled: 5.3 MB each for a base model of width 576
 SHRINKAGE = 10  # of the covariance toward the plain distance, times dimensions / inputs
@@ -110,31 +111,37 @@ class Router:
     def __contains__(self, name: str) -> bool:
         return name in self._open
 
-    def add(self, name: str, statistics: Statistics, reopen: Open | None = None) -> None:
-        """Know an expert, or a new version of it. `reopen` reads its statistics again, so that they need not be kept.
+    def add(self, name: str, known: Summary, reopen: Open | None = None) -> None:
+        """Know an expert, or a new version of it: by its whole statistics, or by their summary and `reopen`, which
+        reads them whenever they are needed, so that they need not be kept.
 
-        Raises ModelError where they were made on another base model.
+        Raises ModelError where they were made on another base model, or cannot be read.
         """
-        if statistics.space != self.background.space or len(statistics.mean) != self._means.shape[1]:
+        if known.space != self.background.space or len(known.mean) != self._means.shape[1]:
             raise ModelError(
                 f"{name}: its routing statistics are of another base model or version; "
                 f"`coterie experts learn-route {name} --inputs FILE` makes them anew"
             )
         if name in self._open:
             self.remove(name)
-        self.lost.pop(name, None)
-        if len(self._names) == len(self._means):
-            self._means, self._units = (np.concatenate([a, np.zeros_like(a)]) for a in (self._means, self._units))
-        self._means[len(self._names)] = statistics.mean - self.background.centre
-        self._names.append(name)
-        self._open[name] = reopen or (lambda: statistics)
-        self._ranks[name] = hashlib.sha256(name.encode()).hexdigest()
+        whole, order = known if isinstance(known, Statistics) else None, rank(name)
         last = max(self._scatters, key=self._ranks.__getitem__, default=None)
-        if len(self._scatters) < POOLED or (last and self._ranks[name] < self._ranks[last]):
-            self._scatters[name], self._counts[name] = statistics.scatter, statistics.count
+        pooled = len(self._scatters) < POOLED or (last is not None and order < self._ranks[last])
+        if reopen is None:
+            assert whole, "a summary comes with a way to read the rest"
+            reopen = partial(_same, whole)
+        if pooled:
+            whole = whole or reopen()  # raises before anything is changed
+            self._scatters[name], self._counts[name] = whole.scatter, whole.count
             if last and len(self._scatters) > POOLED:
                 del self._scatters[last], self._counts[last]
             self._forget_pooled()
+        self.lost.pop(name, None)
+        if len(self._names) == len(self._means):
+            self._means, self._units = (np.concatenate([a, np.zeros_like(a)]) for a in (self._means, self._units))
+        self._means[len(self._names)] = known.mean - self.background.centre
+        self._names.append(name)
+        self._open[name], self._ranks[name] = reopen, order
 
     def remove(self, name: str) -> None:
         """Forget an expert; the last one takes its row."""
@@ -169,7 +176,7 @@ class Router:
             return Decision((), ())
         text, regressed = self._see(vector[None])[0], self._regress(vector[None])[0]
         found: list[tuple[float, str, _Sample, Floats]] = []
-        for value, name in self._shortlist(text, regressed, only):
+        for value, name in self._shortlist(text, regressed, only, max(top_k, SHORTLIST)):
             sample = self._sample(name)
             if sample is not None:
                 cosines = sample.units @ text
@@ -234,17 +241,19 @@ class Router:
         shared: Floats = (solved / (len(self._names) + 1)).astype(np.float32)
         return shared
 
-    def _shortlist(self, text: Floats, regressed: Floats, only: Collection[str] | None) -> list[tuple[float, str]]:
-        """Regression's value and name of the experts whose means come first by their cosine."""
+    def _shortlist(
+        self, text: Floats, regressed: Floats, only: Collection[str] | None, most: int
+    ) -> list[tuple[float, str]]:
+        """Regression's value and name of the `most` experts whose means come first by their cosine."""
         end = len(self._names)
         if self._fresh < end:
             self._units[self._fresh : end] = self._see(self._means[self._fresh : end] + self.background.centre)
             self._fresh = end
-        cosines = self._units[:end] @ text
-        places = list(range(end)) if only is None else [i for i, name in enumerate(self._names) if name in only]
-        if len(places) > SHORTLIST:
+        cosines, wanted = self._units[:end] @ text, None if only is None else set(only)
+        places = [i for i, name in enumerate(self._names) if wanted is None or name in wanted]
+        if len(places) > most:
             some = np.array(places)
-            places = some[np.argpartition(-cosines[some], SHORTLIST)[:SHORTLIST]].tolist()
+            places = some[np.argpartition(-cosines[some], most)[:most]].tolist()
         values = np.clip(self._means[places] @ regressed[:-1] + regressed[-1], -1, 1)
         return [(float(value), self._names[i]) for value, i in zip(values, places, strict=True)]
 
@@ -311,9 +320,9 @@ class Router:
     def _fit_temperature(self) -> float:
         """The temperature under which the experts' own inputs, each left out in turn, are most probable."""
         if self._temperature is None:
-            known = {name: place for place, name in enumerate(self._names)}
             some = sorted(self._scatters, key=self._ranks.__getitem__)[:FITTED]
             samples = {name: sample for name in some if (sample := self._sample(name))}
+            known = {name: place for place, name in enumerate(self._names)}
             rows: list[Floats] = []
             for right, (name, sample) in enumerate(samples.items()):
                 if len(sample.units) < 2:
@@ -334,6 +343,15 @@ class Router:
                 losses = [float(-_log_softmax(found / t)[:, 0].mean()) for t in grid]
                 self._temperature = float(grid[int(np.argmin(losses))])
         return self._temperature
+
+
+def rank(name: str) -> str:
+    """Where an expert stands among those that are pooled: the lowest are."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _same(statistics: Statistics) -> Statistics:
+    return statistics
 
 
 def _unit(x: Floats) -> Floats:

@@ -6,9 +6,10 @@ said: once a row is erased from the data, the router cannot show it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +24,26 @@ from coterie.routing.space import Floats, identity, locate
 FILE = "routing.safetensors"
 MOST = 2000  # inputs that are read; beyond, a sample
 SAMPLE = 1000  # of them, kept: 2.3 MB for a base model of width 576
+T = TypeVar("T", bound="Summary")
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Of one version of one expert, in the space `space`.
-
-    `mean` (width) of where its inputs lie; `scatter` (width, width), their covariance; `sample` (n, width) of them in
-    float16, and `where` each row of it came from.
-    """
+class Summary:
+    """What is held of every expert at all times: in the space `space`, the `mean` (width) of where its inputs lie."""
 
     space: str
     count: int
     mean: Floats
+
+
+@dataclass(frozen=True)
+class Statistics(Summary):
+    """Of one version of one expert.
+
+    `scatter` (width, width): the covariance of its inputs; `sample` (n, width) of them in float16, and `where` each
+    row of it came from.
+    """
+
     scatter: Floats
     sample: NDArray[np.float16]
     where: tuple[str, ...]
@@ -48,27 +56,44 @@ class Statistics:
         write_atomic(folder / FILE, content)
 
 
+def load_summary(folder: Path) -> Summary | None:
+    """The summary of a version, without reading the rest of its file; None where it has none. Raises ModelError."""
+    return _read(folder, _summary)
+
+
 def load_statistics(folder: Path) -> Statistics | None:
     """The statistics of a version; None where it has none. Raises ModelError where the file is damaged."""
+    return _read(folder, _statistics)
+
+
+def _read(folder: Path, take: Callable[[Any], T]) -> T | None:
     if not (folder / FILE).exists():
         return None
     try:
         with safe_open(folder / FILE, "np") as f:
-            facts = f.metadata() or {}
-            mean, triangle, sample = (f.get_tensor(name) for name in ("mean", "scatter", "sample"))
-        scatter = np.zeros((len(mean), len(mean)), np.float32)
-        scatter[np.triu_indices(len(mean))] = triangle
-        scatter += np.triu(scatter, 1).T
-        found = Statistics(
-            facts["space"], int(facts["count"]), mean, scatter, sample, tuple(json.loads(facts["where"]))
-        )
-        if sample.shape != (len(found.where), len(mean)) or not len(sample):
-            raise ValueError(f"a sample of shape {sample.shape} for {len(found.where)} rows of width {len(mean)}")
-        if not all(np.isfinite(part).all() for part in (mean, triangle, sample)):
-            raise ValueError("numbers that are not finite")
-        return found
+            return take(f)
     except Exception as error:  # safetensors raises its own kind
         raise ModelError(f"{folder / FILE}: damaged ({error}); `coterie experts learn-route` makes it anew") from error
+
+
+def _summary(f: Any) -> Summary:
+    facts, mean = f.metadata() or {}, f.get_tensor("mean")
+    if not np.isfinite(mean).all():
+        raise ValueError("numbers that are not finite")
+    return Summary(facts["space"], int(facts["count"]), mean)
+
+
+def _statistics(f: Any) -> Statistics:
+    known, where = _summary(f), tuple(json.loads(f.metadata()["where"]))
+    triangle, sample, width = f.get_tensor("scatter"), f.get_tensor("sample"), len(known.mean)
+    scatter = np.zeros((width, width), np.float32)
+    scatter[np.triu_indices(width)] = triangle
+    scatter += np.triu(scatter, 1).T
+    if sample.shape != (len(where), width) or not len(sample):
+        raise ValueError(f"a sample of shape {sample.shape} for {len(where)} rows of width {width}")
+    if not all(np.isfinite(part).all() for part in (triangle, sample)):
+        raise ValueError("numbers that are not finite")
+    return Statistics(known.space, known.count, known.mean, scatter, sample, where)
 
 
 def learn(base: BaseModel, inputs: Sequence[str], where: Sequence[str], seed: int = 0) -> Statistics:

@@ -40,9 +40,11 @@ from coterie.web.files import router as files_router
 from coterie.web.knowledge import Ground, Shelf
 from coterie.web.knowledge import router as knowledge_router
 from coterie.web.problem import Guard, broken_off, handle_errors
+from coterie.web.route import router as route_router
 from coterie.web.schema import ChatRequest, CompletionRequest
 
 HERE = Path(__file__).parent
+EXPERTS = "X-Coterie-Experts"
 Start = Callable[[Callable[[Piece], None]], Answer]
 
 
@@ -74,6 +76,7 @@ def create_app(
             app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
     app.include_router(knowledge_router(shelf, business, pages))
     app.include_router(experts_router(business, pages))
+    app.include_router(route_router(answerer, _on_learned(house)))
 
     @app.get("/", response_class=HTMLResponse)
     def page(request: Request) -> str:
@@ -137,7 +140,7 @@ def create_app(
             return await _reply(request, body, starts[0], _TextShape())
         if body.stream:
             raise CoterieError("stream: several prompts cannot be streamed; send them one by one")
-        return await _reply_all(request, starts, _TextShape())
+        return await _reply_all(request, body.model, starts, _TextShape())
 
     return app
 
@@ -150,6 +153,11 @@ def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, 
 def _on_refusal(house: House) -> Callable[[str, str, str], None]:
     """Says in the audit log which customer asked for whose conversation, and did not get it."""
     return lambda who, id, customer: house.audit.record(f"customer:{who}", "conversation.refused", customer, id=id)
+
+
+def _on_learned(house: House | None) -> Callable[[str, str, int], None]:
+    """Says in the audit log who taught the router which expert."""
+    return lambda who, name, count: house.audit.record(who, "route.learn", name, inputs=count) if house else None
 
 
 class _ChatShape:
@@ -212,13 +220,9 @@ async def _reply(
     generation = answer.generation
     head = {
         "id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": answer.expert or "base",
-        "coterie": {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
-                    "similarity": answer.similarity,
-                    "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts],
-                    **(ground.head() if ground else {}), **(answer.verdict.json() if answer.verdict else {})},
+        "coterie": {**_told(answer), **(ground.head() if ground else {})},
     }  # fmt: skip
-    shares = ", ".join(f'"{n}";version={v};weight={w:.3f}' for n, v, w in answer.experts)  # a list, as in RFC 8941
-    who = {"X-Coterie-Experts": shares or '"base"'}
+    who = {EXPERTS: _shares([answer])}
 
     def usage() -> dict[str, Any]:
         return _usage([generation])
@@ -269,6 +273,25 @@ async def _reply(
     return JSONResponse({**head, "object": shape.whole, "choices": [choice], "usage": usage()}, headers=who)
 
 
+def _told(answer: Answer) -> dict[str, Any]:
+    """Who answered, and how sure they were."""
+    return {"expert": answer.expert, "version": answer.version, "routed": answer.routed,
+            "similarity": answer.similarity,
+            "experts": [{"name": n, "version": v, "weight": round(w, 4)} for n, v, w in answer.experts],
+            **(answer.verdict.json() if answer.verdict else {})}  # fmt: skip
+
+
+def _shares(answers: list[Answer]) -> str:
+    """Who answered, each with its share of all the answers: a list as in RFC 8941."""
+    shares: dict[str, float] = {}
+    for answer in answers:
+        for who, share in [(f'"{n}";version={v}', w) for n, v, w in answer.experts] or [('"base"', 1.0)]:
+            shares[who] = shares.get(who, 0.0) + share / len(answers)
+    if shares.keys() == {'"base"'}:
+        return '"base"'
+    return ", ".join(f"{who};weight={share:.3f}" for who, share in shares.items())
+
+
 def _usage(generations: list[Generation]) -> dict[str, Any]:
     """Tokens read and written, and those of the prompts that were found read: in all layers, or in the trunk only."""
     asked, said, cached, trunk = (
@@ -284,8 +307,8 @@ def _channel(request: Request) -> str:
     return request.headers.get("x-coterie-channel", "")
 
 
-async def _reply_all(request: Request, starts: list[Start], shape: _TextShape) -> Response:
-    """Start several generations and answer with all of them, in the order of their prompts."""
+async def _reply_all(request: Request, asked: str, starts: list[Start], shape: _TextShape) -> Response:
+    """Start several generations and answer with all of them, in the order of their prompts, each saying who gave it."""
     loop, arrived = asyncio.get_running_loop(), [asyncio.Queue[Piece]() for _ in starts]
     answers: list[Answer] = []
     choices: list[dict[str, Any]] = []
@@ -301,14 +324,16 @@ async def _reply_all(request: Request, starts: list[Start], shape: _TextShape) -
                     return failed
                 text, finish = text + piece.text, piece.finish
                 tokens += piece.tokens
-            choices.append({"index": index, "finish_reason": finish, **shape.all(text, tokens)})
+            told = _told(answers[index])
+            choices.append({"index": index, "finish_reason": finish, **shape.all(text, tokens), "coterie": told})
     finally:
         watch.cancel()
         for answer in answers:
             answer.generation.cancel()
-    usage = _usage([a.generation for a in answers])
+    usage, names = _usage([a.generation for a in answers]), {a.expert or "base" for a in answers}
     return JSONResponse({"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "object": shape.whole,
-                         "model": answers[0].expert or "base", "choices": choices, "usage": usage})  # fmt: skip
+                         "model": names.pop() if len(names) == 1 else asked, "choices": choices, "usage": usage},
+                        headers={EXPERTS: _shares(answers)})  # fmt: skip
 
 
 class _Events(StreamingResponse):
