@@ -118,7 +118,8 @@ def contacts(report: Report, args: argparse.Namespace) -> None:
     report.table("Contacts of tau2-bench's bank", head, rows)
     report.say("Cost is of one resolved contact: (answers x cost of an answer + escalated x cost of a person) / "
                "(verified + escalated), at three costs of a person. Verified: the bank's state is the gold one, and a "
-               "person was called exactly where the gold solution calls one.")  # fmt: skip
+               "person was called exactly where the gold solution calls one. Assumed is what a business would count as "
+               "deflected; thresholds bound what a model writes, not what a procedure does.")  # fmt: skip
     _tell(report, runs["coterie"], args.model_name if args.url else args.model)
 
 
@@ -138,7 +139,7 @@ def _calibrated(
             refused = str(why)
         ours = [handed_over(run, fitted.sure if fitted else _never) for run in held]
         percent, alone = f"{100 * error:.0f}", [r for r in ours if r.assumed]
-        rows.append(_row(f"coterie, {error:.0%} wrong ({len(held)} held-out)", ours))
+        rows.append(_row(f"coterie, {error:.0%} wrong wished ({len(held)} held-out)", ours))
         report.figures |= _figures(f"coterie_at_{percent}", ours)
         report.figures |= {
             f"deflection_at_{percent}": len(alone) / len(ours),
@@ -156,17 +157,22 @@ def _never(_signals: Signals) -> bool:
 
 def _tell(report: Report, ours: Sequence[Run], model: str) -> None:
     """What the desk did, in words: what it solved alone, and why it called people."""
-    alone, why = sum(r.verified and r.assumed for r in ours), Counter(r.replies[-1].reason for r in ours if r.escalated)
-    report.figures |= {f"coterie_{reason}": count / len(ours) for reason, count in why.items()}
+    alone, why = (
+        [r for r in ours if r.verified and r.assumed],
+        Counter(r.replies[-1].reason for r in ours if r.escalated),
+    )
+    written = sum(any(reply.signals for reply in r.replies) for r in alone)
+    report.figures |= {"coterie_verified_by_procedures": (len(alone) - written) / len(ours),
+                       "coterie_verified_by_the_model": written / len(ours)}  # fmt: skip
+    report.figures |= {f"coterie_handed_over_{reason}": count / len(ours) for reason, count in why.items()}
     reasons = ", ".join(f"{reason} {count}" for reason, count in why.most_common()) or "none"
-    acted = sum(bool(r.done) for r in ours)
-    report.say(f"Coterie here is the desk's answer flow over {model}, with the bank's documents, without a trained "
-               f"expert. Not calibrated, it verifies {alone} of {len(ours)} contacts without a person; people are "
-               f"called for: {reasons}. In {acted} contacts its procedure or the customer did something at the "
-               "bank.")  # fmt: skip
-    if not alone:
-        report.say(f"{model} cannot act as an agent of this bank: no contact was solved without a person. What the "
-                   "figures show is how safely the desk hands over, not what it solves.")  # fmt: skip
+    report.say(f"Coterie here is the desk's answer flow over {model}, with the bank's documents and two procedures, "
+               f"without a trained expert. Not calibrated, it verifies {len(alone)} of {len(ours)} contacts without a "
+               f"person: {len(alone) - written} by a procedure, which no model decides, {written} by what the model "
+               f"wrote. People are called for: {reasons}.")  # fmt: skip
+    if not written:
+        report.say(f"{model} cannot act as an agent of this bank: nothing that it wrote has solved a contact. Beyond the "
+                   "procedures the figures show how safely the desk hands over, not what it solves.")  # fmt: skip
 
 
 def _played(tasks: Sequence[Task], system: System, names: Sequence[str]) -> list[Run]:

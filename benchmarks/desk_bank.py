@@ -1,4 +1,4 @@
-"""The bank of tau2-bench as a business of Coterie: its documents as knowledge, its policy as a procedure, and the
+"""The bank of tau2-bench as a business of Coterie: its documents as knowledge, its policy as procedures, and the
 desk's own answer flow in front of a scripted customer (desk.py).
 
 What is declared here and in `bank/` comes from what the bank publishes (its documents, and the policy under
@@ -6,21 +6,17 @@ What is declared here and in `bank/` comes from what the bank publishes (its doc
 the bank has no rows to train one with.
 """
 
-import re
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime
-from functools import cache, partial
-from json import loads
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 from common import need_data, screen
-from desk_tasks import Action, Reply, Task, read_documents, words
+from desk_actions import taken
+from desk_tasks import Reply, Task, read_documents
 
 from coterie.answer import Answer, Answerer
 from coterie.business import Business
@@ -44,11 +40,7 @@ from coterie.privacy.vault import Vault
 from coterie.sources import Knowledge, learn
 
 HERE = Path.home() / ".cache" / "coterie" / "benchmarks" / "bank"  # documents and their index, made once
-NOW = "2025-11-14 03:40:00 EST"  # what the bank's clock says in every task
 PERSON_WORDS = ["human agent", "real person", "speak to a human", "talk to a human", "speak to a person"]
-PROOFS = ("date_of_birth", "email", "phone_number", "address")  # two of them identify; name and user id do not
-DATES = ("%m/%d/%Y", "%B %d, %Y", "%B %d %Y", "%b %d, %Y")
-_done: defaultdict[str, list[Action]] = defaultdict(list)  # by customer: what was done at the bank in this turn
 
 
 def declared(base: str, database: Path, slots: int, context: int) -> Config:
@@ -127,7 +119,7 @@ class Front:
         self.talks.finish(turn, result.text, result.data, result.handoff, result.keep)
         person = result.handoff
         return Reply(
-            result.text, tuple(_done.pop(task.name, ())), person is not None, self._signals(result),
+            result.text, taken(task.name), person is not None, self._signals(result),
             person.suggestion if person else "", person.reason if person else "",
         )  # fmt: skip
 
@@ -177,47 +169,3 @@ class Elsewhere(Answerer):
         generation = Generation([], sampling, None, on_piece)
         generation.emit(Piece(text, tuple(TokenChoice(0, "", p) for p in logprobs), "stop"))
         return Answer(generation, None, None, True, None)
-
-
-# What the procedures do at the bank
-
-
-@cache
-def customers() -> list[dict[str, str]]:
-    """Everybody in the bank's database."""
-    database = loads((need_data("tau2_banking") / "db.json").read_text(encoding="utf-8"))
-    return list(database["users"]["data"].values())
-
-
-def find(told: str) -> dict[str, str] | None:
-    """The one customer who is proven by what was told."""
-    proven = [c for c in customers() if sum(_says(told, name, c[name]) for name in PROOFS) >= 2]
-    return {"user_id": proven[0]["user_id"], "name": proven[0]["name"]} if len(proven) == 1 else None
-
-
-def _says(told: str, name: str, value: str) -> bool:
-    if name == "date_of_birth":
-        return value in _days(told)
-    if name == "phone_number":
-        return re.sub(r"\D", "", value) in re.sub(r"(?<=\d)[-. ()]+(?=\d)", "", told)
-    return " ".join(words(value)) in " ".join(words(told))
-
-
-def _days(told: str) -> set[str]:
-    """Dates in a text, as the bank writes them."""
-    found = set()
-    for text in re.findall(r"\d{1,2}/\d{1,2}/\d{4}|[A-Z][a-z]+ \d{1,2},? \d{4}", told):
-        for form in DATES:
-            try:
-                found.add(datetime.strptime(text, form).strftime("%m/%d/%Y"))
-            except ValueError:
-                continue
-    return found
-
-
-def log_verification(customer: str, user_id: str) -> dict[str, Any]:
-    """Write down that the customer was identified, with what the bank knows of them."""
-    (record,) = [c for c in customers() if c["user_id"] == user_id]
-    kept = {name: record[name] for name in ("name", "user_id", "address", "email", "phone_number", "date_of_birth")}
-    _done[customer].append({"name": "log_verification", "arguments": {**kept, "time_verified": NOW}})
-    return {}

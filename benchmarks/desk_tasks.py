@@ -17,10 +17,12 @@ from typing import Any
 
 from coterie.desk.confidence import Signals
 
-TURNS = 4  # answers of the assistant before the customer leaves
+TURNS = 6  # answers of the assistant before the customer leaves
 PERSON = ("transfer_to_human_agents", "request_human_agent_transfer")
 STAGE = re.compile(
-    r"role|pretend|never respond|customer service|don't dump|tool|on the line|only mention|no need", re.I
+    r"role|pretend|never respond|customer service|don't dump|tool|on the line|only mention|no need|"
+    r"provide (?:verification|information)|to provide",
+    re.I,
 )
 OPENS = re.compile(r'(?:opening|start naturally)\b[^"\u201c]*["\u201c]([^"\u201d]+)["\u201d]', re.I)
 Action = dict[str, Any]
@@ -88,8 +90,18 @@ class Run:
 
 
 def state(actions: Sequence[Action]) -> "Counter[str]":
-    """What the actions changed."""
-    return Counter(json.dumps([a["name"], a.get("arguments", {})], sort_keys=True) for a in actions if _changes(a))
+    """What the actions changed. A tool that the bank unlocks gets its arguments as JSON, however spelled."""
+    return Counter(
+        json.dumps([a["name"], {k: _spelled_out(v) for k, v in (a.get("arguments") or {}).items()}], sort_keys=True)
+        for a in actions if _changes(a)
+    )  # fmt: skip
+
+
+def _spelled_out(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    except ValueError:
+        return value
 
 
 def _changes(action: Action) -> bool:
