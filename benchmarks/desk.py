@@ -112,7 +112,7 @@ def contacts(report: Report, args: argparse.Namespace) -> None:
         report.figures |= _figures(key, done)
     report.figures["oracle_verified"] = sum(gold) / len(gold)
     rows = [_row("coterie, not calibrated" if name == "coterie" else name, done) for name, done in runs.items()]
-    rows += _calibrated(report, runs["coterie"][::2], runs["coterie"][1::2], names)
+    rows += _calibrated(report, runs["coterie"][::2], runs["coterie"][1::2])
     head = ["contacts", "verified", "without a person", "assumed", "silent failure", "escalation recall",
             *(f"cost at {c:.0f}" for c in PERSON_COST)]  # fmt: skip
     report.table("Contacts of tau2-bench's bank", head, rows)
@@ -124,11 +124,11 @@ def contacts(report: Report, args: argparse.Namespace) -> None:
 
 
 def _calibrated(
-    report: Report, development: Sequence[Run], held: Sequence[Run], names: Sequence[str]
+    report: Report, development: Sequence[Run], held: Sequence[Run]
 ) -> list[list[object]]:  # fmt: skip
     """The desk with its confidence, fitted on the development half: rows of the other half. A contact goes the same way
     with and without it up to the first answer that it is not sure of, so each is served once."""
-    signals, right = answers(development, names)
+    signals, right = answers(development)
     report.figures |= {"calibration_answers": len(right), "calibration_right": sum(right)}
     rows, refused = list[list[object]](), ""
     for error in ERRORS:
@@ -171,8 +171,8 @@ def _tell(report: Report, ours: Sequence[Run], model: str) -> None:
                f"person: {len(alone) - written} by a procedure, which no model decides, {written} by what the model "
                f"wrote. People are called for: {reasons}.")  # fmt: skip
     if not written:
-        report.say(f"{model} cannot act as an agent of this bank: nothing that it wrote has solved a contact. Beyond the "
-                   "procedures the figures show how safely the desk hands over, not what it solves.")  # fmt: skip
+        report.say(f"{model} cannot act as an agent of this bank: nothing that it wrote has solved a contact. Beyond "
+                   "the procedures the figures show how safely the desk hands over, not what it solves.")  # fmt: skip
 
 
 def _played(tasks: Sequence[Task], system: System, names: Sequence[str]) -> list[Run]:

@@ -120,7 +120,7 @@ class Front:
         person = result.handoff
         return Reply(
             result.text, taken(task.name), person is not None, self._signals(result),
-            person.suggestion if person else "", person.reason if person else "",
+            person.reason if person else "",
         )  # fmt: skip
 
     def _listen(self, question: str, reader: Reader) -> list[Evidence]:

@@ -51,15 +51,13 @@ class Task:
 class Reply:
     """What a system does in a turn: words, actions at the bank, or a call for a person.
 
-    signals: what is known of the words, where a model wrote them. suggestion: its words, where a person is called.
-    reason: why.
+    signals: what is known of the words, where a model wrote them. reason: why a person is called.
     """
 
     text: str = ""
     actions: tuple[Action, ...] = ()
     person: bool = False
     signals: Signals | None = None
-    suggestion: str = ""
     reason: str = ""
 
 
@@ -196,7 +194,7 @@ def play(task: Task, system: System, names: Sequence[str]) -> Run:
         said.append(reply.text)
         fact = _fact(task, reply.text, told)
         if fact is None:
-            run.done += acts(task, reply.text, names)
+            run.done += _acts(task, reply.text, names)
             return run
         told.add(fact)
         said.append(fact)
@@ -211,7 +209,7 @@ def _fact(task: Task, asked: str, told: set[str]) -> str | None:
     return max(left, key=lambda f: len(set(words(f)) & set(words(asked)))) if left else None
 
 
-def acts(task: Task, advice: str, names: Sequence[str]) -> list[Action]:
+def _acts(task: Task, advice: str, names: Sequence[str]) -> list[Action]:
     """The customer's own actions, on the product that was named in the advice, which may be the wrong one."""
     named = [(advice.find(n), n) for n in names if n in advice]
     if not named:
@@ -234,17 +232,13 @@ def handed_over(run: Run, sure: Callable[[Signals], bool]) -> Run:
     return run
 
 
-def answers(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[Signals], list[bool]]:
-    """Of each reply that a model wrote: its signals, and whether it was right. It was where the contact ended right;
-    one that was kept back, where the contact would have ended right with it."""
-    signals, right = list[Signals](), list[bool]()
-    for run in runs:
-        for reply in run.replies:
-            if reply.signals:
-                sent = Run(run.task, False, run.done + acts(run.task, reply.suggestion, names))
-                signals.append(reply.signals)
-                right.append((sent if reply.person else run).verified)
-    return signals, right
+def answers(runs: Sequence[Run]) -> tuple[list[Signals], list[bool]]:
+    """Of each reply that a model wrote and that was sent: its signals, and whether it was right, which is whether its
+    contact ended right. What rules and checks keep back is never sent, however sure the desk is."""
+    sent = [
+        (reply.signals, run.verified) for run in runs for reply in run.replies if reply.signals and not reply.person
+    ]
+    return [signals for signals, _ in sent], [right for _, right in sent]
 
 
 def oracle(task: Task, said: Sequence[str]) -> Reply:
