@@ -11,15 +11,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-TURNS = 4  # answers of the assistant before the customer leaves
+from coterie.desk.confidence import Signals
+
+TURNS = 6  # answers of the assistant before the customer leaves
 PERSON = ("transfer_to_human_agents", "request_human_agent_transfer")
 STAGE = re.compile(
-    r"role|pretend|never respond|customer service|don't dump|tool|on the line|only mention|no need", re.I
+    r"role|pretend|never respond|customer service|don't dump|tool|on the line|only mention|no need|"
+    r"provide (?:verification|information)|to provide",
+    re.I,
 )
+OPENS = re.compile(r'(?:opening|start naturally)\b[^"\u201c]*["\u201c]([^"\u201d]+)["\u201d]', re.I)
 Action = dict[str, Any]
 
 
@@ -44,12 +49,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a system does in a turn: words, actions at the bank, or a call for a person; and how sure it is."""
+    """What a system does in a turn: words, actions at the bank, or a call for a person.
+
+    signals: what is known of the words, where a model wrote them. reason: why a person is called.
+    """
 
     text: str = ""
     actions: tuple[Action, ...] = ()
     person: bool = False
-    confidence: float = 1.0
+    signals: Signals | None = None
+    reason: str = ""
 
 
 System = Callable[[Task, Sequence[str]], Reply]  # what was said so far, the customer first
@@ -62,7 +71,7 @@ class Run:
     task: Task
     escalated: bool = False
     done: list[Action] = field(default_factory=list)
-    confidence: float = 1.0
+    replies: list[Reply] = field(default_factory=list)
 
     @property
     def verified(self) -> bool:
@@ -79,8 +88,18 @@ class Run:
 
 
 def state(actions: Sequence[Action]) -> "Counter[str]":
-    """What the actions changed."""
-    return Counter(json.dumps([a["name"], a.get("arguments", {})], sort_keys=True) for a in actions if _changes(a))
+    """What the actions changed. A tool that the bank unlocks gets its arguments as JSON, however spelled."""
+    return Counter(
+        json.dumps([a["name"], {k: _spelled_out(v) for k, v in (a.get("arguments") or {}).items()}], sort_keys=True)
+        for a in actions if _changes(a)
+    )  # fmt: skip
+
+
+def _spelled_out(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+    except ValueError:
+        return value
 
 
 def _changes(action: Action) -> bool:
@@ -96,12 +115,15 @@ def read_tasks(folder: Path) -> list[Task]:
 
 def _task(raw: dict[str, Any]) -> Task:
     text = str(raw["user_scenario"]["instructions"])
+    quoted = OPENS.search(text)
+    text = text.replace(quoted[1], "") if quoted else text
     sentences = [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+", text)]
     said = [_first_person(s) for s in sentences if s and not STAGE.search(s)]
     wishes = [s for s in said if re.search(r"\b(want|looking|need|like|would|problem|issue|help|ask)", s, re.I)] or said
-    opening = " ".join(wishes[:2])
+    wishes = [] if quoted else wishes[:2]
+    opening = " ".join(quoted[1].split() if quoted else wishes)
     gold = tuple(raw["evaluation_criteria"]["actions"] or ())
-    facts = tuple(s for s in said if s not in wishes[:2])
+    facts = tuple(s for s in said if s not in wishes)
     return Task(raw["id"], opening, facts, gold, tuple(raw.get("required_documents") or ()))
 
 
@@ -164,7 +186,7 @@ def play(task: Task, system: System, names: Sequence[str]) -> Run:
     run, said, told = Run(task), [task.opening], set[str]()
     for _ in range(TURNS):
         reply = system(task, said)
-        run.confidence = min(run.confidence, reply.confidence)
+        run.replies.append(reply)
         run.done += reply.actions
         if reply.person:
             run.escalated = True
@@ -198,6 +220,25 @@ def _acts(task: Task, advice: str, names: Sequence[str]) -> list[Action]:
             given = dict(action.get("arguments") or {})
             done.append({**action, "arguments": {k: product if v in names else v for k, v in given.items()}})
     return done
+
+
+def handed_over(run: Run, sure: Callable[[Signals], bool]) -> Run:
+    """The same contact at a desk that sends only what it is sure of: at the first other reply a person is called."""
+    done = list[Action]()
+    for n, reply in enumerate(run.replies):
+        if reply.signals and not sure(reply.signals):
+            return replace(run, escalated=True, done=done, replies=run.replies[: n + 1])
+        done += reply.actions
+    return run
+
+
+def answers(runs: Sequence[Run]) -> tuple[list[Signals], list[bool]]:
+    """Of each reply that a model wrote and that was sent: its signals, and whether it was right, which is whether its
+    contact ended right. What rules and checks keep back is never sent, however sure the desk is."""
+    sent = [
+        (reply.signals, run.verified) for run in runs for reply in run.replies if reply.signals and not reply.person
+    ]
+    return [signals for signals, _ in sent], [right for _, right in sent]
 
 
 def oracle(task: Task, said: Sequence[str]) -> Reply:
