@@ -311,6 +311,16 @@ class RetentionSpec(Strict):
     every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
 
 
+class PrivacySpec(Strict):
+    """[privacy]: what models get to see of a request to the API or on the chat page. The desk's are always masked."""
+
+    mask: Literal["accounts", "always", "never"] = Field(
+        "accounts",
+        description="when private data in them is hidden from models and put back into the answer: once there are "
+        "accounts, always, or never",
+    )
+
+
 class Config(Strict):
     """A whole coterie.toml."""
 
@@ -318,6 +328,7 @@ class Config(Strict):
     experts: dict[str, ExpertSpec] = Field({})
     routing: RoutingSpec = RoutingSpec()
     desk: DeskSpec = DeskSpec()
+    privacy: PrivacySpec = PrivacySpec()
     retention: RetentionSpec = RetentionSpec()
     knowledge: KnowledgeSpec = KnowledgeSpec()
 

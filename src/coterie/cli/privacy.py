@@ -16,6 +16,7 @@ from coterie.errors import CoterieError
 if TYPE_CHECKING:  # loaded when a command needs them, so that --help is quick
     from collections.abc import Iterator
 
+    from coterie.privacy.deidentify import Detector
     from coterie.privacy.house import House
     from coterie.privacy.rights import Room
 
@@ -268,28 +269,58 @@ def train_tagger(folder: FolderOption = Path(), as_json: Json = False) -> None:
     result({"file": str(file_of(base, place))}, as_json, str(file_of(base, place)))
 
 
+def _detector(folder: Path, rules_only: bool, region: str) -> "Detector":
+    from coterie.business import Business
+    from coterie.privacy.deidentify import Detector
+    from coterie.privacy.expert import tagger_of
+
+    if rules_only:
+        return Detector(None, region)
+    base = Business.open(folder).base(tell)
+    with bars() as shown:
+        found = tagger_of(base, None, lambda done, total: shown.count("training the tagger", done, total))
+    return Detector(found, region)
+
+
+RulesOnly = Annotated[bool, typer.Option("--rules-only", help="Without the tagging expert: finds no names.")]
+Region = Annotated[str, typer.Option(help="Whose phone numbers need no country code.")]
+
+
 @privacy.command("mask")
 def mask_text(
     text: Annotated[str, typer.Argument(help="A text; '-' reads stdin.")],
-    rules_only: Annotated[
-        bool, typer.Option("--rules-only", help="Without the tagging expert: finds no names.")
-    ] = False,
-    region: Annotated[str, typer.Option(help="Whose phone numbers need no country code.")] = "GB",
+    rules_only: RulesOnly = False,
+    region: Region = "GB",
     folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Show what a model would get to see of a text."""
-    from coterie.business import Business
-    from coterie.privacy.deidentify import Detector, Mask
-    from coterie.privacy.expert import tagger_of
+    from coterie.privacy.deidentify import Mask
     from coterie.privacy.pseudonyms import Pseudonyms
 
-    tagger = None
-    if not rules_only:
-        base = Business.open(folder).base(tell)
-        with bars() as shown:
-            tagger = tagger_of(base, None, lambda done, total: shown.count("training the tagger", done, total))
     pseudonyms = Pseudonyms()
-    masked = Mask(Detector(tagger, region), pseudonyms).hide(sys.stdin.read() if text == "-" else text)
+    found = _detector(folder, rules_only, region)
+    masked = Mask(found, pseudonyms).hide(sys.stdin.read() if text == "-" else text)
     pairs = {pair.pseudonym: pair.value for pair in pseudonyms.pairs()}
     result({"masked": masked, "pseudonyms": pairs}, as_json, masked)
+
+
+@privacy.command("mask-file")
+def mask_file(
+    file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .csv or .parquet.")],
+    out: Annotated[Path, typer.Argument(help="A new file (.jsonl, .csv) for the masked rows.")],
+    rules_only: RulesOnly = False,
+    region: Region = "GB",
+    folder: FolderOption = Path(),
+    as_json: Json = False,
+) -> None:
+    """Mask every text in a data file, row by row; the original stays as it is, and the values are kept nowhere."""
+    from coterie.data.read import check_file, rows_of
+    from coterie.data.write import check_new, write_rows
+    from coterie.privacy.once import mask_row
+
+    check_file(file)
+    check_new(out)
+    found = _detector(folder, rules_only, region)
+    written = write_rows(out, (mask_row(found, row) for row in rows_of(file)))
+    result({"file": str(out), "rows": written}, as_json, f"{out}: {written} rows, masked")
