@@ -1,4 +1,4 @@
-"""Nothing private goes to a model: requests of the API, what a remote model is asked, and customers' rows in training."""
+"""Nothing private goes to a model: requests of the API, texts to a remote model, customers' rows in training."""
 
 import json
 from collections.abc import Callable, Iterator

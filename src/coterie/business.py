@@ -238,9 +238,11 @@ def _fit_one(
         told = f". The batch: {len(batch)} row(s), the first {batch[first].where}" if first is not None else ""
         raise TrainingError(f"{name}: {error}{told}") from error
     pairs = business.files(spec.preferences)
-    preferred = prefer(
-        spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say, business.masked
-    ) if pairs else {}
+    preferred = (
+        prefer(spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say, business.masked)
+        if pairs
+        else {}
+    )
 
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,

@@ -311,6 +311,13 @@ class RetentionSpec(Strict):
     every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
 
 
+class ConsentSpec(Strict):
+    """[privacy.consents.NAME]: something that customers are asked to agree to."""
+
+    text: str = Field(min_length=1, max_length=4000, description="what they are asked, as they read it")
+    language: str = Field("", max_length=40, description="its language, such as de")
+
+
 class PrivacySpec(Strict):
     """[privacy]: what models get to see of a request to the API or on the chat page. The desk's are always masked."""
 
@@ -319,6 +326,7 @@ class PrivacySpec(Strict):
         description="when private data in them is hidden from models and put back into the answer: once there are "
         "accounts, always, or never",
     )
+    consents: dict[str, ConsentSpec] = Field({}, description="what customers are asked to agree to, by its purpose")
 
 
 class Config(Strict):

@@ -122,7 +122,9 @@ def tuning_data(files: list[Path], business: Business | None) -> list[Example]:
             raise DataError(f"{theirs.where}: a customer's row, which only a business can mask; give --business")
         return plain
     specs = business.config.experts
-    return list(chain(map(business.masked, plain), *(business.examples(name, spec.train) for name, spec in specs.items())))
+    return list(
+        chain(map(business.masked, plain), *(business.examples(name, spec.train) for name, spec in specs.items()))
+    )
 
 
 def measure(model: str, business: Business, names: list[str], limit: int = 0) -> dict[str, Any]:

@@ -313,7 +313,9 @@ def serve(
     mail = MailTask(open_mail(business, house, desk.conversations, desk.wake)) if desk.spec.email else None
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    application = create_app(answerer, desk, house, lambda: rooms_of(house, business), grounding, partial(mask_once, detector))
+    application = create_app(
+        answerer, desk, house, lambda: rooms_of(house, business), grounding, partial(mask_once, detector)
+    )
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
     settle()
     result({"address": address, "experts": business.library.names()}, as_json,

@@ -221,6 +221,37 @@ def erase_one(
     result(done, as_json, table(["room", "erased"], [[k, str(v)] for k, v in done.items()]))
 
 
+@customers.command("consents")
+def consents(customer: Customer, folder: FolderOption = Path(), as_json: Json = False) -> None:
+    """List what a customer was told and agreed to, in which words and when."""
+    with _house(folder) as house:
+        house.audit.record("cli", "consents.read", customer)
+        found = house.consents.of(customer)
+    rows = [[_when(c["at"]), c["purpose"], c["what"], c["version"], c["language"], c["text"]] for c in found]
+    result(found, as_json, table(["when", "purpose", "what", "version", "language", "text"], rows))
+
+
+@customers.command("consent")
+def consent(
+    customer: Customer,
+    purpose: Annotated[str, typer.Argument(help="What it is for, such as training.")],
+    what: Annotated[str, typer.Argument(help="told, agreed or withdrawn.")],
+    text: Annotated[str, typer.Option(help="The words that they read.")],
+    language: Annotated[str, typer.Option(help="Their language, such as de.")] = "",
+    folder: FolderOption = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write down what a customer was told elsewhere, agreed to, or took back."""
+    from coterie.privacy.rights import check_what
+
+    said = check_what(what)
+    with _house(folder) as house:
+        house.audit.record("cli", f"consent.{said}", customer, purpose=purpose)
+        house.consents.record(customer, purpose, said, text, language)
+        agreed = house.consents.agreed(customer, purpose)
+    result({"agreed": agreed}, as_json, f"{customer}: {purpose}: {'agreed' if agreed else 'not agreed'}")
+
+
 @customers.command("trained")
 def trained_on_erased(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """List the experts that learned from erased customers, and the rows to take out before they are fitted anew."""

@@ -63,7 +63,9 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
     procedures = procedures_of(
         answerer.business, house, profile, lambda texts: grounding.knowledge.embedder.embed(texts)
     )
-    desk = Desk(answerer, house.database, parts, house.seal, house.unseal, procedures=procedures)
+    desk = Desk(
+        answerer, house.database, parts, house.seal, house.unseal, procedures=procedures, audited=audited(house)
+    )
     if record and crm and (crm.case_on or crm.note_on):
         desk.cases = Cases(record, crm, desk.conversations, audited(house), mask=parts.mask)
     desk.start()

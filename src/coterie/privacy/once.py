@@ -1,5 +1,5 @@
-"""Masking of texts that belong to no customer of the desk: a request to the API, a row of training data, what a model on
-another machine is asked. Their pseudonyms live as long as the texts, and are kept nowhere.
+"""Masking of texts that belong to no customer of the desk: a request to the API, a row of training data, what a model
+on another machine is asked. Their pseudonyms live as long as the texts, and are kept nowhere.
 
 Notable: the same text is always masked alike, so that what a remote model gives for it can be compared and kept.
 """
@@ -20,7 +20,7 @@ Once = Callable[[Sequence[str]], Masked]  # texts that belong together: one name
 
 
 def detector_of(base: BaseModel, tell: Callable[[str], None] = lambda _: None) -> Detector:
-    """What finds private data for a business: the rules, and the tagging expert of its base model, when it is needed."""
+    """What finds private data: the rules, and the tagging expert of a base model, opened when it is needed."""
     return Detector(WhenNeeded(base, tell))
 
 
@@ -33,7 +33,9 @@ def mask_row(detector: Detect, row: Row) -> Row:
     def put(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: put(v) for k, v in value.items()}
-        return [put(v) for v in value] if isinstance(value, list) else masked[value] if isinstance(value, str) else value
+        return (
+            [put(v) for v in value] if isinstance(value, list) else masked[value] if isinstance(value, str) else value
+        )
 
     return {k: v if k in kept else put(v) for k, v in row.items()}
 

@@ -43,6 +43,7 @@ from coterie.web.knowledge import Ground, Shelf
 from coterie.web.knowledge import router as knowledge_router
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.schema import ChatRequest, CompletionRequest
+from coterie.web.witness import Witness
 
 HERE = Path(__file__).parent
 Start = Callable[[Callable[[Piece], None]], Answer]
@@ -58,7 +59,8 @@ def create_app(
     mask: hides what is private in a request, by [privacy]; without one it is made of the engine's base model.
     """
     shelf = Shelf(grounding or Grounding.of(answerer))
-    gate = Gate(house, [*([] if desk else ["/desk"]), *([] if shelf.declared else ["/knowledge"])])
+    door = open_door(answerer.business.folder, desk.spec.origins) if desk else None
+    gate = Gate(house, [*([] if desk else ["/desk"]), *([] if shelf.declared else ["/knowledge"])], door)
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
@@ -70,12 +72,11 @@ def create_app(
     app.add_middleware(Guard)
     handle_errors(app)
     add_access(app, gate, pages, rooms)
-    if desk:
-        door = open_door(business.folder, desk.spec.origins)
-        saw, refused = (_on_record(house), _on_refusal(house)) if house else (None, None)
-        add_desk(app, desk, pages, door, saw, refused)
+    if desk and door:
+        witness = Witness(house)
+        add_desk(app, desk, pages, door, witness)
         if house:
-            app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
+            app.include_router(files_router(Attachments(house), door, witness))
     app.include_router(knowledge_router(shelf, business, pages))
     app.include_router(experts_router(business, pages))
 
@@ -159,16 +160,6 @@ def create_app(
         return mask if rule == "always" or (rule == "accounts" and gate.closed()) else None
 
     return app
-
-
-def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, str, str], None]:
-    """Says in the audit log which agent read whose conversation."""
-    return lambda agent, id, customer: house.audit.record(f"agent:{agent}", what, customer, id=id)
-
-
-def _on_refusal(house: House) -> Callable[[str, str, str], None]:
-    """Says in the audit log which customer asked for whose conversation, and did not get it."""
-    return lambda who, id, customer: house.audit.record(f"customer:{who}", "conversation.refused", customer, id=id)
 
 
 class _ChatShape:
@@ -317,9 +308,7 @@ def _restoring(masked: Masked | None) -> Callable[[Piece], str]:
     return restored
 
 
-async def _reply_all(
-    request: Request, starts: list[Start], shape: _TextShape, masked: list[Masked | None]
-) -> Response:
+async def _reply_all(request: Request, starts: list[Start], shape: _TextShape, masked: list[Masked | None]) -> Response:
     """Start several generations and answer with all of them, in the order of their prompts."""
     loop, arrived = asyncio.get_running_loop(), [asyncio.Queue[Piece]() for _ in starts]
     answers: list[Answer] = []

@@ -9,24 +9,38 @@ let view = "waiting";
 let open = new URLSearchParams(location.hash.slice(1)).get("c");
 let current = null; // what the server last said of the open one
 let listed = [];
+let depth = 1; // how often older messages are searched as well
 let sending = null; // key of the text that is being sent, so that a second try is not doubled
 const drafts = new Map(); // conversation -> what was being written
 
 async function list() {
   const [query, wanted] = [find("#q").value.trim(), view];
-  const found = query ? await get(`search?q=${encodeURIComponent(query)}`) : await get(`conversations?view=${wanted}`);
+  const found = query ? await searched(query) : await get(`conversations?view=${wanted}`);
   if (query !== find("#q").value.trim() || wanted !== view) return; // another list has been asked for meanwhile
   listed = found.conversations;
   const focused = document.activeElement.dataset.id; // a list that is brought up to date keeps the focus where it was
   find("#list").replaceChildren(...listed.map(row));
   if (focused) find(`#list [data-id="${focused}"]`)?.focus();
   find("#none").hidden = listed.length > 0;
+  find("#older").hidden = !found.before;
   find("#list-name").textContent = query ? "Found" : find(`[data-view=${view}] span`).textContent;
   for (const button of document.querySelectorAll("#views button")) {
     button.ariaPressed = String(!query && button.dataset.view === view);
     const state = { people: "person" }[button.dataset.view] ?? button.dataset.view;
     if (found.counts) button.querySelector(".count").textContent = found.counts[state] ?? 0;
   }
+}
+
+/** What was found in the newest messages, and in as many older ones as were asked for. */
+async function searched(query) {
+  const conversations = [];
+  let before = null;
+  for (let n = 0; n < depth && (n === 0 || before); n++) {
+    const page = await get(`search?q=${encodeURIComponent(query)}${before ? `&before=${before}` : ""}`);
+    conversations.push(...page.conversations.filter((c) => !conversations.some((o) => o.id === c.id)));
+    before = page.before;
+  }
+  return { conversations, before };
 }
 
 function row(c) {
@@ -180,6 +194,11 @@ function news(ids) {
   }, 50);
 }
 
+find("#q").addEventListener("input", () => (depth = 1));
+find("#older button").addEventListener("click", () => {
+  depth++;
+  list();
+});
 for (const button of document.querySelectorAll("#views button"))
   button.addEventListener("click", () => {
     view = button.dataset.view;

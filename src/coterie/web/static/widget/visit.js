@@ -34,21 +34,25 @@ export class Refused extends Error {
 
 export class Visit {
   /** `on` gets: entry(message), state(now), piece(text), ended(), outbox(messages), line(open). */
-  constructor(base, identity, on) {
-    Object.assign(this, { base, identity, on, facts: null, token: "", id: null, last: 0, stopper: null });
+  constructor(base, identity, language, on) {
+    Object.assign(this, { base, identity, language, on, facts: null, token: "", id: null, last: 0, stopper: null });
     this.outbox = store.get("outbox") ?? [];
   }
 
   /** Begin, or go on with the conversation of before. */
   async begin() {
     const former = store.get("visit") ?? {};
-    this.facts = await this.ask("visits", { identity: this.identity, token: former.token ?? "" }, false);
+    this.facts = await this.ask("visits", this.whose(former.token ?? ""), false);
     this.token = this.facts.token;
     this.id = this.facts.conversation;
     store.set("visit", { token: this.token });
     if (this.id) this.listen();
     if (this.outbox.length) this.flush();
     return this.facts;
+  }
+
+  whose(token) {
+    return { identity: this.identity, token, language: this.language };
   }
 
   /** `pressed`: of a button, { start } or { asked }. */
@@ -159,7 +163,7 @@ export class Visit {
   }
 
   async renew() {
-    this.facts = await this.ask("visits", { identity: this.identity, token: this.token }, false);
+    this.facts = await this.ask("visits", this.whose(this.token), false);
     this.token = this.facts.token;
     store.set("visit", { token: this.token });
   }

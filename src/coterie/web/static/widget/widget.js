@@ -39,7 +39,7 @@ class Panel {
     host.lang = language;
     host.dir = direction;
     this.build();
-    this.visit = new Visit(base, options.identity ?? "", {
+    this.visit = new Visit(base, options.identity ?? "", language, {
       entry: (m) => this.entry(m), state: (now) => this.state(now), outbox: (messages) => this.pending(messages),
       line: (open) => this.line(open),
       piece: ({ text }) => {
