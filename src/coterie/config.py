@@ -201,8 +201,9 @@ class WebhookSpec(Strict):
 
     url: str = Field(pattern="^https?://", description="where it is sent to, by POST")
     secret_env: str = Field(min_length=1, description="the environment variable that holds the secret to sign with")
-    kinds: list[Literal["message", "note", "suggestion", "event"]] = Field(
-        ["message", "event"], description="which entries of a conversation"
+    kinds: list[Literal["message", "note", "suggestion", "event", "rating", "action", "erasure"]] = Field(
+        ["message", "event", "rating", "action", "erasure"],
+        description="which entries of a conversation, and what else: thumbs, steps of procedures, customers erased",
     )
     texts: bool = Field(False, description="tell what was said, too")
 

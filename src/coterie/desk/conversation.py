@@ -35,6 +35,7 @@ from coterie.errors import CoterieError
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
 from coterie.store.procedure import RunRow
+from coterie.store.webhook import HappeningRow
 
 Action = Literal["say", "ask", "back", "hand_over", "take", "release", "snooze", "wake", "resolve"]
 # What an action makes of a state. What is not here is not allowed.
@@ -172,6 +173,9 @@ class Conversations(Record):
             found.good, found.at = good, self.clock()
             found.reason = self.seal(row.customer, reason[:2000])
             session.add(found)
+            session.add(HappeningRow(
+                at=found.at, kind="rating", customer=row.customer, conversation_id=id, data={"seq": seq, "good": good},
+            ))  # fmt: skip
         self.told(id)
 
     # What the bot does
