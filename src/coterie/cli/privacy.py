@@ -346,12 +346,12 @@ def mask_file(
     as_json: Json = False,
 ) -> None:
     """Mask every text in a data file, row by row; the original stays as it is, and the values are kept nowhere."""
-    from coterie.data.read import check_file, rows_of
+    from coterie.data.read import check_file, raw_rows
     from coterie.data.write import check_new, write_rows
     from coterie.privacy.once import mask_row
 
     check_file(file)
     check_new(out)
     found = _detector(folder, rules_only, region)
-    written = write_rows(out, (mask_row(found, row) for row in rows_of(file)))
+    written = write_rows(out, (mask_row(found, row) for _, row in raw_rows(file)))
     result({"file": str(out), "rows": written}, as_json, f"{out}: {written} rows, masked")

@@ -86,11 +86,6 @@ def read(path: Path, columns: Mapping[str, str] | None = None, system: str = "")
     return (example for example, _ in read_rows(path, columns or {}, system))
 
 
-def rows_of(path: Path) -> Iterator[Row]:
-    """Each row as the file has it, whatever its columns. Raises DataError, naming file and line."""
-    return (row for _, row in _rows(path))
-
-
 def read_rows(
     path: Path, columns: Mapping[str, str], system: str, refuse: Refuse | None = None
 ) -> Iterator[tuple[Example, Row]]:
@@ -100,7 +95,7 @@ def read_rows(
             raise DataError(f"columns: {name!r} is not one of {', '.join(FIELDS)}")
     if "messages" in columns and ("prompt" in columns or "completion" in columns):
         raise DataError("columns: name either messages, or prompt and completion")
-    for where, row in _rows(path, refuse):
+    for where, row in raw_rows(path, refuse):
         try:
             example = _example(row, columns, where, system)
         except DataError as error:
@@ -111,15 +106,15 @@ def read_rows(
 
 def names_customers(path: Path) -> bool:
     """Whether rows of this file may name their customer, without making rows of all of it."""
-    if path.suffix.lower() == ".parquet":
-        try:
+    try:
+        if path.suffix.lower() == ".parquet":
             return CUSTOMER in pq.read_schema(path).names
-        except (pa.ArrowException, OSError):
-            return False  # whoever reads it says what is wrong
-    with path.open("rb") as opened:
-        if path.suffix.lower() == ".csv":
-            return CUSTOMER in next(csv.reader([opened.readline(1 << 20).decode("utf-8-sig", "replace")]), [])
-        return any(f'"{CUSTOMER}"'.encode() in line for line in opened)
+        with path.open("rb") as opened:
+            if path.suffix.lower() == ".csv":
+                return CUSTOMER in next(csv.reader([opened.readline(1 << 20).decode("utf-8-sig", "replace")]), [])
+            return any(f'"{CUSTOMER}"'.encode() in line for line in opened)
+    except (pa.ArrowException, OSError, csv.Error):
+        return False  # whoever reads it says what is wrong
 
 
 def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:
@@ -134,7 +129,7 @@ def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
         yield from ((f"{path}:{n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip())
         return
-    for where, row in _rows(path):
+    for where, row in raw_rows(path):
         if not column and isinstance(row.get("messages"), list):
             asked = [m for m in row["messages"] if isinstance(m, dict) and m.get("role") == "user"]
             yield where, _text(asked[-1].get("content") if asked else None, "messages", where)
@@ -152,7 +147,7 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None, system: str
     answer, as TRL writes them). Raises DataError, naming file and line.
     """
     columns = dict(columns or {})
-    for where, row in _rows(path):
+    for where, row in raw_rows(path):
         ask = row.get(columns.get("prompt", "prompt"))
         for answer in ("chosen", "rejected"):
             column = columns.get(answer, answer)
@@ -200,7 +195,8 @@ def _refuse(error: DataError, refuse: Refuse | None) -> None:
     refuse(error)
 
 
-def _rows(path: Path, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
+def raw_rows(path: Path, refuse: Refuse | None = None) -> Iterator[tuple[str, Row]]:
+    """Place and cells of each row, whatever they are. Raises DataError, for a row's fault unless `refuse` takes it."""
     check_file(path)
     try:
         yield from {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()](path, refuse)

@@ -31,12 +31,11 @@ ACTS = Limit(60, 60)  # what else a visitor does: buttons, thumbs, consents, str
 
 
 class Visit(Record):
-    """POST /widget/visits: `identity` is the site's word for who this is, `token` the visit before, `language` that of
-    the page."""
+    """POST /widget/visits: `identity` is the site's word for who this is, `token` the visit before."""
 
     identity: str = Field("", max_length=4000)
     token: str = Field("", max_length=4000)
-    language: Text = Field("", max_length=40)
+    language: Text = Field("", max_length=40, description="that the widget speaks, such as ar")
 
 
 class Agreed(Record):
@@ -101,10 +100,11 @@ def widget_app(desk: Desk, door: Door, witness: Witness) -> FastAPI:
         site = door.site(request)
         VISITS.count(request.client.host if request.client else "")
         customer, token = door.admit(site, body.identity, body.token)
-        witness.told(customer, desk.spec.disclosure, body.language)
+        disclosure = desk.spec.disclosure
+        witness.told(customer, disclosure, body.language)
         last = next(iter(talks.listed(customer=customer, limit=1)), None)
         return {
-            "token": token, "business": desk.business.config.business.name, "disclosure": desk.spec.disclosure,
+            "token": token, "business": desk.business.config.business.name, "disclosure": disclosure,
             "greeting": desk.spec.greeting, "conversation": last.id if last else None,
             "offers": desk.procedures.offers() if desk.procedures else [],
             "consents": witness.asked(customer, consents),

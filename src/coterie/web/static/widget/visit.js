@@ -42,17 +42,14 @@ export class Visit {
   /** Begin, or go on with the conversation of before. */
   async begin() {
     const former = store.get("visit") ?? {};
-    this.facts = await this.ask("visits", this.whose(former.token ?? ""), false);
+    const { identity, language } = this;
+    this.facts = await this.ask("visits", { identity, language, token: former.token ?? "" }, false);
     this.token = this.facts.token;
     this.id = this.facts.conversation;
     store.set("visit", { token: this.token });
     if (this.id) this.listen();
     if (this.outbox.length) this.flush();
     return this.facts;
-  }
-
-  whose(token) {
-    return { identity: this.identity, token, language: this.language };
   }
 
   /** `pressed`: of a button, { start } or { asked }. */
@@ -163,7 +160,8 @@ export class Visit {
   }
 
   async renew() {
-    this.facts = await this.ask("visits", this.whose(this.token), false);
+    const { identity, language, token } = this;
+    this.facts = await this.ask("visits", { identity, language, token }, false);
     this.token = this.facts.token;
     store.set("visit", { token: this.token });
   }

@@ -3,10 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "webhooks_0001"
-down_revision = None
-branch_labels = ("webhooks",)
-depends_on = "desk_0002"
+revision = "desk_0003"
+down_revision = "desk_0002"
+branch_labels = None
+depends_on = None
 
 
 def upgrade() -> None:
