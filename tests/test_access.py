@@ -1,8 +1,9 @@
 """Who may do what: every route with every role, sessions, tokens, second factor, and what other sites try."""
 
+import asyncio
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from pwdlib import PasswordHash
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Mount
 
 from coterie.business import Business
 from coterie.desk.desk import Desk
+from coterie.errors import Busy
 from coterie.privacy import accounts as accounts_module
-from coterie.privacy.access import MAY, PERMISSIONS, ROLES, Forbidden, NotSignedIn, Role
+from coterie.privacy.access import MAY, PERMISSIONS, ROLES, Forbidden, Limit, NotSignedIn, Role
 from coterie.privacy.accounts import AccountError, Accounts
 from coterie.privacy.house import House, open_house
 from coterie.privacy.master import KeyLost
 from coterie.privacy.rights import Room
 from coterie.privacy.tables import AccountRow
 from coterie.store.database import open_database, reading
-from coterie.web import access
+from coterie.web import access, widget
 from coterie.web import door as door_module
 from coterie.web.app import create_app
+from coterie.web.door import COOKIE as DESK_COOKIE
 from coterie.web.door import Agent, open_door
+from coterie.web.events import Streams
 
 WORD = "correct horse battery"
 LOCAL = {"base_url": "http://localhost:8000", "client": ("127.0.0.1", 50000)}
@@ -80,11 +84,22 @@ def staff(house: House) -> dict[Role, str]:
     return {role: house.accounts.login(role, WORD).secret for role in ROLES if role != "visitor"}
 
 
-def every_route(routes: Sequence[BaseRoute]) -> Iterator[BaseRoute]:
-    """Those of included routers too: FastAPI keeps each router whole."""
+def every_route(routes: Sequence[BaseRoute], prefix: str = "") -> Iterator[tuple[str, BaseRoute]]:
+    """With their whole paths. Those of included routers too (FastAPI keeps each router whole), and of the widget, which
+    is an application of its own."""
     for route in routes:
         inner = getattr(route, "original_router", None)
-        yield from every_route(inner.routes) if inner else [route]
+        if inner:
+            yield from every_route(inner.routes, prefix)
+        elif isinstance(route, Mount) and isinstance(route.app, FastAPI):
+            yield from every_route(route.app.routes, prefix + route.path)
+        else:
+            yield prefix + getattr(route, "path", ""), route
+
+
+def called(app: FastAPI) -> list[tuple[str, str]]:
+    """Method and path of every route that has code of ours."""
+    return [(m, path) for path, r in every_route(app.routes) if isinstance(r, APIRoute) for m in sorted(r.methods)]
 
 
 def client(app: FastAPI, secret: str = "", where: dict[str, Any] = AWAY) -> TestClient:
@@ -93,45 +108,135 @@ def client(app: FastAPI, secret: str = "", where: dict[str, Any] = AWAY) -> Test
 
 
 def test_every_route_declares_who_may_call_it(app: FastAPI) -> None:
-    routes = list(every_route(app.routes))
-    found = {f"{m} {r.path}" for r in routes if isinstance(r, APIRoute) for m in r.methods or ()}
-    assert {"GET /healthz", "DELETE /v1/customers/{customer}", "POST /desk/api/conversations/{id}/take"} <= found
-    assert {getattr(r, "path", "") for r in routes if not isinstance(r, APIRoute)} <= access.UNGATED
-    undeclared = {f for f in found if f not in access.ROUTES and not f.split(" ")[1].startswith(access.OWN_DOOR)}
-    assert undeclared == set(), "add it to coterie.web.access.ROUTES"
-    assert {r for r in access.ROUTES.values()} <= PERMISSIONS | {access.OPEN, access.OWN, access.SELF, access.SESSION}
+    found = {f"{method} {path}" for method, path in called(app)}
+    assert found >= {"GET /healthz", "POST /desk/api/conversations/{id}/take", "POST /widget/conversations/{id}/bot"}
+    plain = {path for path, r in every_route(app.routes) if not isinstance(r, APIRoute)}
+    assert plain <= access.UNGATED
+    assert found - set(access.ROUTES) == set(), "add it to coterie.web.access.ROUTES"
+    assert set(access.ROUTES) - found == set(), "there is no such route any more"
+    words = {access.OPEN, access.OWN, access.SELF, access.SESSION, access.DESK, access.LEAD, access.VISIT}
+    assert set(access.ROUTES.values()) <= PERMISSIONS | words
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_every_route_with_every_role(role: Role, app: FastAPI, staff: dict[Role, str]) -> None:
-    """Only whom the table admits gets past the gate. What comes after it may be any other answer."""
-    browser = client(app, staff.get(role, ""))
-    for route in (r for r in every_route(app.routes) if isinstance(r, APIRoute)):
-        for method in route.methods or ():
-            rule = access.ROUTES.get(f"{method} {route.path}", access.OWN)
-            if route.path in ("/logout", "/metrics"):  # ends the session; asks the engine
-                continue
-            if rule == access.OWN and "converse" in MAY[role]:  # these may enter the desk: the test below
-                continue
-            path = route.path.replace("{name}", "nobody").replace("{id}", "none").replace("{customer}", "c1")
-            reply = browser.request(method, path, headers={"Sec-Fetch-Site": "same-origin"})
-            led_on = reply.headers.get("location") in ("/login", "/experts")  # a viewer's page instead of the chat
-            refused = reply.status_code in (401, 403) or led_on
-            own = rule in (access.SELF, access.SESSION) and role != "visitor"
-            admitted = rule == access.OPEN or rule in MAY[role] or own
-            wrong_password = (method, route.path) in (("POST", "/login"), ("GET", "/login/oidc/return"))
-            assert refused != admitted or wrong_password, (role, method, route.path, reply.status_code, reply.text)
+HEADERS = {"Sec-Fetch-Site": "same-origin", "X-Coterie-Desk": "1"}
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_who_may_converse_enters_the_desk_by_account(role: Role, app: FastAPI, staff: dict[Role, str]) -> None:
-    browser, may = client(app, staff.get(role, "")), "converse" in MAY[role]
-    assert (browser.get("/desk/api/conversations").status_code == 200) == may
-    taken = browser.post("/desk/api/conversations/none/take", headers={"Sec-Fetch-Site": "same-origin"})
-    assert taken.status_code == (403 if may else 401)  # without the header that only the desk's page sets
-    headers = {"Sec-Fetch-Site": "same-origin", "X-Coterie-Desk": "1"}
-    asked = browser.post("/desk/api/conversations/none/take", headers=headers)
-    assert (asked.status_code in (401, 403)) != may
+def admits(rule: str, role: str) -> bool:
+    """Whether the table lets this role, or an invited "agent" or "supervisor" without an account, past the door."""
+    invited, may = role.startswith("invited "), {str(r): MAY[r] for r in ROLES}.get(role, frozenset())
+    match rule:
+        case access.OPEN:
+            return True
+        case access.DESK | access.OWN:
+            return invited or "converse" in may
+        case access.LEAD:
+            return role in ("invited supervisor", "owner", "admin")
+        case access.VISIT:
+            return role == "visit"
+        case access.SELF | access.SESSION:
+            return not invited and role not in ("visitor", "visit")
+    return rule in may
+
+
+@pytest.mark.parametrize("role", [*ROLES, "invited agent", "invited supervisor", "visit"])
+def test_every_route_with_every_role(role: Any, app: FastAPI, staff: dict[Role, str], tmp_path: Path) -> None:
+    """Only whom the table admits gets past the gate. What comes after it may be any other answer. "visit" is a visitor
+    with the token of their visit, "invited" an agent with a link and no account."""
+    browser, door = client(app, staff.get(role, "")), open_door(tmp_path, [])
+    if role.startswith("invited "):
+        browser.cookies.set(DESK_COOKIE, door.invite(Agent("Bea", role.removeprefix("invited "))))
+    if role == "visit":
+        browser.headers["Authorization"] = f"Bearer {browser.post('/widget/visits', json={}).json()['token']}"
+    for method, route in called(app):
+        if route in ("/logout", "/metrics") or route.endswith("/events"):  # ends the session; asks the engine; go on
+            continue
+        rule = access.ROUTES[f"{method} {route}"]
+        path = route.replace("{name}", "nobody").replace("{id}", "none").replace("{customer}", "c1")
+        reply = browser.request(method, path, headers=HEADERS)
+        led_on = reply.headers.get("location") in ("/login", "/experts")  # a viewer's page instead of the chat
+        refused = reply.status_code in (401, 403) or led_on
+        wrong_password = (method, route) in (("POST", "/login"), ("GET", "/login/oidc/return"))
+        assert refused != admits(rule, role) or wrong_password, (role, method, route, reply.status_code, reply.text)
+
+
+def test_streams_of_events_are_opened_only_for_whom_the_table_admits(app: FastAPI, staff: dict[Role, str]) -> None:
+    """Their answers never end, so only those who are refused are asked for here; test_desk_api follows the others."""
+    for method, route in called(app):
+        if not route.endswith("/events"):
+            continue
+        for role in ROLES:
+            if not admits(access.ROUTES[f"{method} {route}"], role):
+                reply = client(app, staff.get(role, "")).request(method, route.replace("{id}", "none"))
+                assert reply.status_code == 401, (role, route)
+
+
+def test_what_changes_something_at_the_desk_must_come_from_its_page(app: FastAPI, staff: dict[Role, str]) -> None:
+    agent = client(app, staff["agent"])
+    for method, route in called(app):
+        if method == "POST" and access.ROUTES[f"{method} {route}"] == access.DESK:
+            path = route.replace("{id}", "none")
+            assert agent.post(path, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 403, route
+
+
+def test_a_route_of_the_widget_that_nothing_declares_is_refused(app: FastAPI) -> None:
+    (widget,) = (r.app for r in app.routes if isinstance(r, Mount) and isinstance(r.app, FastAPI))
+
+    @widget.get("/forgotten")
+    def forgotten() -> str:
+        return "secret"
+
+    reply = client(app).get("/widget/forgotten")
+    assert (reply.status_code, "secret" in reply.text) == (403, False)
+
+
+@pytest.mark.parametrize(
+    ("path", "limit"), [("conversations/{id}/person", "ACTS"), ("conversations/{id}/bot", "ACTS"),
+                        ("conversations/{id}/stop", "ACTS"), ("conversations/{id}/ratings", "ACTS"),
+                        ("consents", "ACTS"), ("conversations/{id}/messages", "SAYS")],
+)  # fmt: skip
+def test_a_visitor_who_presses_all_the_time_is_told_to_wait(
+    path: str, limit: str, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visitor = client(app)
+    visitor.headers["Authorization"] = f"Bearer {visitor.post('/widget/visits', json={}).json()['token']}"
+    id = visitor.post("/widget/conversations", json={"key": "1"}).json()["id"]
+    monkeypatch.setattr(widget, limit, Limit(2, 60))
+    body = {"seq": 1, "good": True, "text": "Hi", "key": "1", "purpose": "p", "version": "1", "agreed": True}
+    said = [visitor.post(f"/widget/{path}".replace("{id}", id), json=body) for _ in range(3)]
+    assert [r.status_code == 429 for r in said] == [False, False, True]
+    assert int(said[-1].headers["Retry-After"]) > 0
+
+
+def test_an_agent_who_asks_all_the_time_is_told_to_wait(
+    app: FastAPI, staff: dict[Role, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = next(d.dependency for d in app.router.dependencies if isinstance(d.dependency, access.Gate))
+    monkeypatch.setattr(gate, "_desk", Limit(2, 60))
+    agent, other = client(app, staff["agent"]), client(app, staff["owner"])
+    assert [agent.get("/desk/api/conversations").status_code for _ in range(3)] == [200, 200, 429]
+    assert other.get("/desk/api/conversations").status_code == 200
+
+
+def test_one_person_has_a_bounded_number_of_streams_open() -> None:
+    async def silent() -> AsyncIterator[str]:
+        yield "x"
+
+    async def served(response: Any) -> None:
+        async def receive() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        async def send(_message: Any) -> None:
+            pass
+
+        await response({"type": "http", "asgi": {"spec_version": "2.0"}}, receive, send)
+
+    streams = Streams(2)
+    first, _second = streams.stream("ada", silent()), streams.stream("ada", silent())
+    with pytest.raises(Busy):
+        streams.stream("ada", silent())
+    streams.stream("ben", silent())
+    asyncio.run(served(first))
+    streams.stream("ada", silent())
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -202,7 +202,7 @@ def test_other_messages_are_kept_as_they_are(text: str, desk: Conversations) -> 
     c = desk.open("ada")
     desk.say(c.id, f"\0{text}\x07")
     assert said(desk, c.id) == [("customer", text)]
-    assert [m.text for _, m in desk.search(text)] == [text]
+    assert [m.text for _, m in desk.search(text)[0]] == [text]
 
 
 def test_another_customers_conversation_reads_as_if_there_were_none(desk: Conversations) -> None:

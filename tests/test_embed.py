@@ -98,9 +98,9 @@ def test_an_endpoint_is_asked_and_mistrusted(body: Any, why: str | None) -> None
     try:
         if why:
             with pytest.raises(CoterieError, match=why):
-                Endpoint(url, "some-model", "key")
+                Endpoint(url, "some-model", str, "key")
         else:
-            endpoint = Endpoint(url, "some-model", "key")
+            endpoint = Endpoint(url, "some-model", str, "key")
             found = endpoint.embed(["a", "b"])
             assert endpoint.width == 3
             assert np.allclose(found[0], [0.6, 0.8, 0.0])

@@ -12,8 +12,8 @@ from coterie.privacy.master import MasterKey
 from coterie.privacy.vault import Vault
 from coterie.recent import Recent
 from coterie.store.database import open_database
-from coterie.web import widget
-from coterie.web.widget import Looks
+from coterie.web import witness
+from coterie.web.witness import Looks
 
 
 class Clock:
@@ -95,7 +95,7 @@ def test_pseudonyms_that_left_memory_are_the_same_when_they_are_needed(
 
 
 def test_looks_are_forgotten_beyond_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widget, "SEEN", 3)
+    monkeypatch.setattr(witness, "SEEN", 3)
     looks = Looks()
     assert [looks.again("kim", "a"), looks.again("kim", "a"), looks.again("lee", "a")] == [True, False, True]
     for n in range(10):

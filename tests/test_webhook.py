@@ -15,9 +15,12 @@ from coterie.business import Business
 from coterie.cli.main import main
 from coterie.desk.conversation import Conversations
 from coterie.desk.desk import database_of
-from coterie.desk.webhook import Webhook, Webhooks, replay, sign, verify
+from coterie.desk.rights import audited, rooms_of
+from coterie.desk.webhook import KINDS, Webhook, Webhooks, replay, sign, verify
 from coterie.errors import CoterieError
-from coterie.store.database import open_database
+from coterie.privacy.house import open_house
+from coterie.privacy.rights import erase_customer
+from coterie.store.database import open_database, writing
 from desk_support import Script, open_desk, scripted
 
 URL, SECRET = "https://crm.example/hook", "s" * 32
@@ -195,5 +198,63 @@ def test_the_desk_needs_the_secret_and_delivers(tmp_path: Path, monkeypatch: pyt
         open_desk(answerer, f"sqlite:///{tmp_path}/d.db")
     monkeypatch.setenv("HOOK_SECRET", SECRET)
     desk = open_desk(answerer, f"sqlite:///{tmp_path}/d.db", start=False)
-    assert desk.webhooks.hooks == [Webhook(URL, SECRET, ["message", "event"])]
+    assert desk.webhooks.hooks == [Webhook(URL, SECRET, list(KINDS))]
     desk.close()
+
+
+def test_thumbs_steps_of_procedures_and_erasures_are_told_too(tmp_path: Path) -> None:
+    now[0] = 1000.0
+    database = open_database(f"sqlite:///{tmp_path}/.coterie/desk.db")
+    house, receiver = open_house(tmp_path, database, {}), Receiver()
+    object.__setattr__(house.audit, "clock", lambda: now[0])
+    talks = Conversations(database, house.seal, house.unseal, lambda: now[0])
+
+    def hooks(**more: Any) -> Webhooks:
+        return Webhooks(talks, [Webhook(URL, SECRET, **more)], lambda: now[0], receiver.post)
+
+    hooks().deliver()
+    c = talks.open("ada")
+    talks.take(c.id, "bea")
+    answer = talks.reply(c.id, "bea", "No.")
+    for good in (True, False):
+        talks.rate(c.id, answer.seq, good, "My secret reason")
+    with writing(database) as session:
+        detail = {"procedure": "refund", "step": "pay", "key": "r-1", "outcome": "done"}
+        audited(house)(session, "bot", "procedure.action", "ada", detail)
+        audited(house)(session, "coterie", "crm.case", "ada", {})
+    now[0] += 5
+    receiver.answers = [200, 200, 200, 500]
+    assert hooks().deliver() == 3, "two entries and the first thumb; then the receiver fails"
+    now[0] += 5
+    assert hooks().deliver() == 2
+    assert hooks().deliver() == 0
+    others = [(body, headers["X-Coterie-Event"]) for body, headers in receiver.got[2:]]
+    assert [(b["kind"], b["customer"], b.get("good"), b.get("outcome")) for b, _ in others] == [
+        ("rating", "ada", True, None), ("rating", "ada", False, None), ("action", "ada", None, "done"),
+    ]  # fmt: skip
+    assert [name for _, name in others] == [b["id"] for b, _ in others] == ["rating-1", "rating-2", "action-3"]
+    assert others[0][0]["conversation"] == c.id
+    assert "secret" not in json.dumps(receiver.got), "reasons are told only where texts are"
+    assert replay(database, URL, since=1000.0) == 5
+    hooks(texts=True, kinds=("rating",)).deliver()
+    assert [b["text"] for b, _ in receiver.got[5:]] == ["My secret reason"] * 2
+    (tmp_path / "coterie.toml").write_text("[business]\n")
+    rooms = rooms_of(house, Business.open(tmp_path))
+    hooks().deliver()
+    erase_customer(rooms, house.keys, house.audit, "ada", "anna")
+    now[0] += 5
+    receiver.got.clear()
+    assert hooks().deliver() == 1
+    assert [(b["kind"], b["customer"], b["conversation"]) for b, _ in receiver.got] == [("erasure", "ada", None)]
+    assert replay(database, URL, since=1000.0) == 1, "of an erased customer nothing else is left to tell"
+    house.close()
+
+
+def test_an_address_is_told_only_the_kinds_that_it_wants(told: Any) -> None:
+    talks, _, hooks = told
+    c = talks.open("ada")
+    talks.take(c.id, "bea")
+    talks.rate(c.id, talks.reply(c.id, "bea", "Hi").seq, True)
+    now[0] += 5
+    assert hooks(kinds=("message",)).deliver() == 1
+    assert hooks(kinds=("rating",)).deliver() == 1

@@ -20,7 +20,7 @@ import numpy as np
 
 from coterie.config import Config, ExpertSpec, read_config
 from coterie.data.prepare import prepare
-from coterie.data.read import Example, check_file, read
+from coterie.data.read import CUSTOMER, Example, check_file, names_customers, read
 from coterie.data.split import hold_out, mark_leaks
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError, ModelError, TrainingError
@@ -33,6 +33,8 @@ from coterie.files import alone
 from coterie.learn import HELD_OUT_MOST, classify, learning_rate, new_expert, prefer, save_expert, tune
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
+from coterie.privacy.deidentify import Detector
+from coterie.privacy.once import detector_of, mask_once
 from coterie.routing.statistics import MOST, Statistics, learn
 from coterie.tuning.loop import Progress
 
@@ -48,6 +50,7 @@ class Business:
     folder: Path
     config: Config
     _base: BaseModel | None = None
+    _detector: Detector | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "Business":
@@ -68,6 +71,12 @@ class Business:
         if self._base is None:
             self._base = load(self.base_path(tell), packed=True)
         return self._base
+
+    def detector(self, tell: Tell = lambda _: None) -> Detector:
+        """What finds private data in texts, by the base model's tagging expert. Raises ModelError."""
+        if self._detector is None:
+            self._detector = detector_of(self.base(tell), tell)
+        return self._detector
 
     def engine(self, tell: Tell = lambda _: None, library: Library | None = None, **options: int) -> Engine:
         """An engine over base and library, as the declaration sizes it."""
@@ -104,12 +113,22 @@ class Business:
         return where.removeprefix(f"{self.folder}/")
 
     def examples(self, name: str, listed: list[str]) -> Iterator[Example]:
-        """The examples of an expert's data files, with its instruction."""
+        """The examples of an expert's data files, with its instruction; customers' rows are masked."""
         spec = self.config.experts.get(name)
         columns: dict[str, str] = {field: column for field, column in spec.columns.items()} if spec else {}
         system = spec.system if spec else self.library.facts(name).system
         for file in self.files(listed):
-            yield from read(file, columns, system)
+            for example in read(file, columns, system):
+                yield self.masked(example, bool(spec and spec.choices))
+
+    def masked(self, example: Example, labelled: bool = False) -> Example:
+        """A row that names its customer, as the desk's models see what customers write: with pseudonyms. Any other row,
+        and the answer where it is a label (`labelled`), as it is. Raises MaskingFailed."""
+        if not example.facts.get(CUSTOMER):
+            return example
+        hidden = mask_once(self.detector(), [m["content"] for m in example.messages]).texts
+        messages = [{**m, "content": text} for m, text in zip(example.messages, hidden, strict=True)]
+        return replace(example, messages=(*messages[:-1], example.messages[-1] if labelled else messages[-1]))
 
     def alone(self) -> AbstractContextManager[None]:
         """Nobody else trains in this folder meanwhile."""
@@ -135,6 +154,8 @@ def fingerprint(business: Business, name: str) -> str:
         check_file(file)
         with file.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
+        if names_customers(file):  # trained before such rows were masked, an expert is trained anew
+            digest.update(b"masked")
     return digest.hexdigest()[:16]
 
 
@@ -217,7 +238,11 @@ def _fit_one(
         told = f". The batch: {len(batch)} row(s), the first {batch[first].where}" if first is not None else ""
         raise TrainingError(f"{name}: {error}{told}") from error
     pairs = business.files(spec.preferences)
-    preferred = prefer(spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say) if pairs else {}
+    preferred = (
+        prefer(spec, base, expert, pairs, work, partial(progress, f"{name}, preferences"), say, business.masked)
+        if pairs
+        else {}
+    )
 
     facts = ExpertFacts(
         name, spec.kind, description=spec.description, system=spec.system, choices=data.choices,

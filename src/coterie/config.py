@@ -201,8 +201,9 @@ class WebhookSpec(Strict):
 
     url: str = Field(pattern="^https?://", description="where it is sent to, by POST")
     secret_env: str = Field(min_length=1, description="the environment variable that holds the secret to sign with")
-    kinds: list[Literal["message", "note", "suggestion", "event"]] = Field(
-        ["message", "event"], description="which entries of a conversation"
+    kinds: list[Literal["message", "note", "suggestion", "event", "rating", "action", "erasure"]] = Field(
+        ["message", "event", "rating", "action", "erasure"],
+        description="which entries of a conversation, and what else: thumbs, steps of procedures, customers erased",
     )
     texts: bool = Field(False, description="tell what was said, too")
 
@@ -323,6 +324,24 @@ class RetentionSpec(Strict):
     every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
 
 
+class ConsentSpec(Strict):
+    """[privacy.consents.NAME]: something that customers are asked to agree to."""
+
+    text: str = Field(min_length=1, max_length=4000, description="what they are asked, as they read it")
+    language: str = Field("", max_length=40, description="its language, such as de")
+
+
+class PrivacySpec(Strict):
+    """[privacy]: what models get to see of a request to the API or on the chat page. The desk's are always masked."""
+
+    mask: Literal["accounts", "always", "never"] = Field(
+        "accounts",
+        description="when private data in them is hidden from models and put back into the answer: once there are "
+        "accounts, always, or never",
+    )
+    consents: dict[str, ConsentSpec] = Field({}, description="what customers are asked to agree to, by its purpose")
+
+
 class Config(Strict):
     """A whole coterie.toml."""
 
@@ -330,6 +349,7 @@ class Config(Strict):
     experts: dict[str, ExpertSpec] = Field({})
     routing: RoutingSpec = RoutingSpec()
     desk: DeskSpec = DeskSpec()
+    privacy: PrivacySpec = PrivacySpec()
     retention: RetentionSpec = RetentionSpec()
     knowledge: KnowledgeSpec = KnowledgeSpec()
 

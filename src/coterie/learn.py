@@ -75,12 +75,13 @@ def tune(
 
 def prefer(
     spec: ExpertSpec, base: BaseModel, expert: Expert, files: list[Path], work: Path,
-    progress: Callable[[Progress], None], say: Say,
+    progress: Callable[[Progress], None], say: Say, masked: Callable[[Example], Example],
 ) -> dict[str, Any]:  # fmt: skip
-    """Train `expert` further on pairs of a better and a worse answer; the held-out loss before and after."""
+    """Train `expert` further on pairs of a better and a worse answer, each `masked` first; the held-out loss before and
+    after."""
     how, seed = spec.preference, spec.training.seed
     columns: dict[str, str] = dict(spec.columns.items())
-    examples = (e for file in files for e in read_pairs(file, columns, spec.system))
+    examples = (masked(e) for file in files for e in read_pairs(file, columns, spec.system))
     longest = min(spec.training.max_tokens, base.decoder.config.context)
     data, long_rows = encode_all(examples, base, work / "pairs", longest, together=2)
     if long_rows:

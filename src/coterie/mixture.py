@@ -16,7 +16,7 @@ import torch
 
 from coterie.business import Business, Tell
 from coterie.data.encode import encode, encode_all
-from coterie.data.read import Example, read
+from coterie.data.read import CUSTOMER, Example, read
 from coterie.data.split import hold_out, normalise
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError
@@ -116,11 +116,15 @@ def tune_to(
 
 def tuning_data(files: list[Path], business: Business | None) -> list[Example]:
     """The rows of `files`, and of the training data of every expert that `business` declares."""
-    plain = chain.from_iterable(read(file) for file in files)
+    plain = list(chain.from_iterable(read(file) for file in files))
     if business is None:
-        return list(plain)
+        if theirs := next((e for e in plain if e.facts.get(CUSTOMER)), None):
+            raise DataError(f"{theirs.where}: a customer's row, which only a business can mask; give --business")
+        return plain
     specs = business.config.experts
-    return list(chain(plain, *(business.examples(name, spec.train) for name, spec in specs.items())))
+    return list(
+        chain(map(business.masked, plain), *(business.examples(name, spec.train) for name, spec in specs.items()))
+    )
 
 
 def measure(model: str, business: Business, names: list[str], limit: int = 0) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import UNSURE, GraphSource
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.tables import open_tables
+from coterie.privacy.once import mask_once
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
 EACH = 8  # pieces of evidence asked of each source, and given of all
@@ -60,10 +61,14 @@ class _Rest:
 
 
 def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
-    """The declared embedding model. Raises CoterieError, ModelError."""
+    """The declared embedding model; one on another machine only sees masked texts. Raises CoterieError, ModelError."""
     spec = business.config.knowledge
     if spec.embeddings:
-        return Endpoint(spec.embeddings, spec.embeddings_model, os.environ.get("COTERIE_EMBEDDINGS_KEY", ""))
+        detector = business.detector(tell)
+        key = os.environ.get("COTERIE_EMBEDDINGS_KEY", "")
+        return Endpoint(
+            spec.embeddings, spec.embeddings_model, lambda text: mask_once(detector, [text]).texts[0], key
+        )  # fmt: skip
     return minilm(tell=tell)
 
 

@@ -15,6 +15,8 @@ from coterie.errors import CoterieError, DataError
 if TYPE_CHECKING:  # loaded when the command needs them, so that --help is quick
     from coterie.business import Business
     from coterie.data.read import Example
+    from coterie.desk.conversation import Conversations
+    from coterie.desk.message import Conversation
 
 app = typer.Typer(help="Customer service: agents, conversations, and when to hand over.", no_args_is_help=True)
 app.command("procedures")(procedures)
@@ -86,7 +88,9 @@ def list_(
 
     house = house_of(Business.open(folder))
     talks = Conversations(house.database, house.seal, house.unseal)
-    found = [c for c, _ in talks.search(search)] if search else talks.listed((state,) if state else (), queue=queue)
+    found = list(_searched(talks, search)) if search else talks.listed((state,) if state else (), queue=queue)
+    if search:
+        house.audit.record("cli", "conversation.search", found=len(found))
     found = [c for c in found if state in (None, c.state) and queue in ("", c.queue)]
     rows = [[c.id, c.customer, c.state, c.owner, c.reason] for c in found]
     result([asdict(c) for c in found], as_json, table(["conversation", "customer", "state", "owner", "reason"], rows))
@@ -161,6 +165,17 @@ def calibrate(
     if not fitted.handled:
         said += "; no threshold keeps that error for certain: more rows, or a larger --error"
     result(asdict(fitted), as_json, said)
+
+
+def _searched(talks: "Conversations", words: str) -> "Iterator[Conversation]":
+    """Each conversation with these words, however old."""
+    seen, before = set[str](), None
+    while True:
+        found, before = talks.search(words, before)
+        yield from (c for c, _ in found if c.id not in seen)
+        seen |= {c.id for c, _ in found}
+        if before is None:
+            return
 
 
 def _rows(business: "Business", data: Path | None) -> "Iterator[Example]":

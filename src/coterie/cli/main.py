@@ -277,6 +277,7 @@ def serve(
 ) -> None:
     """Serve the chat page and the OpenAI-compatible API until Ctrl-C."""
     import socket
+    from functools import partial
 
     import uvicorn
 
@@ -287,6 +288,7 @@ def serve(
     from coterie.desk.rights import house_of, open_desk, rooms_of
     from coterie.grounding import Grounding
     from coterie.model.memory import few_arenas, settle
+    from coterie.privacy.once import mask_once
     from coterie.web.app import create_app
 
     few_arenas()  # before there are threads
@@ -301,16 +303,21 @@ def serve(
     except OSError as error:
         raise CoterieError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
     answerer = Answerer.open(business, tell)
-    grounding = Grounding.of(answerer)
+    grounding, detector = Grounding.of(answerer), business.detector(tell)
+    rule = business.config.privacy.mask
     try:
         desk = open_desk(answerer, house, grounding, tell)
+        if detector.tagger and (rule == "always" or (rule == "accounts" and house.accounts.any())):
+            detector.tagger.find([""])  # now: nobody waits for its training
     except BaseException:
         answerer.close()  # its threads would keep the process alive
         raise
     mail = MailTask(open_mail(business, house, desk.conversations, desk.wake)) if desk.spec.email else None
     shown = "localhost" if host in ("0.0.0.0", "::", "127.0.0.1") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
-    application = create_app(answerer, desk, house, lambda: rooms_of(house, business), grounding)
+    application = create_app(
+        answerer, desk, house, lambda: rooms_of(house, business), grounding, partial(mask_once, detector)
+    )
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="on"))
     settle()
     result({"address": address, "experts": business.library.names()}, as_json,

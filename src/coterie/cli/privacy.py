@@ -16,6 +16,7 @@ from coterie.errors import CoterieError
 if TYPE_CHECKING:  # loaded when a command needs them, so that --help is quick
     from collections.abc import Iterator
 
+    from coterie.privacy.deidentify import Detector
     from coterie.privacy.house import House
     from coterie.privacy.rights import Room
 
@@ -220,6 +221,37 @@ def erase_one(
     result(done, as_json, table(["room", "erased"], [[k, str(v)] for k, v in done.items()]))
 
 
+@customers.command("consents")
+def consents(customer: Customer, folder: FolderOption = Path(), as_json: Json = False) -> None:
+    """List what a customer was told and agreed to, in which words and when."""
+    with _house(folder) as house:
+        house.audit.record("cli", "consents.read", customer)
+        found = house.consents.of(customer)
+    rows = [[_when(c["at"]), c["purpose"], c["what"], c["version"], c["language"], c["text"]] for c in found]
+    result(found, as_json, table(["when", "purpose", "what", "version", "language", "text"], rows))
+
+
+@customers.command("consent")
+def consent(
+    customer: Customer,
+    purpose: Annotated[str, typer.Argument(help="What it is for, such as training.")],
+    what: Annotated[str, typer.Argument(help="told, agreed or withdrawn.")],
+    text: Annotated[str, typer.Option(help="The words that they read.")],
+    language: Annotated[str, typer.Option(help="Their language, such as de.")] = "",
+    folder: FolderOption = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write down what a customer was told elsewhere, agreed to, or took back."""
+    from coterie.privacy.rights import check_what
+
+    said = check_what(what)
+    with _house(folder) as house:
+        house.audit.record("cli", f"consent.{said}", customer, purpose=purpose)
+        house.consents.record(customer, purpose, said, text, language)
+        agreed = house.consents.agreed(customer, purpose)
+    result({"agreed": agreed}, as_json, f"{customer}: {purpose}: {'agreed' if agreed else 'not agreed'}")
+
+
 @customers.command("trained")
 def trained_on_erased(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """List the experts that learned from erased customers, until they are fitted anew, with the rows to take out."""
@@ -270,28 +302,58 @@ def train_tagger(folder: FolderOption = Path(), as_json: Json = False) -> None:
     result({"file": str(file_of(base, place))}, as_json, str(file_of(base, place)))
 
 
+def _detector(folder: Path, rules_only: bool, region: str) -> "Detector":
+    from coterie.business import Business
+    from coterie.privacy.deidentify import Detector
+    from coterie.privacy.expert import tagger_of
+
+    if rules_only:
+        return Detector(None, region)
+    base = Business.open(folder).base(tell)
+    with bars() as shown:
+        found = tagger_of(base, None, lambda done, total: shown.count("training the tagger", done, total))
+    return Detector(found, region)
+
+
+RulesOnly = Annotated[bool, typer.Option("--rules-only", help="Without the tagging expert: finds no names.")]
+Region = Annotated[str, typer.Option(help="Whose phone numbers need no country code.")]
+
+
 @privacy.command("mask")
 def mask_text(
     text: Annotated[str, typer.Argument(help="A text; '-' reads stdin.")],
-    rules_only: Annotated[
-        bool, typer.Option("--rules-only", help="Without the tagging expert: finds no names.")
-    ] = False,
-    region: Annotated[str, typer.Option(help="Whose phone numbers need no country code.")] = "GB",
+    rules_only: RulesOnly = False,
+    region: Region = "GB",
     folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Show what a model would get to see of a text."""
-    from coterie.business import Business
-    from coterie.privacy.deidentify import Detector, Mask
-    from coterie.privacy.expert import tagger_of
+    from coterie.privacy.deidentify import Mask
     from coterie.privacy.pseudonyms import Pseudonyms
 
-    tagger = None
-    if not rules_only:
-        base = Business.open(folder).base(tell)
-        with bars() as shown:
-            tagger = tagger_of(base, None, lambda done, total: shown.count("training the tagger", done, total))
     pseudonyms = Pseudonyms()
-    masked = Mask(Detector(tagger, region), pseudonyms).hide(sys.stdin.read() if text == "-" else text)
+    found = _detector(folder, rules_only, region)
+    masked = Mask(found, pseudonyms).hide(sys.stdin.read() if text == "-" else text)
     pairs = {pair.pseudonym: pair.value for pair in pseudonyms.pairs()}
     result({"masked": masked, "pseudonyms": pairs}, as_json, masked)
+
+
+@privacy.command("mask-file")
+def mask_file(
+    file: Annotated[Path, typer.Argument(help="Rows: .jsonl, .csv or .parquet.")],
+    out: Annotated[Path, typer.Argument(help="A new file (.jsonl, .csv) for the masked rows.")],
+    rules_only: RulesOnly = False,
+    region: Region = "GB",
+    folder: FolderOption = Path(),
+    as_json: Json = False,
+) -> None:
+    """Mask every text in a data file, row by row; the original stays as it is, and the values are kept nowhere."""
+    from coterie.data.read import check_file, raw_rows
+    from coterie.data.write import check_new, write_rows
+    from coterie.privacy.once import mask_row
+
+    check_file(file)
+    check_new(out)
+    found = _detector(folder, rules_only, region)
+    written = write_rows(out, (mask_row(found, row) for _, row in raw_rows(file)))
+    result({"file": str(out), "rows": written}, as_json, f"{out}: {written} rows, masked")

@@ -17,7 +17,10 @@ Row = dict[str, Any]  # cells by column
 Refuse = Callable[[DataError], None]
 ROLES = ("system", "user", "assistant")
 FIELDS = ("prompt", "completion", "messages", "system", "chosen", "rejected")
-FACTS = {"source": "source", "licence": "licence", "license": "licence", "synthetic": "synthetic"}  # column, fact
+CUSTOMER = "customer"  # the column that says whose conversation a row is from
+FACTS = {  # column, fact
+    "source": "source", "licence": "licence", "license": "licence", "synthetic": "synthetic", CUSTOMER: CUSTOMER,
+}  # fmt: skip
 LARGEST_CELL = 64 << 20  # characters of a CSV cell; Python's own limit of 131,072 is less than a long document
 
 
@@ -27,7 +30,7 @@ class Example:
 
     messages: tuple[Message, ...]
     where: str
-    facts: Mapping[str, Any] = field(default_factory=dict)  # source, licence, synthetic, where the row gives them
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of FACTS, those that the row gives
 
     @property
     def prompt(self) -> list[Message]:
@@ -99,6 +102,19 @@ def read_rows(
             _refuse(error, refuse)
             continue
         yield example, row
+
+
+def names_customers(path: Path) -> bool:
+    """Whether rows of this file may name their customer, without making rows of all of it."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            return CUSTOMER in pq.read_schema(path).names
+        with path.open("rb") as opened:
+            if path.suffix.lower() == ".csv":
+                return CUSTOMER in next(csv.reader([opened.readline(1 << 20).decode("utf-8-sig", "replace")]), [])
+            return any(f'"{CUSTOMER}"'.encode() in line for line in opened)
+    except (pa.ArrowException, OSError, csv.Error):
+        return False  # whoever reads it says what is wrong
 
 
 def read_inputs(path: Path, column: str = "") -> Iterator[tuple[str, str]]:

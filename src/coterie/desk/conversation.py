@@ -10,7 +10,7 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -35,6 +35,7 @@ from coterie.errors import CoterieError
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
 from coterie.store.procedure import RunRow
+from coterie.store.webhook import HappeningRow
 
 Action = Literal["say", "ask", "back", "hand_over", "take", "release", "snooze", "wake", "resolve"]
 # What an action makes of a state. What is not here is not allowed.
@@ -84,20 +85,28 @@ class Beside(Protocol):
         ...
 
 
+# session, actor, action, customer, detail: writes into the audit log, in the transaction of the deed
+Audited = Callable[[Session, str, str, str, Mapping[str, Any]], None]
+
+
+def unaudited(_session: Session, _actor: str, _action: str, _customer: str, _detail: Mapping[str, Any]) -> None:
+    """Without an audit log."""
+
+
 class Conversations(Record):
     """All conversations of one business, in its database.
 
     seal, unseal: what encrypts a text under its customer's key. clock: seconds since 1970. told: called with a
-    conversation's id after each change is in the database.
+    conversation's id after each change is in the database. audited: writes down what people at the desk do.
     """
 
     def __init__(
         self, database: Engine, seal: Seal = in_the_clear, unseal: Unseal = from_the_clear,
         clock: Callable[[], float] = time.time, told: Callable[[str], None] = lambda _: None,
-        beside: Beside | None = None,
+        beside: Beside | None = None, audited: Audited = unaudited,
     ) -> None:  # fmt: skip
         super().__init__(database, unseal)
-        self.seal, self.clock, self.told, self.beside = seal, clock, told, beside
+        self.seal, self.clock, self.told, self.beside, self.audited = seal, clock, told, beside, audited
 
     # What customers do
 
@@ -146,7 +155,7 @@ class Conversations(Record):
             if by != "customer":
                 _must_own(row, by)
             if row.state != "bot":
-                self._move(session, row, "back", by=by)
+                self._move(session, row, "back", by=by if by == "customer" else f"agent:{by}")
                 if _open_question(session, row):
                     _owe(row)
             return self._now(session, row)
@@ -164,6 +173,9 @@ class Conversations(Record):
             found.good, found.at = good, self.clock()
             found.reason = self.seal(row.customer, reason[:2000])
             session.add(found)
+            session.add(HappeningRow(
+                at=found.at, kind="rating", customer=row.customer, conversation_id=id, data={"seq": seq, "good": good},
+            ))  # fmt: skip
         self.told(id)
 
     # What the bot does
@@ -391,6 +403,11 @@ class Conversations(Record):
             )
         )  # fmt: skip
         session.flush()
+        by = str(message.data.get("by", "")) if kind == "event" else author
+        if by.startswith("agent:"):
+            deed = message.data["action"] if kind == "event" else {"message": "reply"}.get(kind, kind)
+            to = {"to": message.data["to"]} if deed == "take" else {}
+            self.audited(session, by, f"conversation.{deed}", row.customer, {"id": row.id, "seq": message.seq} | to)
         return message
 
     def _sent_before(self, session: Session, row: ConversationRow, author: str, key: str | None) -> Message | None:

@@ -21,7 +21,7 @@ from coterie.config import DeskSpec
 from coterie.desk import flow, handoff
 from coterie.desk.cases import Cases
 from coterie.desk.confidence import load_confidence
-from coterie.desk.conversation import Conversations
+from coterie.desk.conversation import Audited, Conversations, unaudited
 from coterie.desk.flow import Parts, Result, Rules
 from coterie.desk.live import Live
 from coterie.desk.message import Turn
@@ -75,12 +75,13 @@ class Desk:
     def __init__(
         self, answerer: Answerer, database: Engine, parts: Parts | None = None, seal: Seal = in_the_clear,
         unseal: Unseal = from_the_clear, clock: Callable[[], float] = time.time, procedures: Procedures | None = None,
+        audited: Audited = unaudited,
     ) -> None:  # fmt: skip
         self.answerer, self.business = answerer, answerer.business
         self.spec = self.business.config.desk
         self.live = Live()
         self.procedures, runs = procedures, procedures.runs if procedures else None
-        self.conversations = Conversations(database, seal, unseal, clock, self._changed, runs)
+        self.conversations = Conversations(database, seal, unseal, clock, self._changed, runs, audited)
         self.parts = parts or Parts()
         if procedures:
             self.parts = replace(self.parts, procedures=procedures)

@@ -18,6 +18,7 @@ from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading
 
 PUBLIC = ("message", "event")
+AT_ONCE = 5000  # messages that a search looks through in one go
 SEALED = "sealed"  # the only field of data that is
 Seal = Callable[[str, str], bytes]  # customer, text -> what is kept
 Unseal = Callable[[str, bytes], str]
@@ -70,8 +71,11 @@ class Record:
         with reading(self.database) as session:
             return [plain(row) for row in session.scalars(wanted.limit(limit))]
 
-    def search(self, words: str, newest: int = 5000, limit: int = 50) -> list[tuple[Conversation, Message]]:
-        """The newest message of each conversation that holds all `words`, among the `newest` messages.
+    def search(
+        self, words: str, before: int | None = None, at_once: int = AT_ONCE, limit: int = 50
+    ) -> tuple[list[tuple[Conversation, Message]], int | None]:
+        """The newest message of each conversation that holds all `words`, among `at_once` messages: the newest ones, or
+        those `before` one. And from where to go on; None: there is nothing older.
 
         Texts are sealed in the database, so they are opened here and looked through.
         """
@@ -83,7 +87,11 @@ class Record:
                 .join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
                 .where(MessageRow.kind != "event")
             )
-            for message, row in session.execute(pairs.order_by(MessageRow.id.desc()).limit(newest)):
+            if before is not None:
+                pairs = pairs.where(MessageRow.id < before)
+            looked = 0
+            for message, row in session.execute(pairs.order_by(MessageRow.id.desc()).limit(at_once)):
+                looked, before = looked + 1, message.id
                 if row.id in found:
                     continue
                 opened = self.opened(row, message)
@@ -92,7 +100,7 @@ class Record:
                     found[row.id] = (plain(row), opened)
                     if len(found) == limit:
                         break
-        return list(found.values())
+        return list(found.values()), before if looked == at_once or len(found) == limit else None
 
     def last_messages(self, ids: Sequence[str]) -> dict[str, Message]:
         """The latest message of each of these conversations."""

@@ -38,6 +38,7 @@ from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
 from coterie.store.procedure import ActionRow, RunRow
+from coterie.store.webhook import HappeningRow
 
 EXPIRED_AT_ONCE = 200  # conversations deleted in one transaction, which holds up who writes
 
@@ -63,7 +64,9 @@ def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell
     procedures = procedures_of(
         answerer.business, house, profile, lambda texts: grounding.knowledge.embedder.embed(texts)
     )
-    desk = Desk(answerer, house.database, parts, house.seal, house.unseal, procedures=procedures)
+    desk = Desk(
+        answerer, house.database, parts, house.seal, house.unseal, procedures=procedures, audited=audited(house)
+    )
     if record and crm and (crm.case_on or crm.note_on):
         desk.cases = Cases(record, crm, desk.conversations, audited(house), mask=parts.mask)
     desk.start()
@@ -90,10 +93,13 @@ def procedures_of(
 
 
 def audited(house: House) -> Callable[[Session, str, str, str, Mapping[str, Any]], None]:
-    """Writes into the audit log in the transaction of the deed."""
+    """Writes into the audit log in the transaction of the deed; steps of procedures are for webhooks, too."""
 
     def told(session: Session, actor: str, action: str, customer: str, detail: Mapping[str, Any]) -> None:
         house.audit.record_in(session, actor, action, customer, **detail)
+        if action.startswith("procedure."):
+            data = {"action": action, "by": actor, **detail}
+            session.add(HappeningRow(at=house.audit.clock(), kind="action", customer=customer, data=data))
 
     return told
 
@@ -109,7 +115,7 @@ def rooms_of(house: House, business: Business) -> list[Room]:
         Room("crm", lambda c: _in_crm(house, c), lambda c: _in_crm(house, c)),  # named, not deleted: it is the CRM's
         Room("files", lambda c: _files(house, c), Attachments(house).erase),  # before the conversations they hang on
         Room(
-            "conversations", lambda c: _export(house, c), lambda c: _delete(house, ConversationRow.customer == c),
+            "conversations", lambda c: _export(house, c), lambda c: _erase(house, c),
             lambda before, noted: _expire(house, before, noted),
         ),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
@@ -180,12 +186,14 @@ def _run(house: House, session: Session, run: RunRow) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _delete(house: House, which: Any) -> int:
-    """Delete these conversations with all that hangs on them. How many."""
+def _erase(house: House, customer: str) -> int:
+    """Delete a customer's conversations with all that hangs on them, and tell other systems of it. How many."""
     with writing(house.database) as session:
-        ids = list(session.scalars(select(ConversationRow.id).where(which)))
+        ids = list(session.scalars(select(ConversationRow.id).where(ConversationRow.customer == customer)))
         for at in range(0, len(ids), 500):
             _delete_all(session, ids[at : at + 500])
+        session.execute(delete(HappeningRow).where(HappeningRow.customer == customer, HappeningRow.kind != "erasure"))
+        session.add(HappeningRow(at=house.audit.clock(), kind="erasure", customer=customer, data={}))
     return len(ids)
 
 
@@ -195,6 +203,7 @@ def _expire(house: House, before: float, noted: Noted) -> int:
     with writing(house.database) as session:
         query = select(ConversationRow.id).where(old).order_by(ConversationRow.changed_at).limit(EXPIRED_AT_ONCE)
         ids = list(session.scalars(query.with_for_update()))
+        session.execute(delete(HappeningRow).where(HappeningRow.at < before, HappeningRow.kind == "action"))
         if ids:
             _delete_all(session, ids)
             noted(session, len(ids))
@@ -224,7 +233,7 @@ def _delete_all(session: Session, ids: list[str]) -> None:
     session.execute(of.values(conversation_id=None, sender="", message_id=""))
     runs = select(RunRow.id).where(RunRow.conversation_id.in_(ids))
     session.execute(delete(ActionRow).where(ActionRow.run_id.in_(runs)))
-    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, CrmWriteRow, MessageRow):
+    for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, CrmWriteRow, HappeningRow, MessageRow):
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
 

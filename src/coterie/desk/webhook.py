@@ -1,8 +1,9 @@
 """Webhooks: everything that happens at the desk, told to other systems, signed, in order and at least once.
 
-Notable: there is no queue beside the conversations. Their entries are the queue, and a webhook is a mark in it: it
-moves on when the receiver has taken an entry, and `replay` moves it back. So nothing can be told that did not happen,
-and nothing that happened can be left out.
+Notable: the entries of conversations are the queue, and a webhook is a mark in it: it moves on when the receiver has
+taken an entry, and `replay` moves it back. What is no entry (ratings, steps of procedures, erasures) has a queue and a
+mark of the same kind, written in the transaction of the deed. So nothing can be told that did not happen, and nothing
+that happened can be left out.
 
 The signature is that of the time and the body, HMAC-SHA256 under a secret that both sides know, as `t=...,v1=...` in
 `X-Coterie-Signature`. A receiver refuses what is older than some minutes, and an `id` that it has seen: see `verify`.
@@ -16,32 +17,36 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
 
 from coterie.desk.conversation import Conversations
 from coterie.errors import CoterieError
-from coterie.store.conversation import ConversationRow, MessageRow
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.database import reading, writing
-from coterie.store.webhook import WebhookRow
+from coterie.store.webhook import HappeningRow, WebhookRow
 
 TIMEOUT_S, LONGEST_PAUSE_S = 5.0, 3600.0
 TOLERANCE_S = 300.0
 SETTLED_S = 1.0  # entries younger than this may still be joined by one with a lower id, from another process
 AT_ONCE = 100  # entries told in one go
+KINDS = ("message", "event", "rating", "action", "erasure")
+Mark = Literal["told", "happened"]  # of WebhookRow
 Post = Callable[[str, bytes, dict[str, str]], int]
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Webhook:
-    """Where, the secret, which kinds of entry ("message", "event", ...), and whether texts are told too."""
+    """Where, the secret, which kinds ("message", "event", ... of entries; "rating", "action", "erasure"), and whether
+    texts are told too."""
 
     url: str
     secret: str = field(repr=False)
-    kinds: Sequence[str] = ("message", "event")
+    kinds: Sequence[str] = KINDS
     texts: bool = False
 
 
@@ -65,33 +70,39 @@ def _post(url: str, body: bytes, headers: dict[str, str]) -> int:
 
 
 def standing(database: Engine) -> list[dict[str, Any]]:
-    """How far each address was told: its last entry, how many entries of any kind are behind that, what went wrong."""
+    """How far each address was told: its last entry, how much of any kind is behind that, what went wrong."""
+    entries = select(func.count()).select_from(MessageRow).where(MessageRow.id > WebhookRow.told).scalar_subquery()
+    others = select(func.count()).where(HappeningRow.id > WebhookRow.happened).scalar_subquery()
     with reading(database) as session:
-        newer = select(func.count()).select_from(MessageRow).where(MessageRow.id > WebhookRow.told).scalar_subquery()
         return [
             {"url": w.url, "told": w.told, "waiting": n, "failed": w.failed, "next_at": w.next_at, "error": w.error}
-            for w, n in session.execute(select(WebhookRow, newer).order_by(WebhookRow.url))
+            for w, n in session.execute(select(WebhookRow, entries + others).order_by(WebhookRow.url))
         ]
 
 
 def replay(database: Engine, url: str, since: float | None = None, entry: int | None = None) -> int:
-    """Tell an address again from a time, or from an entry, on; how many entries that is. Raises CoterieError for an
+    """Tell an address again from a time, or from an entry on; how much that is. Raises CoterieError for an
     address or an entry that there is not."""
     with writing(database) as session:
         row = session.get(WebhookRow, url, with_for_update=True)
         if row is None:
             raise CoterieError(f"there is no webhook {url!r}")
+        if entry is not None:
+            from_entry = session.get(MessageRow, entry)
+            if from_entry is None:
+                raise CoterieError(f"there is no entry {entry}; X-Coterie-Event has the ids of those that were told")
+            since = from_entry.at
         first = entry
-        if entry is not None and session.get(MessageRow, entry) is None:
-            raise CoterieError(f"there is no entry {entry}; X-Coterie-Event has the ids of those that were told")
-        if since is not None:
+        if entry is None and since is not None:
             first = session.scalars(select(func.min(MessageRow.id)).where(MessageRow.at >= since)).first()
-        last = row.told
-        if first is not None:
-            row.told = min(row.told, first - 1)
+        other = session.scalars(select(func.min(HappeningRow.id)).where(HappeningRow.at >= since)).first()
+        told, happened = row.told, row.happened
+        row.told = told if first is None else min(told, first - 1)
+        row.happened = happened if other is None else min(happened, other - 1)
         row.failed, row.next_at = 0, 0.0
-        again = select(func.count()).select_from(MessageRow).where(MessageRow.id > row.told, MessageRow.id <= last)
-        return session.scalar(again) or 0
+        again = select(func.count()).select_from(MessageRow).where(MessageRow.id > row.told, MessageRow.id <= told)
+        others = select(func.count()).where(HappeningRow.id > row.happened, HappeningRow.id <= happened)
+        return (session.scalar(again) or 0) + (session.scalar(others) or 0)
 
 
 class Webhooks:
@@ -107,14 +118,22 @@ class Webhooks:
         return sum(self._deliver(hook) for hook in self.hooks)
 
     def _deliver(self, hook: Webhook) -> int:
-        taken = 0
+        """Entries first, then what happened beside them; each in its own order."""
         row = self._mark(hook)
         if row.next_at > self.clock():
             return 0
-        told = row.told
-        for id, body in self._due(hook, told):
+        taken, going = self._tell(hook, "told", row.told, self._entries(hook, row.told))
+        if going:
+            more, _ = self._tell(hook, "happened", row.happened, self._happenings(hook, row.happened))
+            taken += more
+        return taken
+
+    def _tell(self, hook: Webhook, mark: Mark, told: int, due: list[tuple[int, str, bytes]]) -> tuple[int, bool]:
+        """How many were taken, and whether all went well."""
+        taken = 0
+        for id, name, body in due:
             headers = {
-                "Content-Type": "application/json", "X-Coterie-Event": str(id),
+                "Content-Type": "application/json", "X-Coterie-Event": name,
                 "X-Coterie-Signature": sign(hook.secret, body, self.clock()),
             }  # fmt: skip
             try:
@@ -122,14 +141,14 @@ class Webhooks:
                 problem = "" if 200 <= status < 300 else f"it answered {status}"
             except httpx.HTTPError as error:
                 problem = type(error).__name__
-            if not self._note(hook.url, told, id, problem):
-                return taken
+            if not self._note(hook.url, mark, told, id, problem):
+                return taken, False
             told = id
             if problem:
-                log.warning("webhook %s: entry %d was not taken: %s", hook.url, id, problem)
-                return taken
+                log.warning("webhook %s: event %s was not taken: %s", hook.url, name, problem)
+                return taken, False
             taken += 1
-        return taken
+        return taken, True
 
     def replay(self, url: str, since: float) -> int:
         """Tell an address again all that happened since a time: see `replay`."""
@@ -141,25 +160,47 @@ class Webhooks:
             row = session.get(WebhookRow, hook.url)
             if row is None:
                 newest = session.scalars(select(MessageRow.id).order_by(MessageRow.id.desc()).limit(1)).first()
-                row = WebhookRow(url=hook.url, told=newest or 0, failed=0, next_at=0.0, error="")
+                happened = session.scalars(select(func.max(HappeningRow.id))).first()
+                row = WebhookRow(
+                    url=hook.url, told=newest or 0, happened=happened or 0, failed=0, next_at=0.0, error=""
+                )  # fmt: skip
                 session.add(row)
                 session.flush()
             return row
 
-    def _note(self, url: str, before: int, id: int, problem: str) -> bool:
+    def _note(self, url: str, mark: Mark, before: int, id: int, problem: str) -> bool:
         """Move the mark on from `before`, or rest after a problem. False: somebody has moved the mark meanwhile, as a
         replay does, and it is begun anew from there."""
         with writing(self.talks.database) as session:
             row = session.get(WebhookRow, url, with_for_update=True)
-            if row is None or row.told != before:
+            if row is None or getattr(row, mark) != before:
                 return False
             row.failed = row.failed + 1 if problem else 0
             row.error = problem[:300]
             row.next_at = self.clock() + min(2.0**row.failed, LONGEST_PAUSE_S) if problem else 0.0
-            row.told = row.told if problem else id
+            if not problem:
+                setattr(row, mark, id)
             return True
 
-    def _due(self, hook: Webhook, told: int) -> list[tuple[int, bytes]]:
+    def _happenings(self, hook: Webhook, told: int) -> list[tuple[int, str, bytes]]:
+        due = (
+            select(HappeningRow)
+            .where(HappeningRow.id > told, HappeningRow.kind.in_(hook.kinds))
+            .where(HappeningRow.at <= self.clock() - SETTLED_S).order_by(HappeningRow.id).limit(AT_ONCE)
+        )  # fmt: skip
+        with reading(self.talks.database) as session:
+            return [(h.id, f"{h.kind}-{h.id}", self._happening(session, hook, h)) for h in session.scalars(due)]
+
+    def _happening(self, session: Session, hook: Webhook, h: HappeningRow) -> bytes:
+        told = {"id": f"{h.kind}-{h.id}", "conversation": h.conversation_id, "customer": h.customer, "kind": h.kind,
+                "at": h.at, **h.data}  # fmt: skip
+        if hook.texts and h.kind == "rating":
+            rated = select(RatingRow.reason).filter_by(conversation_id=h.conversation_id, seq=h.data["seq"])
+            reason = session.scalars(rated).first()
+            told["text"] = self.talks.unseal(h.customer, reason) if reason is not None else ""
+        return json.dumps(told, separators=(",", ":")).encode()
+
+    def _entries(self, hook: Webhook, told: int) -> list[tuple[int, str, bytes]]:
         entries = (
             select(MessageRow, ConversationRow)
             .join(ConversationRow, ConversationRow.id == MessageRow.conversation_id)
@@ -168,7 +209,7 @@ class Webhooks:
             .limit(AT_ONCE)
         )
         with reading(self.talks.database) as session:
-            return [(m.id, self._body(hook, m, c)) for m, c in session.execute(entries)]
+            return [(m.id, str(m.id), self._body(hook, m, c)) for m, c in session.execute(entries)]
 
     def _body(self, hook: Webhook, m: MessageRow, c: ConversationRow) -> bytes:
         told: dict[str, Any] = {

@@ -148,19 +148,25 @@ def _batches(order: list[int], rows: list[list[int]]) -> Iterator[list[int]]:
 
 
 class Endpoint:
-    """An OpenAI-compatible server's POST /embeddings, asked ENDPOINT_BATCH texts at a time."""
+    """An OpenAI-compatible server's POST /embeddings, asked ENDPOINT_BATCH texts at a time.
 
-    def __init__(self, url: str, model: str, key: str = "", timeout_s: float = 60.0) -> None:
-        self.url, self.model = url.rstrip("/") + "/embeddings", model
+    hide: what masks each text before it leaves. Nothing is sent where it fails: a remote model only ever sees masked
+    text.
+    """
+
+    def __init__(
+        self, url: str, model: str, hide: Callable[[str], str], key: str = "", timeout_s: float = 60.0
+    ) -> None:  # fmt: skip
+        self.url, self.model, self.hide = url.rstrip("/") + "/embeddings", model, hide
         self.client = httpx.Client(timeout=timeout_s, headers={"Authorization": f"Bearer {key}"} if key else {})
-        self.name = f"{url}#{model}"
+        self.name = f"{url}#{model}#masked"  # what was indexed before texts were masked is indexed anew
         self.width = self.embed(["width"]).shape[1]
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        """Vectors (texts, width). Raises CoterieError where the server does not give them."""
+        """Vectors (texts, width). Raises MaskingFailed; CoterieError where the server does not give them."""
         found: list[list[float]] = []
         for start in range(0, len(texts), ENDPOINT_BATCH):
-            part = list(texts[start : start + ENDPOINT_BATCH])
+            part = [self.hide(text) for text in texts[start : start + ENDPOINT_BATCH]]
             try:
                 answer = self.client.post(self.url, json={"model": self.model, "input": part})
                 answer.raise_for_status()

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,17 +61,27 @@ class Audit:
         with writing(self.database) as session:
             self.record_in(session, actor, action, subject, **detail)
 
+    def record_all(self, actor: str, lines: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
+        """Add several lines (action, subject, detail) in one transaction of their own."""
+        with writing(self.database) as session:
+            self._add(session, actor, lines)
+
     def record_in(self, session: Session, actor: str, action: str, subject: str = "", **detail: Any) -> None:
         """Add a line to a transaction that writes: the deed and its line are both kept, or neither."""
+        self._add(session, actor, [(action, subject, detail)])
+
+    def _add(self, session: Session, actor: str, lines: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         if session.get_bind().dialect.name == "postgresql":
             session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
         last = session.scalars(select(AuditRow).order_by(AuditRow.seq.desc()).limit(1)).first()
-        row = AuditRow(
-            seq=last.seq + 1 if last else 1, at=round(self.clock(), 6), actor=actor[:200], action=action[:80],
-            subject=subject[:200], detail=json.dumps(detail, sort_keys=True, ensure_ascii=False),
-        )  # fmt: skip
-        row.link = self._link(row, last.link if last else START)
-        session.add(row)
+        (before, link), now = (last.seq, last.link) if last else (0, START), round(self.clock(), 6)
+        for seq, (action, subject, detail) in enumerate(lines, before + 1):
+            row = AuditRow(
+                seq=seq, at=now, actor=actor[:200], action=action[:80], subject=subject[:200],
+                detail=json.dumps(detail, sort_keys=True, ensure_ascii=False),
+            )  # fmt: skip
+            row.link = link = self._link(row, link)
+            session.add(row)
         session.flush()
 
     def _link(self, row: AuditRow, before: bytes) -> bytes:

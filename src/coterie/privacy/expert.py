@@ -15,6 +15,7 @@ from coterie.privacy.tagger import LAYERS, Tagger
 from coterie.privacy.teach import teach
 
 SENTENCES, HELD_OUT = 6000, 600
+_opening = threading.Lock()  # of all: what two need at once is trained once
 
 
 def file_of(base: BaseModel, folder: Path) -> Path:
@@ -55,12 +56,11 @@ class WhenNeeded:
 
     def __init__(self, base: BaseModel, tell: Callable[[str], None] = lambda _: None) -> None:
         self.base, self.tell = base, tell
-        self._opening = threading.Lock()
         self._tagger: Tagger | None = None
 
     def open(self) -> Tagger:
         """Now. Raises StorageError."""
-        with self._opening:
+        with _opening:
             if self._tagger is None:
                 if not file_of(self.base, taggers_dir()).exists():
                     self.tell("training the tagging expert that finds names and addresses (once, a minute or two)")
@@ -69,4 +69,4 @@ class WhenNeeded:
 
     def find(self, texts: list[str]) -> list[list[Span]]:
         """The spans in each text."""
-        return self.open().find(texts)
+        return (self._tagger or self.open()).find(texts)

@@ -5,19 +5,22 @@ Erasing destroys the customer's key first, so that even where a later step fails
 deletes what it has. It may be run again until it succeeds.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from sqlalchemy import Engine, delete, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coterie.errors import CoterieError
 from coterie.privacy.audit import Audit
 from coterie.privacy.keys import Keys, check_customer
-from coterie.privacy.tables import ConsentRow
+from coterie.privacy.tables import ConsentRow, WordingRow
 from coterie.store.database import reading, writing
 
 DAY_S = 86400.0
@@ -117,18 +120,54 @@ def check_rules(rooms: Iterable[Room], days: Mapping[str, float]) -> dict[str, R
 What = Literal["told", "agreed", "withdrawn"]
 
 
+def check_what(said: str) -> What:
+    """Raises CoterieError for what can not be recorded."""
+    for what in get_args(What):
+        if said == what:
+            return cast(What, what)
+    raise CoterieError(f"{said!r}: must be one of {', '.join(get_args(What))}")
+
+
+def version_of(text: str, language: str = "") -> str:
+    """Tells one wording from another: the beginning of its digest."""
+    return _digest(text, language)[:12]
+
+
+def _digest(text: str, language: str) -> str:
+    return hashlib.sha256(f"{language}\n{text}".encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Consents:
-    """What customers were told and agreed to. `wording` names the text they saw, so that it can be shown later."""
+    """What customers were told and agreed to, in which words, in which language, and when."""
 
     database: Engine
     clock: Callable[[], float] = field(default=time.time)
 
-    def record(self, customer: str, purpose: str, what: What, wording: str) -> None:
-        """Add to the record; nothing of it is ever changed."""
+    def record(self, customer: str, purpose: str, what: What, wording: str, language: str = "") -> None:
+        """Add to the record; nothing of it is ever changed. `wording`: the text that they saw."""
+        digest = self._kept(wording, language)
         with writing(self.database) as session:
-            session.add(ConsentRow(customer=customer, purpose=purpose[:80], what=what, wording=wording[:80],
+            session.add(ConsentRow(customer=customer, purpose=purpose[:80], what=what, wording=digest,
                                    at=self.clock()))  # fmt: skip
+
+    def tell(self, customer: str, purpose: str, wording: str, language: str = "", again_s: float = DAY_S) -> None:
+        """They are shown this text now. Shown again within `again_s`, as a page that is loaded anew does, it is one."""
+        query = select(ConsentRow).filter_by(customer=customer, purpose=purpose, what="told")
+        with reading(self.database) as session:
+            last = session.scalars(query.order_by(ConsentRow.id.desc()).limit(1)).first()
+        if last is None or last.wording != _digest(wording, language) or last.at <= self.clock() - again_s:
+            self.record(customer, purpose, "told", wording, language)
+
+    def _kept(self, wording: str, language: str) -> str:
+        """The digest of a text that is in the database."""
+        digest = _digest(wording, language)
+        with reading(self.database) as session:
+            known = session.get(WordingRow, digest) is not None
+        if not known:
+            with suppress(IntegrityError), writing(self.database) as session:  # another process may do so as well
+                session.add(WordingRow(digest=digest, text=wording, language=language[:40], since=self.clock()))
+        return digest
 
     def agreed(self, customer: str, purpose: str) -> bool:
         """Whether the customer agrees now: the last word counts, and silence is no."""
@@ -139,11 +178,17 @@ class Consents:
             return session.scalars(query.order_by(ConsentRow.id.desc()).limit(1)).first() == "agreed"
 
     def of(self, customer: str) -> list[dict[str, Any]]:
-        """The whole record of a customer, the oldest first."""
-        query = select(ConsentRow).where(ConsentRow.customer == customer).order_by(ConsentRow.id)
+        """The whole record of a customer, the oldest first, with the texts as they stood."""
+        query = (
+            select(ConsentRow, WordingRow).outerjoin(WordingRow, WordingRow.digest == ConsentRow.wording)
+            .where(ConsentRow.customer == customer).order_by(ConsentRow.id)
+        )  # fmt: skip
         with reading(self.database) as session:
-            return [{"purpose": r.purpose, "what": r.what, "wording": r.wording, "at": r.at}
-                    for r in session.scalars(query)]  # fmt: skip
+            return [
+                {"purpose": r.purpose, "what": r.what, "at": r.at, "version": r.wording[:12],
+                 "text": w.text if w else r.wording, "language": w.language if w else ""}
+                for r, w in session.execute(query)
+            ]  # fmt: skip
 
     def erase(self, customer: str) -> int:
         """Delete the record of a customer."""

@@ -68,8 +68,19 @@ class ConsentRow(Base):
     customer: Mapped[str] = mapped_column(String(200), index=True)
     purpose: Mapped[str] = mapped_column(String(80))
     what: Mapped[str] = mapped_column(String(16))  # told, agreed, withdrawn
-    wording: Mapped[str] = mapped_column(String(80))  # which text, by its name or digest
+    wording: Mapped[str] = mapped_column(String(80))  # the digest of the text that they saw
     at: Mapped[float] = mapped_column(Float)
+
+
+class WordingRow(Base):
+    """A text of the business that customers were told, or agreed to; kept as long as anybody's record may name it."""
+
+    __tablename__ = "wordings"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)  # SHA-256 of language and text, in hex
+    text: Mapped[str] = mapped_column(Text)
+    language: Mapped[str] = mapped_column(String(40))
+    since: Mapped[float] = mapped_column(Float)
 
 
 class AccountRow(Base):

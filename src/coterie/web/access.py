@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Path, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 from jinja2 import Environment
@@ -32,12 +32,17 @@ from coterie.privacy.access import (
 from coterie.privacy.accounts import SHORTEST, Login
 from coterie.privacy.house import House
 from coterie.privacy.oidc import Attempt, Provider, provider
-from coterie.privacy.rights import Room, erase_customer, export_customer
+from coterie.privacy.rights import Room, What, erase_customer, export_customer
+from coterie.web.door import Door
+from coterie.web.schema import Text
 
 COOKIE, ATTEMPT = "coterie_session", "coterie_attempt"
 ATTEMPT_S = 600  # that signing in at an identity provider may take
 OPEN = "open"  # anyone, signed in or not
-OWN = "own"  # the route looks at its own door: the widget's visitors, the desk's agents
+OWN = "own"  # the page that says how to come in
+DESK = "desk"  # an agent: by an account that may converse, or by invitation
+LEAD = "supervisor"  # an agent who is a supervisor: by an owner's or admin's account, or by such an invitation
+VISIT = "visit"  # a visitor with the token of their visit, and no further than their own conversations
 SELF = "self"  # anyone who is signed in, about themselves
 SESSION = "session"  # the same, but nobody's token: what opens or keeps an account is changed by its owner alone
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -55,14 +60,25 @@ ROUTES: dict[str, Permission | str] = {
     "GET /v1/audit": "audit", "GET /account": SELF,
     "GET /v1/customers/{customer}/export": "export", "DELETE /v1/customers/{customer}": "erase",
     "GET /login/oidc": OPEN, "GET /login/oidc/return": OPEN,
-    "GET /widget.js": OPEN, "GET /desk": OWN,
+    "GET /v1/customers/{customer}/consents": "customers", "POST /v1/customers/{customer}/consents": "customers",
+    "GET /desk": OWN, "GET /desk/api/conversations": DESK, "GET /desk/api/conversations/{id}": DESK,
+    "POST /desk/api/conversations/{id}/take": DESK, "POST /desk/api/conversations/{id}/release": DESK,
+    "POST /desk/api/conversations/{id}/snooze": DESK, "POST /desk/api/conversations/{id}/resolve": DESK,
+    "POST /desk/api/conversations/{id}/bot": DESK, "POST /desk/api/conversations/{id}/replies": DESK,
+    "POST /desk/api/conversations/{id}/notes": DESK, "POST /desk/api/conversations/{id}/looking": DESK,
+    "POST /desk/api/conversations/{id}/approval": DESK, "GET /desk/api/approvals": DESK, "GET /desk/api/search": DESK,
+    "GET /desk/api/events": DESK, "GET /desk/api/files/{id}": DESK, "GET /desk/api/state": LEAD,
+    "GET /widget.js": OPEN, "GET /widget/static/{name}": OPEN, "POST /widget/visits": OPEN,
+    "POST /widget/conversations": VISIT, "POST /widget/conversations/{id}/messages": VISIT,
+    "POST /widget/conversations/{id}/stop": VISIT, "POST /widget/conversations/{id}/person": VISIT,
+    "POST /widget/conversations/{id}/bot": VISIT, "POST /widget/conversations/{id}/ratings": VISIT,
+    "GET /widget/conversations/{id}/events": VISIT, "POST /widget/consents": VISIT,
     "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
     "GET /knowledge/search": "ask",
 }  # fmt: skip
 PAGES = {"/": "Chat", "/desk": "Desk", "/knowledge": "Knowledge", "/experts": "Experts", "/account": "Account"}
 LANDING: dict[Role, str] = {"agent": "/desk", "viewer": "/experts"}  # after signing in; the others: the first they may
-UNGATED = {"/static", "/widget", "/openapi.json"}  # what the gate does not see: files, and the widget's own door
-OWN_DOOR = ("/desk/",)  # of the desk, which has agents of its own
+UNGATED = {"/static", "/openapi.json"}  # what the gate does not see: files with nothing secret in them
 
 
 @dataclass(frozen=True)
@@ -76,12 +92,13 @@ class Page:
 class Gate:
     """Asked before every route: who is it, and may they. `request.state.person` is who, `reader` what they may read.
 
-    without: pages that this business does not have.
+    without: pages that this business does not have. door: of its desk, where it has one.
     """
 
-    def __init__(self, house: House | None, without: Collection[str] = ()) -> None:
-        self.house, self.without = house, without
+    def __init__(self, house: House | None, without: Collection[str] = (), door: Door | None = None) -> None:
+        self.house, self.without, self.door = house, without, door
         self._calls = Limit(600, 60)  # of one person or address
+        self._desk = Limit(3000, 60)  # of one agent: their page reads again what changes
         self._logins = Limit(20, 60)  # of one address
         self._any = False
 
@@ -93,17 +110,20 @@ class Gate:
     def __call__(self, request: Request) -> None:
         """Raises NotSignedIn, Forbidden, Busy."""
         template = getattr(request.scope.get("route"), "path", request.url.path)
-        method = "GET" if request.method == "HEAD" else request.method
-        rule = ROUTES.get(f"{method} {template}")
-        if rule is None and template.startswith(OWN_DOOR):
-            rule = OWN
+        rule, route = declared(request, template)
         request.state.person = person = self.person(request)
         if person not in (LOCAL, PASSER, VISITOR):
             request.state.reader = Reader(person.name, frozenset({person.role}))
         if rule is None:
-            raise Forbidden(f"{method} {template}: nobody may call this, as nothing declares who may")
+            raise Forbidden(f"{route}: nobody may call this, as nothing declares who may")
         if rule in (OPEN, OWN):
             return
+        if rule in (DESK, LEAD):
+            assert self.door, "the desk's routes come with its door"
+            agent = self.door.agent(request)
+            if rule == LEAD and agent.role != "supervisor":
+                raise Forbidden("only supervisors see this")
+            return self._desk.count(agent.name)
         if self.closed():
             self._calls.count(person.name if person is not VISITOR else _address(request))
         if template in PAGES and person is VISITOR:
@@ -116,7 +136,7 @@ class Gate:
             if rule == SESSION and person.by_token:
                 raise Forbidden("a token may not change the account that it belongs to; sign in")
             return
-        person.must(rule)  # type: ignore[arg-type] # the table has permissions beside OPEN, OWN, SELF and SESSION
+        person.must(rule)  # type: ignore[arg-type] # what is left of the table are permissions
 
     def pages(self, person: Person) -> list[Page]:
         """What they may open, for the navigation."""
@@ -169,6 +189,27 @@ class Gate:
         return self.house.accounts.login(name, password, code)
 
 
+def declared(request: Request, template: str) -> tuple[Permission | str | None, str]:
+    """Who may call this route, and its name in the table."""
+    route = f"{'GET' if request.method == 'HEAD' else request.method} {template}"
+    return ROUTES.get(route), route
+
+
+def visits(door: Door) -> Callable[[Request], None]:
+    """What the gate is for the other routes, for those of the widget, which is an application of its own."""
+
+    def asked(request: Request) -> None:
+        """Raises NotSignedIn, Forbidden."""
+        template = getattr(request.scope.get("route"), "path", "")
+        rule, route = declared(request, f"/widget{template}")
+        if rule == VISIT:
+            door.visitor(request)
+        elif rule != OPEN:
+            raise Forbidden(f"{route}: nobody may call this, as nothing declares who may")
+
+    return asked
+
+
 def _address(request: Request) -> str:
     return request.client.host if request.client else "?"
 
@@ -208,6 +249,15 @@ class Changed(Record):
     role: str | None = None
     password: str | None = None
     disabled: bool | None = None
+
+
+class NewConsent(Record):
+    """POST /v1/customers/{customer}/consents: what they were told, or said, elsewhere. `text`: as they read it."""
+
+    purpose: Text = Field(min_length=1, max_length=80)
+    what: What
+    text: Text = Field(min_length=1, max_length=4000)
+    language: Text = Field("", max_length=40)
 
 
 def session_reply(request: Request, gate: Gate, login: Login) -> Response:
@@ -380,6 +430,17 @@ def _of_customers(router: APIRouter, house: House, rooms: Callable[[], list[Room
     def export(customer: str, person: Me) -> JSONResponse:
         found = export_customer(rooms(), house.audit, customer, person.name)
         return JSONResponse(found, headers={"Content-Disposition": 'attachment; filename="customer.json"'})
+
+    @router.get("/v1/customers/{customer}/consents")
+    def consents(customer: str, person: Me) -> dict[str, Any]:
+        house.audit.record(person.name, "consents.read", customer)
+        return {"consents": house.consents.of(customer)}
+
+    @router.post("/v1/customers/{customer}/consents", status_code=201)
+    def consent(customer: Annotated[str, Path(max_length=200)], body: NewConsent, person: Me) -> dict[str, Any]:
+        house.audit.record(person.name, f"consent.{body.what}", customer, purpose=body.purpose)
+        house.consents.record(customer, body.purpose, body.what, body.text, body.language)
+        return {"agreed": house.consents.agreed(customer, body.purpose)}
 
     @router.delete("/v1/customers/{customer}")
     def erase(customer: str, person: Me) -> dict[str, Any]:

@@ -31,7 +31,9 @@ from coterie.errors import CoterieError
 from coterie.experts.library import RESERVED, ExpertFacts
 from coterie.grounding import Grounding
 from coterie.privacy.house import House
+from coterie.privacy.once import Once, detector_of, mask_once
 from coterie.privacy.rights import Room
+from coterie.privacy.vault import Masked
 from coterie.web.access import Gate, add_access
 from coterie.web.desk import add_desk
 from coterie.web.door import open_door
@@ -42,6 +44,7 @@ from coterie.web.knowledge import router as knowledge_router
 from coterie.web.problem import Guard, broken_off, handle_errors
 from coterie.web.route import router as route_router
 from coterie.web.schema import ChatRequest, CompletionRequest
+from coterie.web.witness import Witness
 
 HERE = Path(__file__).parent
 EXPERTS = "X-Coterie-Experts"
@@ -50,30 +53,33 @@ Start = Callable[[Callable[[Piece], None]], Answer]
 
 def create_app(
     answerer: Answerer, desk: Desk | None = None, house: House | None = None,
-    rooms: Callable[[], list[Room]] = list, grounding: Grounding | None = None,
+    rooms: Callable[[], list[Room]] = list, grounding: Grounding | None = None, mask: Once | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application over one business, with its desk where it is open.
 
     house: who may do what. rooms: who holds customers' data. grounding: the open sources, where the desk has them too.
+    mask: hides what is private in a request, by [privacy]; without one it is made of the engine's base model.
     """
     shelf = Shelf(grounding or Grounding.of(answerer))
-    gate = Gate(house, [*([] if desk else ["/desk"]), *([] if shelf.declared else ["/knowledge"])])
+    ended = house.accounts.invitation_ended if house else None
+    door = open_door(answerer.business.folder, desk.spec.origins, ended) if desk else None
+    gate = Gate(house, [*([] if desk else ["/desk"]), *([] if shelf.declared else ["/knowledge"])], door)
     app = FastAPI(title="Coterie", docs_url=None, redoc_url=None, dependencies=[Depends(gate)])
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     pages = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
     pages.globals |= {"nav": gate.pages, "business": answerer.business.config.business}
+    mask = mask or partial(mask_once, detector_of(answerer.engine.base))
     registry = CollectorRegistry()
     registry.register(_EngineMetrics(answerer.engine))
     business, started = answerer.business, int(time.time())
     app.add_middleware(Guard)
     handle_errors(app)
     add_access(app, gate, pages, rooms)
-    if desk:
-        door = open_door(business.folder, desk.spec.origins, house.accounts.invitation_ended if house else None)
-        saw, refused = (_on_record(house), _on_refusal(house)) if house else (None, None)
-        add_desk(app, desk, pages, door, saw, refused)
+    if desk and door:
+        witness = Witness(house)
+        add_desk(app, desk, pages, door, witness)
         if house:
-            app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
+            app.include_router(files_router(Attachments(house), door, witness))
     app.include_router(knowledge_router(shelf, business, pages))
     app.include_router(experts_router(business, pages))
     app.include_router(route_router(answerer, _on_learned(house)))
@@ -118,41 +124,46 @@ def create_app(
     async def chat(body: ChatRequest, request: Request) -> Response:
         messages = [m.plain() for m in body.messages]
         sampling, channel = body.settings(), _channel(request)
-        ground = await asyncio.to_thread(shelf.gather, messages, request) if body.knowledge else None
+        hide = masking()
+        ground = await asyncio.to_thread(shelf.gather, messages, request, hide) if body.knowledge else None
         if ground and not ground.answerable:
             return ground.unknown(body.stream)
+        masked = await asyncio.to_thread(hide, [m["content"] for m in messages]) if hide and not ground else None
+        texts = masked.texts if masked else [m["content"] for m in messages]
+        seen = [{**m, "content": text} for m, text in zip(messages, texts, strict=True)]
 
         def start(to: Callable[[Piece], None]) -> Answer:
             if ground:
-                return ground.grounding.ask(body.model, messages, ground.grounded, sampling, to, channel)
-            return answerer.chat(body.model, messages, sampling, to, channel)
+                return ground.ask(body.model, sampling, to, channel)
+            return answerer.chat(body.model, seen, sampling, to, channel)
 
-        return await _reply(request, body, start, _ChatShape(), ground)
+        return await _reply(request, body, start, _ChatShape(), ground, masked)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         sampling = body.settings()
-        channel = _channel(request)
+        channel, hide = _channel(request), masking()
+        prompts, masked = body.prompt, list[Masked | None]([None] * len(body.prompt))
+        if hide:
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise CoterieError("prompt: private data in tokens cannot be hidden from the model; send text")
+            masked = [await asyncio.to_thread(hide, [prompt]) for prompt in prompts]
+            prompts = [m.texts[0] for m in masked if m]
         starts: list[Start] = [
-            partial(answerer.complete, body.model, prompt, sampling, channel=channel) for prompt in body.prompt
+            partial(answerer.complete, body.model, prompt, sampling, channel=channel) for prompt in prompts
         ]
         if len(starts) == 1:
-            return await _reply(request, body, starts[0], _TextShape())
+            return await _reply(request, body, starts[0], _TextShape(), masked=masked[0])
         if body.stream:
             raise CoterieError("stream: several prompts cannot be streamed; send them one by one")
-        return await _reply_all(request, body.model, starts, _TextShape())
+        return await _reply_all(request, body.model, starts, _TextShape(), masked)
+
+    def masking() -> Once | None:
+        """What hides private data from the models, where [privacy] wants that now."""
+        rule = business.config.privacy.mask
+        return mask if rule == "always" or (rule == "accounts" and gate.closed()) else None
 
     return app
-
-
-def _on_record(house: House, what: str = "conversation.read") -> Callable[[str, str, str], None]:
-    """Says in the audit log which agent read whose conversation."""
-    return lambda agent, id, customer: house.audit.record(f"agent:{agent}", what, customer, id=id)
-
-
-def _on_refusal(house: House) -> Callable[[str, str, str], None]:
-    """Says in the audit log which customer asked for whose conversation, and did not get it."""
-    return lambda who, id, customer: house.audit.record(f"customer:{who}", "conversation.refused", customer, id=id)
 
 
 def _on_learned(house: House | None) -> Callable[[str, str, int], None]:
@@ -212,9 +223,11 @@ def _handing_over(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece])
 
 async def _reply(
     request: Request, body: ChatRequest | CompletionRequest, start: Start, shape: _ChatShape | _TextShape,
-    ground: Ground | None = None,
+    ground: Ground | None = None, masked: Masked | None = None,
 ) -> Response:  # fmt: skip
-    """Start the generation and answer with all of it, or with a stream of events; checked, where it has a ground."""
+    """Start the generation and answer with all of it, or with a stream of events; checked, where it has a ground, and
+    with what was `masked` in it again."""
+    restored = _restoring(masked)
     pieces = asyncio.Queue[Piece]()
     answer = await asyncio.to_thread(start, _handing_over(asyncio.get_running_loop(), pieces))
     generation = answer.generation
@@ -243,7 +256,7 @@ async def _reply(
                 return
             finish = piece.finish
             if not ground:
-                yield event([{**shape.part(piece.text, list(piece.tokens)), "finish_reason": finish}])
+                yield event([{**shape.part(restored(piece), list(piece.tokens)), "finish_reason": finish}])
             elif (said := await ground.pass_on(piece.text, bool(finish))) or finish:
                 if finish:
                     head["coterie"] |= ground.tail()  # type: ignore[operator]
@@ -261,7 +274,7 @@ async def _reply(
             piece = await pieces.get()
             if failed := broken_off(piece):
                 return failed
-            said = await ground.pass_on(piece.text, bool(piece.finish)) if ground else piece.text
+            said = await ground.pass_on(piece.text, bool(piece.finish)) if ground else restored(piece)
             text, finish = text + said, piece.finish
             tokens += [] if ground else piece.tokens
     finally:
@@ -307,7 +320,21 @@ def _channel(request: Request) -> str:
     return request.headers.get("x-coterie-channel", "")
 
 
-async def _reply_all(request: Request, asked: str, starts: list[Start], shape: _TextShape) -> Response:
+def _restoring(masked: Masked | None) -> Callable[[Piece], str]:
+    """The text of a piece with what was masked in it; of a pseudonym that is cut in two, the beginning waits."""
+    restorer = masked.restoring() if masked else None
+
+    def restored(piece: Piece) -> str:
+        if restorer is None:
+            return piece.text
+        return restorer.feed(piece.text) + (restorer.close() if piece.finish else "")
+
+    return restored
+
+
+async def _reply_all(
+    request: Request, asked: str, starts: list[Start], shape: _TextShape, masked: list[Masked | None]
+) -> Response:
     """Start several generations and answer with all of them, in the order of their prompts, each saying who gave it."""
     loop, arrived = asyncio.get_running_loop(), [asyncio.Queue[Piece]() for _ in starts]
     answers: list[Answer] = []
@@ -317,12 +344,12 @@ async def _reply_all(request: Request, asked: str, starts: list[Start], shape: _
         for start, pieces in zip(starts, arrived, strict=True):
             answers.append(await asyncio.to_thread(start, _handing_over(loop, pieces)))
         for index, pieces in enumerate(arrived):
-            text, tokens, finish = "", list[TokenChoice](), None
+            text, tokens, finish, restored = "", list[TokenChoice](), None, _restoring(masked[index])
             while not finish:
                 piece = await pieces.get()
                 if failed := broken_off(piece):
                     return failed
-                text, finish = text + piece.text, piece.finish
+                text, finish = text + restored(piece), piece.finish
                 tokens += piece.tokens
             told = _told(answers[index])
             choices.append({"index": index, "finish_reason": finish, **shape.all(text, tokens), "coterie": told})

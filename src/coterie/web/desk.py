@@ -5,11 +5,11 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from jinja2 import Environment
 from pydantic import BaseModel as Record
@@ -25,16 +25,19 @@ from coterie.privacy.tables import AccountRow
 from coterie.recent import Recent
 from coterie.store.database import reading
 from coterie.web.door import COOKIE, INVITED_S, Agent, Door, open_door
-from coterie.web.events import event, next_news, stream
+from coterie.web.events import Streams, event, next_news
 from coterie.web.procedures import approvals_router
 from coterie.web.schema import Text
-from coterie.web.widget import STATIC, Looks, widget_app
+from coterie.web.widget import STATIC, widget_app
+from coterie.web.witness import Witness
 
 ALL = ("message", "note", "suggestion", "event")
 VIEWS: dict[str, tuple[State, ...]] = {
     "waiting": ("waiting",), "mine": ("person", "snoozed"), "people": ("person",), "bot": ("bot",),
     "snoozed": ("snoozed",), "resolved": ("resolved",), "approvals": ("bot",), "all": (),
 }  # fmt: skip
+Before = Annotated[int | None, Query(ge=1, le=2**31 - 1)]  # the id of an entry
+PAGES = 20  # that one agent may have open
 PRESENT_S = 20.0  # an agent's page says this often, or more so, where they look
 LOOKED_AT = 1000  # conversations at once; beyond that, the oldest look is not shown to others
 
@@ -84,26 +87,22 @@ class _Presence:
 
 
 def add_desk(
-    app: FastAPI, desk: Desk, pages: Environment, door: Door | None = None,
-    saw: Callable[[str, str, str], None] | None = None, refused: Callable[[str, str, str], None] | None = None,
-) -> None:  # fmt: skip
-    """Routes of desk and widget. `saw` is told which agent opened which conversation, of which customer; `refused`,
-    which customer asked for which conversation of which other one."""
-    door = door or open_door(desk.business.folder, desk.spec.origins)
-    app.mount("/widget", widget_app(desk, door, refused))
-    app.include_router(_router(desk, door, pages, saw))
-    app.include_router(approvals_router(desk, door))
+    app: FastAPI, desk: Desk, pages: Environment, door: Door | None = None, witness: Witness | None = None
+) -> None:
+    """Routes of desk and widget. `witness`: who writes down who saw whose words, and what visitors were told."""
+    door, witness = door or open_door(desk.business.folder, desk.spec.origins), witness or Witness()
+    app.mount("/widget", widget_app(desk, door, witness))
+    app.include_router(_router(desk, door, pages, witness))
+    app.include_router(approvals_router(desk, door, witness))
 
     @app.get("/widget.js")
     def script() -> Response:
         return FileResponse(STATIC / "widget" / "embed.js", headers={"Access-Control-Allow-Origin": "*"})
 
 
-def _router(
-    desk: Desk, door: Door, pages: Environment, saw: Callable[[str, str, str], None] | None = None
-) -> APIRouter:
-    router, talks, presence = APIRouter(), desk.conversations, _Presence()
-    opened, seen = Looks(), set[str]()  # agents who have been here since this process began
+def _router(desk: Desk, door: Door, pages: Environment, witness: Witness) -> APIRouter:
+    router, talks, presence, streams = APIRouter(), desk.conversations, _Presence(), Streams(PAGES)
+    seen = set[str]()  # agents who have been here since this process began
 
     def working(agent: Annotated[Agent, Depends(door.agent)]) -> Agent:
         seen.add(agent.name)
@@ -146,6 +145,7 @@ def _router(
             found = talks.listed(VIEWS[view], owner, queue=queue)
         mine = len(talks.listed(VIEWS["mine"], f"agent:{agent.name}"))
         last = talks.last_messages([c.id for c in found])
+        witness.listed(agent.name, "list", [(c.id, c.customer) for c in found if c.id in last])
         return {
             "conversations": [_row(c) | {"last": _short(last.get(c.id))} for c in found],
             "counts": talks.counts() | {"mine": mine, "approvals": len(wanted)},
@@ -155,8 +155,7 @@ def _router(
     @router.get("/desk/api/conversations/{id}")
     def one(id: str, agent: ByAgent) -> dict[str, Any]:
         c = talks.get(id)
-        if saw and opened.again(agent.name, id):
-            saw(agent.name, id, c.customer)
+        witness.read(agent.name, id, c.customer)
         try:
             profile, trouble = dict(desk.parts.profile(c.customer)), ""
         except Exception:  # the conversation goes on without it
@@ -212,10 +211,13 @@ def _router(
         return {}
 
     @router.get("/desk/api/search")
-    def search(q: str, _agent: ByAgent) -> dict[str, Any]:
+    def search(q: str, agent: ByAgent, before: Before = None) -> dict[str, Any]:
+        """Among the newest messages, or those `before` one. Its own `before`: where to go on; None: that was all."""
         if not q.strip():
             raise CoterieError("q: what to search for")
-        return {"conversations": [_row(c) | {"last": _short(m)} for c, m in talks.search(q)]}
+        found, further = talks.search(q, before=before)
+        witness.searched(agent.name, q, [(c.id, c.customer) for c, _ in found])
+        return {"conversations": [_row(c) | {"last": _short(m)} for c, m in found], "before": further}
 
     @router.get("/desk/api/state")
     def state(agent: ByAgent) -> dict[str, Any]:
@@ -237,8 +239,8 @@ def _router(
         }  # fmt: skip
 
     @router.get("/desk/api/events")
-    def events(_agent: ByAgent) -> Response:
-        return stream(_news(desk))
+    def events(agent: ByAgent) -> Response:
+        return streams.stream(agent.name, _news(desk))
 
     return router
 

@@ -1,6 +1,5 @@
 """Files that customers sent: given to agents as something to save, never as something to show or to run."""
 
-from collections.abc import Callable
 from typing import Annotated
 from urllib.parse import quote
 
@@ -8,17 +7,18 @@ from fastapi import APIRouter, Depends, Response
 
 from coterie.desk.attachment import Attachments
 from coterie.web.door import Agent, Door
+from coterie.web.witness import Witness
 
 
-def router(files: Attachments, door: Door, saw: Callable[[str, str, str], None]) -> APIRouter:
-    """`saw` is told which agent took a file, from which conversation, of which customer."""
+def router(files: Attachments, door: Door, witness: Witness) -> APIRouter:
+    """`witness`: who writes down which agent took a file."""
     routes = APIRouter()
     ByAgent = Annotated[Agent, Depends(door.agent)]
 
     @routes.get("/desk/api/files/{id}")
     def download(id: str, agent: ByAgent) -> Response:
         found = files.get(id)
-        saw(agent.name, found.conversation, found.customer)
+        witness.took_file(agent.name, found.conversation, found.customer)
         headers = {
             "Content-Disposition": f"attachment; filename*=UTF-8''{quote(found.file.name, safe='')}",
             "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'",

@@ -4,20 +4,23 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from jinja2 import Environment
 
+from coterie.answer import Answer
 from coterie.business import Business
 from coterie.choose import question
 from coterie.data.read import Message
+from coterie.engine.request import Callback, Sampling
 from coterie.errors import CoterieError
 from coterie.grounding import Grounded, Grounding, Writer
 from coterie.knowledge.evidence import Reader
+from coterie.privacy.once import Once
 from coterie.sources import overview
 
 
@@ -51,18 +54,39 @@ class Shelf:
             raise CoterieError("knowledge: this business declares no [knowledge.NAME] in coterie.toml")
         return self._grounding
 
-    def gather(self, messages: list[Message], request: Request) -> "Ground":
-        """The evidence for a conversation."""
+    def gather(self, messages: list[Message], request: Request, hide: Once | None = None) -> "Ground":
+        """The evidence for a conversation. It is looked for with the words as they are; what then goes before the model
+        is masked with `hide`, where it is given. Raises MaskingFailed."""
         grounding = self.grounding()
         grounded = grounding.gather(messages, reader_of(request))
-        return Ground(grounding, grounded, grounding.writer(grounded, question(messages)))
+        if not hide:
+            return Ground(grounding, grounded, grounding.writer(grounded, question(messages)), messages)
+        found = grounded.evidence
+        masked = hide([*(m["content"] for m in messages), *(e.text for e in found), *(e.where for e in found)])
+        said, at = masked.texts[: len(messages)], masked.texts[len(messages) :]
+        messages = [{**m, "content": text} for m, text in zip(messages, said, strict=True)]
+        places = zip(found, at[: len(found)], at[len(found) :], strict=True)
+        seen = replace(grounded, evidence=[replace(e, text=text, where=where) for e, text, where in places])
+        writer = grounding.writer(seen, question(messages))
+        return Ground(grounding, grounded, writer, messages, masked.restore)
 
 
 class Ground:
-    """What one grounded answer stands on, and its text as it is checked."""
+    """What one grounded answer stands on, and its text as it is checked.
 
-    def __init__(self, grounding: Grounding, grounded: Grounded, writer: Writer) -> None:
+    messages: the conversation as the model sees it. restore: puts back what was hidden from the model.
+    """
+
+    def __init__(
+        self, grounding: Grounding, grounded: Grounded, writer: Writer, messages: list[Message],
+        restore: Callable[[str], str] = str,
+    ) -> None:  # fmt: skip
         self.grounding, self.grounded, self.writer = grounding, grounded, writer
+        self.messages, self.restore = messages, restore
+
+    def ask(self, who: str, sampling: Sampling, to: Callback, channel: str) -> Answer:
+        """Let the expert answer."""
+        return self.grounding.ask(who, self.messages, self.writer.grounded, sampling, to, channel)
 
     @property
     def answerable(self) -> bool:
@@ -74,7 +98,8 @@ class Ground:
 
     def tail(self) -> dict[str, Any]:
         """Known after the last."""
-        return {"sentences": [asdict(s) for s in self.grounded.sentences]}
+        said = self.writer.grounded.sentences
+        return {"sentences": [asdict(s) | {"text": self.restore(s.text)} for s in said]}
 
     async def pass_on(self, text: str, last: bool) -> str:
         """The part of the answer that is checked and can go out."""
@@ -85,7 +110,7 @@ class Ground:
             out += await asyncio.to_thread(self.writer.end)
             if not self.writer.said:
                 out += self.grounding.spec.unknown
-        return out
+        return self.restore(out)  # whole sentences: no pseudonym is cut in two
 
     def unknown(self, stream: bool) -> Response:
         """The answer where no source has anything to say: no model is asked."""

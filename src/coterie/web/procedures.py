@@ -9,6 +9,7 @@ from pydantic import Field
 from coterie.desk.desk import Desk
 from coterie.desk.message import NoConversation
 from coterie.web.door import Agent, Door
+from coterie.web.witness import Witness
 
 
 class Decision(Record):
@@ -19,14 +20,17 @@ class Decision(Record):
     note: str = Field("", max_length=2000)
 
 
-def approvals_router(desk: Desk, door: Door) -> APIRouter:
-    """The routes of this file."""
+def approvals_router(desk: Desk, door: Door, witness: Witness) -> APIRouter:
+    """The routes of this file. `witness`: who writes down whose approvals were shown."""
     router = APIRouter()
     ByAgent = Annotated[Agent, Depends(door.agent)]
 
     @router.get("/desk/api/approvals")
-    def waiting(_agent: ByAgent) -> dict[str, Any]:
-        return {"approvals": desk.procedures.runs.waiting() if desk.procedures else []}
+    def waiting(agent: ByAgent) -> dict[str, Any]:
+        found = desk.procedures.runs.waiting() if desk.procedures else []
+        shown = {a["conversation"] for a in found}
+        witness.listed(agent.name, "approvals", [(id, desk.conversations.get(id).customer) for id in shown])
+        return {"approvals": found}
 
     @router.post("/desk/api/conversations/{id}/approval")
     def decide(id: str, body: Decision, agent: ByAgent) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """The widget's side of the desk: what a visitor's page may ask. Mounted at /widget, with its own CORS rules."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 from pydantic import BaseModel as Record
@@ -16,31 +16,19 @@ from coterie.desk.desk import Desk
 from coterie.desk.first_words import first_words
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, NoConversation
 from coterie.privacy.access import Limit
-from coterie.recent import Recent
+from coterie.web.access import visits
 from coterie.web.door import Door
-from coterie.web.events import event, next_news, stream
+from coterie.web.events import Streams, event, next_news
 from coterie.web.problem import handle_errors
 from coterie.web.schema import Text
+from coterie.web.witness import Witness
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("widget.js", "visit.js", "strings.js", "widget.css", "tokens.css", "render.js")
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]  # of an entry, as a database can hold it
-SEEN_S = 600.0  # looks at a conversation that are nearer than this are one
-SEEN = 10_000  # of them kept; beyond that the oldest is forgotten, and would go on record once more
 SAYS, VISITS = Limit(30, 60), Limit(120, 60)  # messages of a visitor, new visits from one address
-
-
-class Looks:
-    """Who looked at which conversation lately."""
-
-    def __init__(self) -> None:
-        self._seen = Recent[tuple[str, str], bool](SEEN, SEEN_S)
-
-    def again(self, who: str, id: str) -> bool:
-        """Whether they did not within SEEN_S: a page that reads a conversation at each change is one look."""
-        fresh = not self._seen.get((who, id))
-        self._seen.put((who, id), True)
-        return fresh
+PAGES = 10  # that one visitor may have open
+ACTS = Limit(60, 60)  # what else a visitor does: buttons, thumbs, consents, streams that are opened
 
 
 class Visit(Record):
@@ -48,7 +36,15 @@ class Visit(Record):
 
     identity: str = Field("", max_length=4000)
     token: str = Field("", max_length=4000)
-    language: str = Field("", max_length=40, description="that the widget speaks, such as ar")
+    language: Text = Field("", max_length=40, description="that the widget speaks, such as ar")
+
+
+class Agreed(Record):
+    """POST /widget/consents: to what they agree, or no longer; `version` is that of the text that they saw."""
+
+    purpose: Text = Field(max_length=80)
+    version: Text = Field(max_length=64)
+    agreed: bool
 
 
 class Begin(Record):
@@ -72,15 +68,17 @@ class Rating(Record):
     reason: Text = Field("", max_length=2000)
 
 
-def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] | None = None) -> FastAPI:
-    """The routes under /widget. `refused` is told who asked for which conversation of somebody else."""
-    app = FastAPI(title="Coterie's widget", docs_url=None, redoc_url=None, openapi_url=None)
+def widget_app(desk: Desk, door: Door, witness: Witness) -> FastAPI:
+    """The routes under /widget. `witness`: who writes down what visitors are told, and what they try."""
+    app = FastAPI(
+        title="Coterie's widget", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(visits(door))]
+    )
     app.add_middleware(
         CORSMiddleware, allow_origins=sorted(door.origins), allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After"], max_age=3600,
     )  # fmt: skip
     handle_errors(app)
-    talks, tried = desk.conversations, Looks()
+    talks, streams, consents = desk.conversations, Streams(PAGES), desk.business.config.privacy.consents
 
     def mine(request: Request, id: str) -> Conversation:
         """The visitor's own conversation; another's reads as if there were none, and goes on record."""
@@ -89,22 +87,36 @@ def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] 
             return talks.get(id, customer)
         except NoConversation:
             whose = talks.get(id).customer  # raises again where there is none at all
-            if refused and tried.again(customer, id):
-                refused(customer, id, whose)
+            witness.refused(customer, id, whose)
             raise
+
+    def acting(request: Request, id: str) -> Conversation:
+        """`mine`, for what is done with a button. Raises Busy."""
+        found = mine(request, id)
+        ACTS.count(found.customer)
+        return found
 
     @app.post("/visits")
     def visit(body: Visit, request: Request) -> dict[str, Any]:
         site = door.site(request)
         VISITS.count(request.client.host if request.client else "")
         customer, token = door.admit(site, body.identity, body.token)
-        last = next(iter(talks.listed(customer=customer, limit=1)), None)
         disclosure, greeting = first_words(desk.spec, body.language)
+        witness.told(customer, disclosure, body.language)
+        last = next(iter(talks.listed(customer=customer, limit=1)), None)
         return {
             "token": token, "business": desk.business.config.business.name, "disclosure": disclosure,
             "greeting": greeting, "conversation": last.id if last else None,
             "offers": desk.procedures.offers() if desk.procedures else [],
+            "consents": witness.asked(customer, consents),
         }  # fmt: skip
+
+    @app.post("/consents")
+    def agree(body: Agreed, request: Request) -> dict[str, Any]:
+        customer = door.visitor(request)
+        ACTS.count(customer)
+        witness.agreed(customer, consents, body.purpose, body.version, body.agreed)
+        return {"consents": witness.asked(customer, consents)}
 
     @app.post("/conversations")
     def begin(body: Begin, request: Request) -> dict[str, Any]:
@@ -121,28 +133,29 @@ def widget_app(desk: Desk, door: Door, refused: Callable[[str, str, str], None] 
 
     @app.post("/conversations/{id}/stop")
     def stop(id: str, request: Request) -> dict[str, Any]:
-        desk.stop(mine(request, id).id)
+        desk.stop(acting(request, id).id)
         return {}
 
     @app.post("/conversations/{id}/person")
     def person(id: str, request: Request) -> dict[str, Any]:
-        return state_of(talks.ask_for_person(mine(request, id).id))
+        return state_of(talks.ask_for_person(acting(request, id).id))
 
     @app.post("/conversations/{id}/bot")
     def bot(id: str, request: Request) -> dict[str, Any]:
-        now = talks.back_to_bot(mine(request, id).id)
+        now = talks.back_to_bot(acting(request, id).id)
         desk.wake(id)
         return state_of(now)
 
     @app.post("/conversations/{id}/ratings")
     def rate(id: str, body: Rating, request: Request) -> dict[str, Any]:
-        talks.rate(mine(request, id).id, body.seq, body.good, body.reason)
+        talks.rate(acting(request, id).id, body.seq, body.good, body.reason)
         return {}
 
     @app.get("/conversations/{id}/events")
     def events(id: str, request: Request, after: Number = 0) -> Response:
-        mine(request, id)
-        return stream(_events(desk, id, after))
+        customer = mine(request, id).customer
+        ACTS.count(customer)
+        return streams.stream(customer, _events(desk, id, after))
 
     @app.get("/static/{name}")
     def file(name: str) -> Response:

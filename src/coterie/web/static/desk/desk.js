@@ -9,12 +9,13 @@ let view = "waiting";
 let open = new URLSearchParams(location.hash.slice(1)).get("c");
 let current = null; // what the server last said of the open one
 let listed = [];
+let depth = 1; // how often older messages are searched as well
 let sending = null; // key of the text that is being sent, so that a second try is not doubled
 const drafts = new Map(); // conversation -> what was being written
 
 async function list() {
   const [query, wanted, queue] = [find("#q").value.trim(), view, find("#queue").value];
-  const found = query ? await get(`search?q=${encodeURIComponent(query)}`)
+  const found = query ? await searched(query)
     : await get(`conversations?view=${wanted}&queue=${encodeURIComponent(queue)}`);
   if (query !== find("#q").value.trim() || wanted !== view || queue !== find("#queue").value) return; // another list has been asked for meanwhile
   listed = found.conversations;
@@ -22,6 +23,7 @@ async function list() {
   find("#list").replaceChildren(...listed.map(row));
   if (focused) find(`#list [data-id="${focused}"]`)?.focus();
   find("#none").hidden = listed.length > 0;
+  find("#older").hidden = !found.before;
   find("#list-name").textContent = query ? "Found" : find(`[data-view=${view}] span`).textContent;
   for (const button of document.querySelectorAll("#views button")) {
     button.ariaPressed = String(!query && button.dataset.view === view);
@@ -40,6 +42,18 @@ function offer(where, values, shown) {
   const chosen = select.value;
   select.replaceChildren(select.options[0], ...values.map((v) => element("option", { value: v }, shown(v))));
   select.value = values.includes(chosen) ? chosen : "";
+}
+
+/** What was found in the newest messages, and in as many older ones as were asked for. */
+async function searched(query) {
+  const conversations = [];
+  let before = null;
+  for (let n = 0; n < depth && (n === 0 || before); n++) {
+    const page = await get(`search?q=${encodeURIComponent(query)}${before ? `&before=${before}` : ""}`);
+    conversations.push(...page.conversations.filter((c) => !conversations.some((o) => o.id === c.id)));
+    before = page.before;
+  }
+  return { conversations, before };
 }
 
 function row(c) {
@@ -193,6 +207,11 @@ function news(ids) {
   }, 50);
 }
 
+find("#q").addEventListener("input", () => (depth = 1));
+find("#older button").addEventListener("click", () => {
+  depth++;
+  list();
+});
 for (const button of document.querySelectorAll("#views button"))
   button.addEventListener("click", () => {
     view = button.dataset.view;

@@ -160,7 +160,8 @@ export class Visit {
   }
 
   async renew() {
-    this.facts = await this.ask("visits", { identity: this.identity, token: this.token }, false);
+    const { identity, language, token } = this;
+    this.facts = await this.ask("visits", { identity, language, token }, false);
     this.token = this.facts.token;
     store.set("visit", { token: this.token });
   }
