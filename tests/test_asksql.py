@@ -1,11 +1,15 @@
 """Questions to SQL: what a model may write, what is done when it finds nothing, and rows as evidence."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
+from typer.testing import CliRunner
 
+from coterie.cli.main import app
+from coterie.data.read import Source
 from coterie.engine.engine import Engine
 from coterie.errors import DataError, SourceError, Unreachable
 from coterie.knowledge.asksql import Nearest, SqlSource, Written, instruction, open_sql
@@ -217,6 +221,27 @@ SHORT = [
 @pytest.mark.parametrize(("sql", "short"), SHORT)
 def test_the_common_form_is_short_and_means_the_same(sql: str, short: str) -> None:
     assert simplify(sql, quoted_values=True) == short
+
+
+def test_training_rows_are_made_of_examples_as_the_expert_will_be_asked(tmp_path: Path) -> None:
+    """From the command line; without the tables that those who ask may not see."""
+    (tmp_path / "city.csv").write_text("Name,people\nOslo,7\n")
+    (tmp_path / "pay.csv").write_text("who\nada\n")
+    (tmp_path / "sql.jsonl").write_text('{"question": "Which?", "sql": "select C.NAME from CITY as C"}\n')
+    declared = 'kind = "tables"\nfiles = { city = "city.csv", pay = "pay.csv" }\nexamples = ["sql.jsonl"]'
+    (tmp_path / "coterie.toml").write_text(f'[knowledge.c]\n{declared}\ntables.pay.readers = ["hr"]\n')
+    for groups, tables in (("", "city (name, people)"), ("hr", "city (name, people); pay (who)")):
+        out = tmp_path / f"rows{groups}.jsonl"
+        words = ["data", "sql", "c", "-f", str(tmp_path), "--out", str(out), "--groups", groups]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        assert json.loads(out.read_text()) == {
+            "system": "Write one DuckDB query that answers the question. Give only the query. "
+            f"The tables: {tables}.",
+            "prompt": "Which?", "completion": "SELECT name FROM city",
+        }  # fmt: skip
+        assert next(Source((out,)).examples()).messages[0]["role"] == "system"
+    said = CliRunner().invoke(app, ["data", "sql", "d", "-f", str(tmp_path), "--out", str(tmp_path / "x.jsonl")])
+    assert "declares no database and no tables [knowledge.d]" in str(said.exception)
 
 
 def test_a_declaration_opens_a_source_with_its_examples_and_names_a_bad_line(tmp_path: Path) -> None:

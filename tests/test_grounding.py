@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from coterie.cli.main import main
 from coterie.config import read_config
 from coterie.errors import CoterieError
 from coterie.grounding import Grounded, Rule, Writer, preface
+from coterie.knowledge.asksql import SqlSource, Written
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.support import Checker, numbers, paragraphs, sentences
 from coterie.model.load import BaseModel
@@ -187,6 +189,37 @@ def test_nothing_near_is_said_and_no_model_is_asked(api: Served, stream: bool) -
     answer = api.http.post("/v1/chat/completions", json=asked("zebra quantum?", "It is so.", stream=stream))
     assert "I don't know: our sources say nothing about that." in answer.text
     assert api.metrics()["coterie_requests_total"] == before
+
+
+DATABASE = """
+[knowledge.orders]
+kind = "database"
+url = "sqlite:///orders.db"
+[knowledge.orders.tables.orders]
+"""
+
+
+def test_a_database_does_not_make_known_what_no_source_knows(
+    shop: Path, tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever SQL would be written, and however many rows it would find."""
+    monkeypatch.setattr(WordEmbedder, "width", 4096)  # no two words share a place
+    folder = make(shop)
+    with (folder / "coterie.toml").open("a") as file:
+        file.write(DATABASE)
+    with sqlite3.connect(folder / "orders.db") as db:
+        db.execute("CREATE TABLE orders (id INTEGER, customer TEXT, thing TEXT)")
+        db.executemany("INSERT INTO orders VALUES (?, 'ada', 'kettle')", [(n,) for n in range(30)])
+    monkeypatch.setattr(SqlSource, "write", lambda *_: [Written("SELECT * FROM orders", -1.0)])
+    with serving(open_answerer(folder, tiny_base)) as api:
+        known, sources_ = {}, {}
+        for question in ("zebra quantum?", "How long does standard delivery take?", "Which orders has customer ada?"):
+            answer = api.http.post("/v1/chat/completions", json=asked(question, "Hm.")).json()
+            known[question] = answer["coterie"]["known"]
+            sources_[question] = {s["source"] for s in answer["coterie"]["sources"]}
+        assert list(known.values()) == [False, True, True]
+        assert [("orders" in s, "rules" in s) for s in sources_.values()][:2] == [(False, False), (False, True)]
+        assert "orders" in sources_["Which orders has customer ada?"]
 
 
 def test_withheld_to_the_last_is_not_known(shop: Path, tiny_base: BaseModel) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from coterie.cli.options import Json
+from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import bars, result, table, tell
 from coterie.data.read import Example, Source, read_inputs
 from coterie.errors import CoterieError, DataError
@@ -283,6 +283,37 @@ def augment(
     text = (f"{out}: {made.rows:,} rows ({by}); thrown away: {made.repeats:,} repeats, {made.leaks:,} like test rows, "
             f"{made.off_label:,} that no longer say the same")  # fmt: skip
     result(value, as_json, text)
+
+
+@app.command()
+def sql(
+    source: Annotated[str, typer.Argument(help="A declared database, or tables, with `examples`.")],
+    out: Annotated[Path, typer.Option(help="New file (.jsonl) for the rows.")],
+    folder: FolderOption = Path(),
+    as_: Annotated[str, typer.Option("--as", help="Who will ask, for permissions by name.")] = "",
+    groups: Annotated[str, typer.Option(help="Groups that they belong to: it learns the tables that these see.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Make the training rows of an expert that writes SQL out of a source's `examples`."""
+    from coterie.business import Business
+    from coterie.data.write import check_new, write_rows
+    from coterie.knowledge.asksql import lessons, read_examples
+    from coterie.knowledge.evidence import Reader
+    from coterie.knowledge.specs import DatabaseSpec, TablesSpec
+    from coterie.knowledge.tables import open_tabular
+
+    check_new(out)
+    business = Business.open(folder)
+    spec = business.config.knowledge.sources.get(source)
+    if not isinstance(spec, DatabaseSpec | TablesSpec):
+        raise CoterieError(f"{folder}/coterie.toml declares no database and no tables [knowledge.{source}]")
+    files = [f for pattern in spec.examples for f in sorted(business.folder.glob(pattern))]
+    examples = [pair for file in files for pair in read_examples(file)]
+    if not examples:
+        raise CoterieError(f"knowledge.{source}.examples: no file with questions and their SQL; name one")
+    reader = Reader(as_, frozenset(g.strip() for g in groups.split(",") if g.strip()))
+    made = write_rows(out, lessons(open_tabular(source, spec, business.folder), examples, reader))
+    result({"out": str(out), "rows": made}, as_json, f"{out}: {made:,} rows")
 
 
 @app.command()

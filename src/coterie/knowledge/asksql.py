@@ -24,6 +24,7 @@ from coterie.knowledge.database import FRESH_S, Answer, Database
 from coterie.knowledge.embed import Floats
 from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.plainsql import simplify
 from coterie.knowledge.relevance import About, spoken
 from coterie.knowledge.schema import describe
 from coterie.knowledge.specs import DatabaseSpec, TablesSpec
@@ -58,6 +59,13 @@ def instruction(db: Database, reader: Reader, samples: bool = False) -> str:
 
 def _base() -> None:
     """No adapter: the base model writes."""
+
+
+def lessons(db: Database, examples: Sequence[tuple[str, str]], reader: Reader) -> list[dict[str, str]]:
+    """Rows that an expert learns to write SQL from: each with the instruction that it will be asked with, and its SQL
+    in the common form."""
+    about = instruction(db, reader)
+    return [{"system": about, "prompt": q, "completion": simplify(sql, db.dialect)} for q, sql in examples]
 
 
 class Nearest:
