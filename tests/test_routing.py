@@ -559,7 +559,8 @@ def test_the_api_explains_its_decision_as_the_command_line_does(
             return client.post("/v1/route", json={"text": text}, headers=headers)
 
         for channel in ("", "lobby"):
-            main_with("route", "Which color has the grass?", "--folder", str(routed_shop), "--json", "--channel", channel)
+            asked = ("Which color has the grass?", "--folder", str(routed_shop), "--json", "--channel", channel)
+            main_with("route", *asked)
             told = json.loads(capsys.readouterr().out)
             found = ask("Which color has the grass?", **{"X-Coterie-Channel": channel}).json()
             assert found["experts"] == told["experts"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from coterie.answer import Answer, Answerer
+from coterie.answer import Answerer
 from coterie.business import Business, fit
 from coterie.choose import Choice
 from coterie.engine.engine import Engine
@@ -160,9 +160,7 @@ def test_who_can_answer_together_does_in_shares_of_1_and_nobody_else_is_named(
 
 @pytest.mark.parametrize("how", ["merge", "logits", "arrow"])
 @pytest.mark.parametrize("first", ["whole", "sorter"])
-def test_a_model_of_its_own_and_a_classifier_answer_alone(
-    how: str, first: str, answerers: dict[str, Answerer]
-) -> None:
+def test_a_model_of_its_own_and_a_classifier_answer_alone(how: str, first: str, answerers: dict[str, Answerer]) -> None:
     answerer = answerers[how]
     alone = answerer.chat(first, ASK, Sampling(max_tokens=COUNT))
     together = answerer.chat(chosen(**{first: 0.5, "a": 0.3, "b": 0.2}), ASK, Sampling(max_tokens=COUNT))
@@ -209,8 +207,8 @@ def weights(header: str) -> dict[str, float]:
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_auto_with_several_experts_says_who_answered_and_says_what_they_say(
-    how: str, channel: str, names: set[str] | None, stream: bool, ask: Callable[..., Any], answerers: dict[str, Answerer],
-    tiny_base: BaseModel,
+    how: str, channel: str, names: set[str] | None, stream: bool, ask: Callable[..., Any],
+    answerers: dict[str, Answerer], tiny_base: BaseModel,
 ) -> None:  # fmt: skip
     reply = ask(how, "/v1/chat/completions", channel, messages=ASK, stream=stream)
     if stream:

@@ -127,7 +127,11 @@ class BusinessSpec(Strict):
     context: int = Field(2048, ge=64, description="most tokens of one conversation, answer included")
     slots: int = Field(16, ge=1, le=1024, description="requests generated at once")
     queue: int = Field(64, ge=1, description="requests that may wait; more get 429")
-    expert_memory: int = Field(1024, ge=1, description="MiB that experts in memory may take; the longest idle go first")
+    expert_memory: int = Field(
+        1024,
+        ge=1,
+        description="MiB that experts in memory may take, as many again those of kind full; the longest idle go first",
+    )
     cache_memory: int = Field(
         256,
         ge=0,

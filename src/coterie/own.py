@@ -36,7 +36,7 @@ class OwnEngines:
                         raise
 
     def tidy(self, wanted: tuple[str, int] | None = None) -> None:
-        """Stop the idle engines of versions that answer no more, and the longest idle beyond the budget; not `wanted`."""
+        """Stop idle engines of versions that answer no more, and the longest idle beyond the budget; not `wanted`."""
         if not self._kept:
             return
         with self._lock:

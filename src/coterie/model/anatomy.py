@@ -20,7 +20,7 @@ from coterie.model.hf import config_of, read_facts
 from coterie.model.load import default_dtype, gguf_config
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5625}  # int4: blocks of 32 with a scale of 2 bytes
-REACHED = 0.6  # share of the hardware's rates that a step is taken to reach
+REACHED = 0.6  # share of the hardware's rates that a step is taken to reach: assumed; benchmarks/anatomy.py measures it
 
 
 @dataclass(frozen=True)
