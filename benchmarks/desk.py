@@ -112,7 +112,10 @@ def contacts(report: Report, args: argparse.Namespace) -> None:
         report.figures |= _figures(key, done)
     report.figures["oracle_verified"] = sum(gold) / len(gold)
     rows = [_row("coterie, not calibrated" if name == "coterie" else name, done) for name, done in runs.items()]
-    rows += _calibrated(report, runs["coterie"][::2], runs["coterie"][1::2])
+    development, held = runs["coterie"][::2], runs["coterie"][1::2]
+    rows.append(_row(f"coterie, not calibrated ({len(held)} held-out)", held))
+    report.figures |= _figures("coterie_held_out", held)
+    rows += _calibrated(report, development, held)
     head = ["contacts", "verified", "without a person", "assumed", "silent failure", "escalation recall",
             *(f"cost at {c:.0f}" for c in PERSON_COST)]  # fmt: skip
     report.table("Contacts of tau2-bench's bank", head, rows)
@@ -157,10 +160,8 @@ def _never(_signals: Signals) -> bool:
 
 def _tell(report: Report, ours: Sequence[Run], model: str) -> None:
     """What the desk did, in words: what it solved alone, and why it called people."""
-    alone, why = (
-        [r for r in ours if r.verified and r.assumed],
-        Counter(r.replies[-1].reason for r in ours if r.escalated),
-    )
+    why = Counter(r.replies[-1].reason for r in ours if r.escalated)
+    alone, held = ([r for r in some if r.verified and r.assumed] for some in (ours, ours[1::2]))
     written = sum(any(reply.signals for reply in r.replies) for r in alone)
     report.figures |= {"coterie_verified_by_procedures": (len(alone) - written) / len(ours),
                        "coterie_verified_by_the_model": written / len(ours)}  # fmt: skip
@@ -168,8 +169,8 @@ def _tell(report: Report, ours: Sequence[Run], model: str) -> None:
     reasons = ", ".join(f"{reason} {count}" for reason, count in why.most_common()) or "none"
     report.say(f"Coterie here is the desk's answer flow over {model}, with the bank's documents and two procedures, "
                f"without a trained expert. Not calibrated, it verifies {len(alone)} of {len(ours)} contacts without a "
-               f"person: {len(alone) - written} by a procedure, which no model decides, {written} by what the model "
-               f"wrote. People are called for: {reasons}.")  # fmt: skip
+               f"person ({len(held)} of {len(ours[1::2])} held-out): {len(alone) - written} by a procedure, which no "
+               f"model decides, {written} by what the model wrote. People are called for: {reasons}.")  # fmt: skip
     if not written:
         report.say(f"{model} cannot act as an agent of this bank: nothing that it wrote has solved a contact. Beyond "
                    "the procedures the figures show how safely the desk hands over, not what it solves.")  # fmt: skip
