@@ -17,16 +17,19 @@ from coterie.knowledge.asksql import open_sql
 from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned
 from coterie.knowledge.documents_spec import DocumentsSpec
+from coterie.knowledge.drawing import draw
 from coterie.knowledge.embed import Embedder, Endpoint, minilm
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.sparql import Term
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.tables import open_tables
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
 EACH = 8  # pieces of evidence asked of each source
+AROUND = 500  # triples looked at for a picture
 Fits = Callable[[str], bool]
 
 
@@ -191,6 +194,16 @@ class Knowledge:
         """The passage that a citation names, where the reader may read it. Rows and triples come with their answer."""
         opened = self.source(source)
         return opened.open(where, reader) if isinstance(opened, Documents) else None
+
+
+    def picture(self, source: str, thing: str, reader: Reader) -> str | None:
+        """The neighbourhood of a thing in a graph, as SVG, of the triples that the reader may see; None for none.
+        Raises QueryRefused where `thing` is no IRI."""
+        opened = self.source(source)
+        if not isinstance(opened, GraphSource) or not (facts := opened.around(thing, reader, AROUND)):
+            return None
+        ends = [Term("uri", thing), *(end for f in facts for end in (f.subject, f.object))]
+        return draw(thing, facts, opened.names(ends, reader))
 
 
 def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ ROUTES: dict[str, Permission | str] = {
     "GET /login/oidc": OPEN, "GET /login/oidc/return": OPEN,
     "GET /widget.js": OPEN, "GET /desk": OWN,
     "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
-    "GET /knowledge/search": "ask",
+    "GET /knowledge/picture": "ask", "GET /knowledge/search": "ask",
 }  # fmt: skip
 PAGES = {"/": "Chat", "/desk": "Desk", "/knowledge": "Knowledge", "/experts": "Experts", "/account": "Account"}
 LANDING: dict[Role, str] = {"agent": "/desk", "viewer": "/experts"}  # after signing in; the others: the first they may

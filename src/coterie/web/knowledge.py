@@ -109,7 +109,7 @@ class Ground:
 
 
 def router(shelf: Shelf, business: Business, pages: Environment) -> APIRouter:
-    """The routes: /knowledge (the page), /knowledge/sources, /knowledge/passage, /knowledge/search."""
+    """The routes: /knowledge (the page), and under it sources, passage, picture, search."""
     routes = APIRouter()
 
     @routes.get("/knowledge", response_class=HTMLResponse)
@@ -128,6 +128,13 @@ def router(shelf: Shelf, business: Business, pages: Environment) -> APIRouter:
             raise NoPassage(f"{source}: there is no passage {where!r} that you may read")
         return {"source": found.source, "where": found.where, "text": found.text, "query": found.query,
                 "link": found.link}  # fmt: skip
+
+    @routes.get("/knowledge/picture")
+    def picture(source: str, thing: str, request: Request) -> Response:
+        drawn = shelf.grounding().knowledge.picture(source, thing, reader_of(request))
+        if drawn is None:
+            raise NoPassage(f"{source}: there is nothing about {thing!r} that you may read")
+        return Response(drawn, media_type="image/svg+xml")
 
     @routes.get("/knowledge/search")
     def search(q: str, request: Request) -> dict[str, Any]:
