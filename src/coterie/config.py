@@ -301,6 +301,14 @@ class KnowledgeSpec(Strict):
         sources = {name: value for name, value in given.items() if isinstance(value, dict)}
         return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
 
+    @model_validator(mode="after")
+    def _documents_to_read(self) -> "KnowledgeSpec":
+        for name, spec in self.sources.items():
+            read = spec.extract.documents if isinstance(spec, GraphSpec) and spec.extract else ""
+            if read and not isinstance(self.sources.get(read), DocumentsSpec):
+                raise ValueError(f"{name}.extract.documents: {read!r} is no source of documents that is declared here")
+        return self
+
 
 class RetentionSpec(Strict):
     """[retention]: how long customers' data is kept; `coterie serve` deletes what is older, by itself."""

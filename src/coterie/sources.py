@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.drawing import draw
 from coterie.knowledge.embed import Embedder, Endpoint, minilm
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.extract import settle
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
@@ -74,10 +76,25 @@ def learn(
     using = by or (embedder(business, tell) if needs else None)
     for name in asked:
         try:
-            yield _learn_one(business, name, using, tell, count)
+            done = _learn_one(business, name, using, tell, count)
         except CoterieError as error:
             tell(f"{name}: {error}")
-            yield Learned(name, 0, 0, 0, 0, ((name, str(error)),))
+            done = Learned(name, 0, 0, 0, 0, ((name, str(error)),))
+        else:
+            done = replace(done, errors=(*done.errors, *_settle_readers_of(business, name)))
+        yield done
+
+
+def _settle_readers_of(business: Business, documents: str) -> list[tuple[str, str]]:
+    """Let the graphs that read facts in a source of documents follow what has become of these. What went wrong."""
+    wrong = []
+    for name, spec in business.config.knowledge.sources.items():
+        if isinstance(spec, GraphSpec) and spec.extract and spec.extract.documents == documents:
+            try:
+                settle(spec, index_folder(business, name), index_folder(business, documents), forget=True)
+            except CoterieError as error:
+                wrong.append((name, f"{name}: what it read in {documents} could not follow ({error})"))
+    return wrong
 
 
 def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, count: Count) -> Learned:
@@ -93,6 +110,9 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
         if spec.endpoint:
             return Learned(name, 0, 0, 1, 0, ())  # it has its own data, and is asked when a question comes
         done = learn_graph(spec, business.folder, folder)
+        read = index_folder(business, spec.extract.documents) if spec.extract else None
+        if read is None or (read / "index.db").exists():  # else its documents bring what was read in them
+            settle(spec, folder, read, forget=False)
         triples = sum(source.triples for source in Graph(folder, spec.timeout_s).sources())
         return Learned(name, len(done.changed), len(done.removed), done.kept, triples, tuple(done.problems.items()))
     if isinstance(spec, TablesSpec):

@@ -16,7 +16,7 @@ As = Annotated[str, typer.Option("--as", help="Who asks, for permissions by name
 Groups = Annotated[str, typer.Option(help="Groups that the one who asks belongs to, as in 'hr,sales'.")]
 
 
-def _reader(name: str, groups: str) -> Reader:
+def reader_of(name: str, groups: str) -> Reader:
     return Reader(name, frozenset(g.strip() for g in groups.split(",") if g.strip()))
 
 
@@ -60,7 +60,7 @@ def ask(
     text = sys.stdin.read() if question == "-" else question
     if not text.strip():
         raise CoterieError("the question is empty")
-    business, reader = Business.open(folder), _reader(as_, groups)
+    business, reader = Business.open(folder), reader_of(as_, groups)
     if not business.config.knowledge.sources:
         raise CoterieError(f"{folder}/coterie.toml declares no [knowledge.NAME]; see docs/knowledge.md")
     knowledge = Knowledge(business, tell=tell)
@@ -108,7 +108,7 @@ def sources(folder: Folder = Path(), as_: As = "", groups: Groups = "", as_json:
     from coterie.business import Business
     from coterie.sources import overview
 
-    found = overview(Business.open(folder), _reader(as_, groups))
+    found = overview(Business.open(folder), reader_of(as_, groups))
     rows = [
         [s["name"], s["kind"], str(len(s["files"])), str(s["passages"]), s["indexed"] or "never", str(len(s["errors"]))]
         for s in found
@@ -124,4 +124,4 @@ def mcp(folder: Folder = Path(), as_: As = "", groups: Groups = "") -> None:
     """Serve `search` and `ask` over the Model Context Protocol on stdin and stdout (pip install 'coterie[mcp]')."""
     from coterie.mcp import serve
 
-    serve(folder, _reader(as_, groups), tell)
+    serve(folder, reader_of(as_, groups), tell)

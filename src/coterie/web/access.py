@@ -56,6 +56,7 @@ ROUTES: dict[str, Permission | str] = {
     "GET /widget.js": OPEN, "GET /desk": OWN,
     "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
     "GET /knowledge/picture": "ask", "GET /knowledge/search": "ask",
+    "GET /knowledge/facts": "review", "POST /knowledge/facts": "review",
 }  # fmt: skip
 PAGES = {"/": "Chat", "/desk": "Desk", "/knowledge": "Knowledge", "/experts": "Experts", "/account": "Account"}
 LANDING: dict[Role, str] = {"agent": "/desk", "viewer": "/experts"}  # after signing in; the others: the first they may

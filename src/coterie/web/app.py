@@ -72,7 +72,7 @@ def create_app(
         add_desk(app, desk, pages, door, saw, refused)
         if house:
             app.include_router(files_router(Attachments(house), door, _on_record(house, "file.read")))
-    app.include_router(knowledge_router(shelf, business, pages))
+    app.include_router(knowledge_router(shelf, business, pages, *([house.audit.record] if house else [])))
     app.include_router(experts_router(business, pages))
 
     @app.get("/", response_class=HTMLResponse)
