@@ -108,3 +108,53 @@ def test_evidence_of_a_graph_names_the_thing_and_its_picture_shows_what_the_read
     for source, thing in (("music", "no> IRI"), ("none", "urn:s")):
         assert agent.get("/knowledge/picture", params={"source": source, "thing": thing}).status_code == 400
     assert agent.get("/knowledge/picture", params={"source": "shop", "thing": "urn:s"}).status_code == 404
+
+
+def test_a_citation_of_a_triple_opens_it_for_whoever_may_see_it(
+    folder: Path, agent: TestClient, reviewer: TestClient
+) -> None:
+    knowledge = Knowledge(Business.open(folder))
+    try:
+        music = knowledge.source("music")
+        cited = {q: music.search(f"What is the {q} of Satchmo?", STAFF)[0] for q in ("singer", "motto", "sold to")}
+        count = music.search("How many singer of Satchmo?", STAFF)
+    finally:
+        knowledge.close()
+    for asked, evidence in cited.items():
+        opened = [w.get("/knowledge/passage", params={"source": "music", "where": evidence.where}) for w in (agent, reviewer)]
+        assert [o.status_code for o in opened] == [404 if asked == "sold to" else 200, 200], opened[0].text
+        assert opened[1].json()["text"] == evidence.text
+    assert "one; two: <three>" in cited["motto"].text
+    for e in count:
+        found = reviewer.get("/knowledge/passage", params={"source": "music", "where": e.where, "query": e.query})
+        assert found.status_code == 200
+    gone = cited["singer"].where.replace("urn:a", "urn:b")
+    assert reviewer.get("/knowledge/passage", params={"source": "music", "where": gone}).status_code == 404
+    counted = "SELECT (COUNT(?o) AS ?n) { ?s <urn:music:sold_to> ?o }"
+    answers = [
+        w.get("/knowledge/passage", params={"source": "music", "where": "<urn:s>", "query": counted}).json()["text"]
+        for w in (agent, reviewer)
+    ]
+    assert answers == ["0", "1"]
+
+
+def test_a_citation_of_a_row_opens_the_row_and_the_statement_under_the_readers_own_rows(
+    app: FastAPI, agent: TestClient, reviewer: TestClient
+) -> None:
+    def opened(who: TestClient, where: str, query: str) -> Any:
+        return who.get("/knowledge/passage", params={"source": "shop", "where": where, "query": query})
+
+    query = "SELECT id, thing FROM orders ORDER BY id"
+    assert [opened(reviewer, f"row {n} of 2 row(s)", query).json()["text"] for n in (1, 2)] == [
+        "id: 1, thing: kettle", "id: 2, thing: lamp"
+    ]  # fmt: skip
+    assert opened(reviewer, "row 1 of 2 row(s)", query).json()["query"] == query
+    assert [opened(agent, f"row {n} of 2 row(s)", query).status_code for n in (1, 2)] == [200, 404]
+    assert "lamp" not in opened(agent, "row 1 of 2 row(s)", query.replace("id,", "thing, id,")).text
+    assert opened(reviewer, "row 1 of 2 row(s)", "").status_code == 404
+    nothing = "SELECT id FROM orders WHERE id > 9"
+    assert opened(reviewer, "0 row(s)", nothing).json()["text"] == "no rows"
+    for wrong in ("DELETE FROM orders", "SELECT * FROM sqlite_master", "SELECT id FROM orders; DROP TABLE orders", "x"):
+        reply = opened(reviewer, "row 1 of 1 row(s)", wrong)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "query_refused"), wrong
+    assert opened(client(app), "row 1 of 2 row(s)", query).status_code == 401

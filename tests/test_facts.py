@@ -111,6 +111,8 @@ def test_a_fact_goes_with_its_document_or_its_passage_and_follows_its_readers(
     toml = tmp_path / "coterie.toml"
     toml.write_text(toml.read_text().replace("hr/*", "*"))
     shop = Business.open(tmp_path)
+    with pytest.raises(CoterieError, match="readers of rules, which it read, have changed"):
+        made_by(shop, "Blue Boiler", EVERYONE)
     list(learn(shop, ["rules"]))
     assert made_by(shop, "Blue Boiler", EVERYONE) == []
     assert made_by(shop, "Blue Boiler", STAFF) == ["Blue Boiler, made by: Acme Works"]

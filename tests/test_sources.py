@@ -84,7 +84,9 @@ def test_a_question_is_put_to_documents_and_graph_alike(folder: Path) -> None:
         assert "SELECT" in fact.query
         found = knowledge.gather("Who is the singer of Satchmo?", Reader(), tell=lambda _: None)
         assert any(e.source == "music" for e in found)
-        assert knowledge.open("music", fact.where, Reader()) is None
+        opened = knowledge.open("music", fact.where, Reader())
+        assert opened
+        assert opened.text == fact.text
     finally:
         knowledge.close()
 

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,9 +15,10 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.experts.instruction import weights_of
 from coterie.knowledge import articles, documents
-from coterie.knowledge.asksql import open_sql
+from coterie.knowledge.asksql import SqlSource, open_sql
+from coterie.knowledge.citation import open_row, open_triples
 from coterie.knowledge.database import open_database
-from coterie.knowledge.documents import Documents, Learned
+from coterie.knowledge.documents import Documents, Learned, permissions_mark
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.drawing import draw
 from coterie.knowledge.embed import Embedder, Endpoint, minilm
@@ -27,6 +29,7 @@ from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
 from coterie.knowledge.sparql import Term
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
+from coterie.knowledge.store import meta, open_db
 from coterie.knowledge.tables import open_tables
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
@@ -172,10 +175,25 @@ class Knowledge:
         declared = self.business.config.knowledge.sources
         if name not in declared:
             raise CoterieError(f"there is no source {name!r}; there are: {', '.join(declared) or 'none'}")
+        spec = declared[name]
+        if isinstance(spec, GraphSpec) and spec.extract:
+            self._check_readers(name, spec.extract.documents)
         with self._opening:
             if name not in self._open:
-                self._open[name] = self._opened(name, declared[name])
+                self._open[name] = self._opened(name, spec)
             return self._open[name]
+
+    def _check_readers(self, graph: str, documents: str) -> None:
+        """What a graph read in documents has the readers that these had when they were learned. Raises CoterieError
+        where coterie.toml has given them others since."""
+        spec, folder = self.business.config.knowledge.sources[documents], index_folder(self.business, documents)
+        assert isinstance(spec, DocumentsSpec), "the configuration says so"
+        if (folder / "index.db").exists():
+            with closing(open_db(folder, writing=False)) as db:
+                if meta(db, "permissions") != permissions_mark(spec):
+                    raise CoterieError(
+                        f"{graph}: the readers of {documents}, which it read, have changed; run `coterie learn`"
+                    )
 
     def _opened(self, name: str, spec: DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec) -> Source:
         folder = index_folder(self.business, name)
@@ -210,9 +228,14 @@ class Knowledge:
         kept = [found[i] for i in np.argsort(-near, kind="stable") if near[i] >= NEAR]
         return [evidence for evidence in kept[:limit] if fits(evidence.text)]
 
-    def open(self, source: str, where: str, reader: Reader) -> Evidence | None:
-        """The passage that a citation names, where the reader may read it. Rows and triples come with their answer."""
+    def open(self, source: str, where: str, reader: Reader, query: str = "") -> Evidence | None:
+        """The passage, row or triple that a citation names, where the reader may read it; `query` is what found it.
+        Raises CoterieError where the query may not be asked, or the source cannot be."""
         opened = self.source(source)
+        if isinstance(opened, SqlSource):
+            return open_row(source, opened.db, where, query, reader)
+        if isinstance(opened, GraphSource):
+            return open_triples(opened, where, query, reader)
         return opened.open(where, reader) if isinstance(opened, Documents) else None
 
 

@@ -85,8 +85,10 @@ def ask(
                 cited = {s.cites for s in grounded.sentences}
                 for row in _rows(grounded.evidence):
                     if int(row[0]) in cited:
-                        link = grounded.evidence[int(row[0]) - 1].link
-                        tell(f"  [{row[0]}] {row[1]}: {row[2]}{f' ({link})' if link else ''}")
+                        found_by = grounded.evidence[int(row[0]) - 1]
+                        tell(f"  [{row[0]}] {row[1]}: {row[2]}{f' ({found_by.link})' if found_by.link else ''}")
+                        if found_by.query:
+                            tell(f"      {' '.join(found_by.query.split())}")
             else:
                 shown: dict[str, Any] = {
                     "text": said.strip(), "known": grounded.known, "sources": grounded.sources(),

@@ -143,12 +143,12 @@ def router(
         return {"object": "list", "data": overview(business, reader_of(request))}
 
     @routes.get("/knowledge/passage")
-    def passage(source: str, where: str, request: Request) -> dict[str, Any]:
-        found = shelf.grounding().knowledge.open(source, where, reader_of(request))
+    def passage(source: str, where: str, request: Request, query: str = "") -> dict[str, Any]:
+        found = shelf.grounding().knowledge.open(source, where, reader_of(request), query)
         if found is None:
-            raise NoPassage(f"{source}: there is no passage {where!r} that you may read")
+            raise NoPassage(f"{source}: there is no passage, row or triple {where!r} that you may read")
         return {"source": found.source, "where": found.where, "text": found.text, "query": found.query,
-                "link": found.link}  # fmt: skip
+                "link": found.link, "thing": found.thing}  # fmt: skip
 
     @routes.get("/knowledge/picture")
     def picture(source: str, thing: str, request: Request) -> Response:
