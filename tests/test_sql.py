@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -446,6 +447,37 @@ def test_a_view_is_the_union_of_what_a_readers_groups_may_see() -> None:
     assert both
     assert both.condition == "(x = 1) OR (x = 2 OR y = 3)"
     assert view_of("t", ["x", "y"], spec, Reader(), "sqlite") is None
+
+
+SHEETS: dict[str, tuple[list[list[Any]], list[dict[str, Any]]]] = {
+    "a heading is missing in the middle": (
+        [["city", None, "people"], ["Oslo", "x", 7]], [{"city": "Oslo", "column_2": "x", "people": 7}],
+    ),
+    "an empty column in the middle": ([["city", None, "people"], ["Oslo", None, 7]], [{"city": "Oslo", "people": 7}]),
+    "a heading is missing at the end": ([["city"], ["Oslo", 7], ["Rome"]], [
+        {"city": "Oslo", "column_2": 7}, {"city": "Rome", "column_2": None},
+    ]),
+    "the same heading twice": ([["price", "Price", "price"], [1, 2, 3]], [{"price": 1, "Price_1": 2, "price_2": 3}]),
+    "a heading that looks like a made-up one": (
+        [["column_2", None], ["a", "b"]], [{"column_2": "a", "column_2_1": "b"}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sheet", "rows"), SHEETS.values(), ids=SHEETS)
+def test_every_cell_of_a_sheet_stays_under_its_own_heading(
+    tmp_path: Path, sheet: list[list[Any]], rows: list[dict[str, Any]]
+) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in sheet:
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    db, loaded = open_tables("t", TablesSpec.model_validate({"files": {"a": "a.xlsx"}}), tmp_path)
+    found = db.run("SELECT * FROM a", ANYONE)
+    assert not loaded.problems
+    assert [dict(zip(found.columns, row, strict=True)) for row in found.rows] == rows
 
 
 def test_csv_parquet_and_excel_are_tables_and_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def ask(
     try:
         if search:
             found = knowledge.gather(text, reader, tell=tell)
-            result([asdict(e) for e in found], as_json, table(["", "source", "where", "text"], _rows(found)))
+            rows = [[*row[:3], f"{row[3]}\n{e.query}".strip()] for row, e in zip(_rows(found), found, strict=True)]
+            result([asdict(e) for e in found], as_json, table(["", "source", "where", "text"], rows))
             return
         answerer = Answerer.open(business, tell)
         try:
