@@ -28,7 +28,7 @@ base = "urn:music:"
 files = "open.nt"
 [[knowledge.music.parts]]
 files = "deals.nt"
-readers = ["reviewer"]
+readers = ["reviewer", "sales"]
 [knowledge.shop]
 kind = "database"
 url = "sqlite:///shop.db"
@@ -121,7 +121,8 @@ def test_a_citation_of_a_triple_opens_it_for_whoever_may_see_it(
     finally:
         knowledge.close()
     for asked, evidence in cited.items():
-        opened = [w.get("/knowledge/passage", params={"source": "music", "where": evidence.where}) for w in (agent, reviewer)]
+        params = {"source": "music", "where": evidence.where}
+        opened = [who.get("/knowledge/passage", params=params) for who in (agent, reviewer)]
         assert [o.status_code for o in opened] == [404 if asked == "sold to" else 200, 200], opened[0].text
         assert opened[1].json()["text"] == evidence.text
     assert "one; two: <three>" in cited["motto"].text
@@ -158,3 +159,19 @@ def test_a_citation_of_a_row_opens_the_row_and_the_statement_under_the_readers_o
         reply = opened(reviewer, "row 1 of 1 row(s)", wrong)
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "query_refused"), wrong
     assert opened(client(app), "row 1 of 2 row(s)", query).status_code == 401
+
+
+def test_an_account_reads_what_its_groups_may(app: FastAPI, house: House) -> None:
+    """`readers = ["sales"]` can be met over HTTP, by a session and by a token, and no longer once the group is gone."""
+    house.accounts.add("sam", "agent", WORD, groups=["sales"])
+    asked = {"source": "music", "thing": "urn:d"}
+    sam = client(app, house.accounts.login("sam", WORD).secret)
+    assert sam.get("/knowledge/picture", params=asked).status_code == 200
+    bearer = {"Authorization": f"Bearer {house.accounts.token('sam', 'bot', ['ask'], 1).secret}"}
+    assert client(app).get("/knowledge/picture", params=asked, headers=bearer).status_code == 200
+    owner, same = client(app, house.accounts.login("owner", WORD).secret), {"Sec-Fetch-Site": "same-origin"}
+    assert owner.get("/knowledge/picture", params=asked).status_code == 404, "an owner is in no group but their role"
+    assert owner.patch("/v1/accounts/sam", json={"groups": []}, headers=same).status_code == 204
+    assert sam.get("/knowledge/picture", params=asked).status_code == 401, "the session has ended"
+    again = client(app, house.accounts.login("sam", WORD).secret)
+    assert again.get("/knowledge/picture", params=asked).status_code == 404

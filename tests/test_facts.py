@@ -131,7 +131,8 @@ def test_without_the_declaration_nothing_of_it_is_left(business: Callable[..., B
     toml = (tmp_path / "coterie.toml").read_text()
     start, end = toml.index("[knowledge.things.extract]"), toml.index("[knowledge.rules]")
     (tmp_path / "empty.nt").write_text("")
-    (tmp_path / "coterie.toml").write_text(toml[:start] + '[[knowledge.things.parts]]\nfiles = "empty.nt"\n' + toml[end:])
+    part = '[[knowledge.things.parts]]\nfiles = "empty.nt"\n'
+    (tmp_path / "coterie.toml").write_text(toml[:start] + part + toml[end:])
     shop = Business.open(tmp_path)
     list(learn(shop))
     assert in_graph(shop) == ["empty.nt"]
@@ -213,7 +214,8 @@ def test_a_graph_that_is_being_changed_keeps_the_decision(
     shop = business()
     list(facts.propose(shop))
     (graph, proposal) = facts.listed(shop, EVERYONE)[0]
-    with extract.Graph(sources.index_folder(shop, graph)).writing(), pytest.raises(CoterieError, match="decision is kept"):
+    busy = extract.Graph(sources.index_folder(shop, graph))
+    with busy.writing(), pytest.raises(CoterieError, match="decision is kept"):
         facts.decide(shop, [proposal.id], True, "ada", EVERYONE)
     list(learn(shop))
     assert made_by(shop, proposal.subject, EVERYONE)

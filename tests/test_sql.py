@@ -457,7 +457,7 @@ SHEETS: dict[str, tuple[list[list[Any]], list[dict[str, Any]]]] = {
     "a heading is missing at the end": ([["city"], ["Oslo", 7], ["Rome"]], [
         {"city": "Oslo", "column_2": 7}, {"city": "Rome", "column_2": None},
     ]),
-    "the same heading twice": ([["price", "Price", "price"], [1, 2, 3]], [{"price": 1, "Price_1": 2, "price_2": 3}]),
+    "the same heading twice": ([["price", "Price", "price"], [1, 2, 3]], [{"price": 1, "price_1": 2, "price_2": 3}]),
     "a heading that looks like a made-up one": (
         [["column_2", None], ["a", "b"]], [{"column_2": "a", "column_2_1": "b"}],
     ),

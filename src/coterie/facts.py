@@ -42,7 +42,8 @@ def propose(
     """Let a model read the passages that it has not read yet: each graph, and how many proposals are new."""
     found = readings(business, only)
     if not found:
-        raise CoterieError(f"{business.folder}/coterie.toml declares no [knowledge.NAME.extract]; see docs/graph-and-sql.md")
+        where = f"{business.folder}/coterie.toml"
+        raise CoterieError(f"{where} declares no [knowledge.NAME.extract]; see docs/graph-and-sql.md")
     engine = business.engine(tell)
     try:
         for graph in found:

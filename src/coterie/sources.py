@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +12,9 @@ import numpy as np
 
 from coterie.business import Business, Count, Tell
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, StorageError
 from coterie.experts.instruction import weights_of
-from coterie.knowledge import articles, documents
+from coterie.knowledge import articles, documents, listing
 from coterie.knowledge.asksql import SqlSource, open_sql
 from coterie.knowledge.citation import open_row, open_triples
 from coterie.knowledge.database import open_database
@@ -27,6 +27,7 @@ from coterie.knowledge.extract import settle
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.record import write_failure, write_record
 from coterie.knowledge.sparql import Term
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.store import meta, open_db
@@ -83,6 +84,8 @@ def learn(
         except CoterieError as error:
             tell(f"{name}: {error}")
             done = Learned(name, 0, 0, 0, 0, ((name, str(error)),))
+            with suppress(StorageError):  # it may be what went wrong
+                write_failure(index_folder(business, name), str(error), listing.readers_of(declared[name]))
         else:
             done = replace(done, errors=(*done.errors, *_settle_readers_of(business, name)))
         yield done
@@ -108,16 +111,21 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
         if spec.salesforce:
             articles.fetch(name, spec.salesforce, business.folder / spec.path, articles.open_org(name, spec.salesforce))
         vectors = business.config.knowledge.vectors
-        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count, vectors)
+        taken = documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count, vectors)
+        write_record(folder, (), (), ())  # its files have records of their own; a failure before this is over
+        return taken
     if isinstance(spec, GraphSpec):
         if spec.endpoint:
-            return Learned(name, 0, 0, 1, 0, ())  # it has its own data, and is asked when a question comes
+            return Learned(name, 0, 0, 1, 0, (), "triples")  # it has its own data, and is asked when a question comes
         done = learn_graph(spec, business.folder, folder)
         read = index_folder(business, spec.extract.documents) if spec.extract else None
         if read is None or (read / "index.db").exists():  # else its documents bring what was read in them
             settle(spec, folder, read, forget=False)
-        triples = sum(source.triples for source in Graph(folder, spec.timeout_s).sources())
-        return Learned(name, len(done.changed), len(done.removed), done.kept, triples, tuple(done.problems.items()))
+        held = Graph(folder, spec.timeout_s).sources()
+        write_record(folder, done.changed, [source.name for source in held],
+                     [(why, done.told[part]) for part, why in done.problems.items()])  # fmt: skip
+        triples, problems = sum(source.triples for source in held), tuple(done.problems.items())
+        return Learned(name, len(done.changed), len(done.removed), done.kept, triples, problems, "triples")
     if isinstance(spec, TablesSpec):
         database, files = open_tables(name, spec, business.folder)
         files.connection()
@@ -127,8 +135,10 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
     else:
         found, wrong = open_database(name, spec, business.folder).tables(), []
         missing = [table for table in spec.tables if table.lower() not in found]
-    wrong += [(table, "there is no such table") for table in missing]
-    return Learned(name, 0, 0, len(found), len(found), tuple(wrong))
+    wrong += [(table, f"{table}: there is no such table") for table in missing]
+    columns = {table: [c.name for c in schema.columns] for table, schema in found.items()}
+    write_record(folder, columns, (), [(why, listing.told(spec, part)) for part, why in wrong], columns)
+    return Learned(name, 0, 0, len(found), len(found), tuple(wrong), "tables")
 
 
 class Knowledge:
@@ -250,43 +260,7 @@ class Knowledge:
 
 
 def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:
-    """Every declared source with what the reader may see of it: files or tables, freshness, errors."""
-    out = []
-    for name, spec in business.config.knowledge.sources.items():
-        folder = index_folder(business, name)
-        if isinstance(spec, DocumentsSpec):
-            out.append(documents.overview(name, spec, folder, reader))
-            continue
-        head: dict[str, Any] = {"name": name, "kind": spec.kind, "description": spec.description, "indexed": None}
-        try:
-            files, errors = _parts(business, name, reader)
-        except CoterieError as error:
-            files, errors = [], [str(error)]
-        out.append(head | {"files": files, "passages": sum(f["passages"] for f in files), "errors": errors})
-    return out
-
-
-def _parts(business: Business, name: str, reader: Reader) -> tuple[list[dict[str, Any]], list[str]]:
-    """The named graphs of a graph, or the tables of a database, that the reader may see; triples and columns count.
-    And what is wrong with those that they may see."""
-    spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
-    if isinstance(spec, GraphSpec):
-        if spec.endpoint:
-            graphs = spec.endpoint_graphs or {spec.endpoint: spec.readers}
-            mine = {graph: readers for graph, readers in graphs.items() if set(readers) & reader.may}
-            return [_part(graph, f"at {spec.endpoint}", 0, sorted(readers)) for graph, readers in mine.items()], []
-        sources = Graph(folder, spec.timeout_s).sources()
-        return [_part(s.name, "triples", s.triples, sorted(s.readers)) for s in sources if s.readers & reader.may], []
-    assert not isinstance(spec, DocumentsSpec), "documents have an overview of their own"
-    problems: list[str] = []
-    if isinstance(spec, TablesSpec):
-        database, loaded = open_tables(name, spec, business.folder)
-        problems = loaded.problems_for(reader)
-        seen = database.views(reader) if len(loaded.problems) < len(set(spec.files.values())) else {}
-    else:
-        seen = open_database(name, spec, business.folder).views(reader)
-    return [_part(table, ", ".join(view.columns), len(view.columns), []) for table, view in seen.items()], problems
-
-
-def _part(path: str, title: str, passages: int, readers: list[str]) -> dict[str, Any]:
-    return {"path": path, "title": title, "passages": passages, "indexed": None, "readers": readers, "error": None}
+    """Every declared source with what the reader may see of it: files or tables, freshness, errors. No source is asked:
+    it is what `learn` found."""
+    declared = business.config.knowledge.sources
+    return [listing.overview(name, spec, index_folder(business, name), reader) for name, spec in declared.items()]

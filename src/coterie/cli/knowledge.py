@@ -33,9 +33,12 @@ def learn(
 
     with bars() as shown:
         done = list(learn(Business.open(folder), source, tell, shown.count))
-    rows = [[d.source, *(str(n) for n in (d.indexed, d.dropped, d.kept, d.passages, len(d.errors)))] for d in done]
+    rows = [
+        [d.source, str(d.indexed), str(d.dropped), str(d.kept), f"{d.passages} {d.unit}", str(len(d.errors))]
+        for d in done
+    ]
     result([asdict(d) for d in done], as_json,
-           table(["source", "indexed", "gone", "as before", "passages", "not read"], rows))  # fmt: skip
+           table(["source", "indexed", "gone", "as before", "holds", "not read"], rows))  # fmt: skip
     if any(d.errors and not d.passages for d in done):
         raise typer.Exit(2)
 
@@ -113,10 +116,11 @@ def sources(folder: Folder = Path(), as_: As = "", groups: Groups = "", as_json:
 
     found = overview(Business.open(folder), reader_of(as_, groups))
     rows = [
-        [s["name"], s["kind"], str(len(s["files"])), str(s["passages"]), s["indexed"] or "never", str(len(s["errors"]))]
+        [s["name"], s["kind"], str(len(s["files"])), f"{s['passages']} {s['unit']}", s["indexed"] or "never",
+         str(len(s["errors"]))]
         for s in found
     ]
-    result(found, as_json, table(["source", "kind", "files", "passages", "indexed", "errors"], rows))
+    result(found, as_json, table(["source", "kind", "files", "holds", "indexed", "errors"], rows))
     if not as_json:
         for s in found:
             for error in s["errors"]:

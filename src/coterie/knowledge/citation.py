@@ -1,7 +1,7 @@
 """What a citation of a row or a triple opens: found again, under the permissions of whoever opens it.
 
-Notable: a row has no address of its own, so its citation is the statement that found it and its place in the answer. The
-statement comes from outside, like any that a model writes: the guard lets through what this reader may read.
+Notable: a row has no address of its own, so its citation is the statement that found it and its place in the answer.
+The statement comes from outside, like any that a model writes: the guard lets through what this reader may read.
 """
 
 import re

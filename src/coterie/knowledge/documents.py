@@ -35,7 +35,8 @@ Count = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Learned:
-    """What `learn` did: files new or changed, gone, as before, and what could not be read: file and why."""
+    """What `learn` did: files new or changed, gone, as before, and what could not be read: file and why. passages: how
+    much the source holds, in its `unit`."""
 
     source: str
     indexed: int
@@ -43,6 +44,7 @@ class Learned:
     kept: int
     passages: int
     errors: tuple[tuple[str, str], ...]
+    unit: str = "passages"
 
 
 def listed(root: Path, spec: DocumentsSpec) -> Iterator[tuple[str, Path]]:
@@ -216,7 +218,7 @@ class Judged:
 
 def overview(name: str, spec: DocumentsSpec, folder: Path, reader: Reader) -> dict[str, Any]:
     """What a source holds, for lists: the files that the reader may read, their freshness, what went wrong."""
-    head = {"name": name, "kind": spec.kind, "description": spec.description}
+    head = {"name": name, "kind": spec.kind, "description": spec.description, "unit": "passages"}
     try:
         db = open_db(folder, writing=False)
     except CoterieError as error:

@@ -1,9 +1,8 @@
 """Facts that a graph takes from documents: read passage by passage, decided, and gone with what they were read in.
 
-Notable: a fact stands as long as the passage that it was read in stands in its document, so one rule holds for documents
-that are changed and that are gone; and whoever may read the document may read it. Which passages have been read is kept,
-so that reading goes on where it was stopped. A fact of a document that is not indexed at the moment stays decided, and
-out of the graph.
+Notable: a fact stands as long as the passage that it was read in stands in its document, so one rule holds for
+documents that are changed and that are gone; and whoever may read the document may read it. Which passages have been
+read is kept, so that reading goes on where it was stopped.
 """
 
 import hashlib

@@ -40,7 +40,7 @@ class PartSpec(Strict):
 
 
 class ExtractSpec(Strict):
-    """[knowledge.NAME.extract] of a graph: facts that a model reads in documents; `coterie facts` proposes and decides."""
+    """[knowledge.NAME.extract] of a graph: facts that a model reads in documents, for `coterie facts` to decide on."""
 
     documents: str = Field(min_length=1, description="the source of documents that is read: the NAME of its section")
     relations: Several = Field(min_length=1, description="what may be read, in words: made by, located in")

@@ -13,7 +13,6 @@ import duckdb
 
 from coterie.errors import SourceError, first_line
 from coterie.knowledge.database import Database, open_database
-from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import Column, TableSchema
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 
@@ -48,12 +47,6 @@ class Files:
                     connection.execute(f"SET {setting}")
                 self._loaded = now, connection
             return self._loaded[1]
-
-    def problems_for(self, reader: Reader) -> list[str]:
-        """Why files are not among the tables, of those that `reader` may read."""
-        self.connection()
-        mine = [f for t, f in self.spec.files.items() if set(rows_of(self.spec, t).readers) & reader.may]
-        return [why for file, why in self.problems.items() if file in mine]
 
     def tables(self) -> dict[str, TableSchema]:
         out = {}
@@ -191,9 +184,8 @@ def _load_excel(connection: duckdb.DuckDBPyConnection, name: str, file: Path) ->
     columns = {}
     for i, title in enumerate(headings(first, width)):
         column = [row[i] if i < len(row) else None for row in cells]
-        if i >= len(first) or first[i] is None:
-            if all(c is None for c in column):
-                continue  # a gap between two columns
+        if (i >= len(first) or first[i] is None) and all(c is None for c in column):
+            continue  # a gap between two columns
         kinds = {type(c) for c in column if c is not None}
         mixed = len(kinds) > 1 and not kinds <= {int, float}
         if kinds == {int, float}:

@@ -98,7 +98,7 @@ class Gate:
             rule = OWN
         request.state.person = person = self.person(request)
         if person not in (LOCAL, PASSER, VISITOR):
-            request.state.reader = Reader(person.name, frozenset({person.role}))
+            request.state.reader = Reader(person.name, person.groups | {person.role})
         if rule is None:
             raise Forbidden(f"{method} {template}: nobody may call this, as nothing declares who may")
         if rule in (OPEN, OWN):
@@ -197,12 +197,14 @@ class NewAccount(Record):
     name: str
     role: str
     password: str = ""
+    groups: list[str] = Field([], max_length=200)
 
 
 class Changed(Record):
     role: str | None = None
     password: str | None = None
     disabled: bool | None = None
+    groups: list[str] | None = Field(None, max_length=200)
 
 
 def session_reply(request: Request, gate: Gate, login: Login) -> Response:
@@ -265,7 +267,7 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
         csrf = house.accounts.csrf(request.cookies.get(COOKIE, "")) if house else ""
         own = house.accounts.get(person.name) if house else None
         return {"name": person.name, "role": person.role, "may": sorted(person.may), "csrf": csrf,
-                "second_factor": bool(own and own.second_factor)}  # fmt: skip
+                "second_factor": bool(own and own.second_factor), "groups": sorted(person.groups)}  # fmt: skip
 
     if house:
         _of_provider(router, gate, house)
@@ -299,7 +301,7 @@ def _of_provider(router: APIRouter, gate: Gate, house: House) -> None:
         except (BadSignature, TypeError) as error:
             raise NotSignedIn("this sign-in took too long, or began elsewhere; try again") from error
         who = known().finish(request.query_params, attempt, str(request.url_for("return_from_provider")))
-        reply = session_reply(request, gate, house.accounts.login_oidc(who.subject, who.email))
+        reply = session_reply(request, gate, house.accounts.login_oidc(who.subject, who.email, who.groups))
         reply.delete_cookie(ATTEMPT, path="/login")
         return reply
 
@@ -344,13 +346,13 @@ def _of_accounts(router: APIRouter, house: House) -> None:
     @router.post("/v1/accounts", status_code=201)
     def add(body: NewAccount, person: Me) -> dict[str, str]:
         _no_owner_but_by_owners(house, person, body.role)
-        accounts.add(body.name, body.role, body.password, by=person.name)
+        accounts.add(body.name, body.role, body.password, person.name, body.groups)
         return {"name": body.name, "role": body.role}
 
     @router.patch("/v1/accounts/{name}", status_code=204)
     def change(name: str, body: Changed, person: Me) -> None:
         _no_owner_but_by_owners(house, person, body.role, name)
-        accounts.change(name, body.role, body.password, person.name, body.disabled)
+        accounts.change(name, body.role, body.password, person.name, body.disabled, body.groups)
 
     @router.delete("/v1/accounts/{name}", status_code=204)
     def remove(name: str, person: Me) -> None:
