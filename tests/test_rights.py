@@ -203,7 +203,7 @@ def test_the_command_line_does_all_of_it(tmp_path: Path) -> None:
     token = run("accounts", "token", "anna", "--scope", "see", "--json")["token"]
     assert token.startswith("ct_")
     head = run("audit", "head").strip()
-    assert run("audit", "verify", "--head", head, "--json")["lines"] == 2
+    assert run("audit", "verify", "--head", head, "--json")["lines"] == 3
     assert run("customers", "export", "ada")["conversations"] == []
     assert run("customers", "erase", "ada", "--yes", "--json")["conversations"] == 0
     assert run("customers", "retain", "conversations=30", "--json") == {"conversations": 0}

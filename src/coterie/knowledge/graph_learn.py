@@ -56,9 +56,11 @@ def learn_graph(spec: GraphSpec, root: Path, folder: Path) -> Learned:
             before = known.get(source.name)
             try:
                 mark = source.mark()
+                if spec.shapes:  # what fits these shapes may not fit others
+                    mark = f"{mark} {_digest(root / spec.shapes)}"
                 if before is None or before.mark != mark:
                     if spec.shapes:
-                        check_shapes(list(source.triples()), root / spec.shapes)
+                        check_shapes(source.triples(), root / spec.shapes)
                     done.changed.append(source.name)
                 else:
                     done.kept += 1
