@@ -284,7 +284,11 @@ class KnowledgeSpec(Strict):
     embeddings: str = Field(
         "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
     )
-    embeddings_model: str = Field("", description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY")
+    embeddings_model: str = Field(
+        "",
+        description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY. Without an address: a folder, or a hub "
+        "id, of a BERT model of sentence-transformers' kind",
+    )
     vectors: str = Field(
         "",
         pattern=r"^(|postgres(ql)?(\+psycopg)?://.+)$",

@@ -21,7 +21,7 @@ from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned, permissions_mark
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.drawing import draw
-from coterie.knowledge.embed import Embedder, Endpoint, minilm
+from coterie.knowledge.embed import Embedder, Endpoint, minilm, sentence_model
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.extract import settle
 from coterie.knowledge.graph import Graph
@@ -32,6 +32,7 @@ from coterie.knowledge.sparql import Term
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.store import meta, open_db
 from coterie.knowledge.tables import open_tables
+from coterie.model.pull import EMBEDDER, pull
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
 EACH = 8  # pieces of evidence asked of each source
@@ -54,6 +55,9 @@ def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
     spec = business.config.knowledge
     if spec.embeddings:
         return Endpoint(spec.embeddings, spec.embeddings_model, os.environ.get("COTERIE_EMBEDDINGS_KEY", ""))
+    if model := spec.embeddings_model:
+        here = business.folder / model
+        return sentence_model(here if here.is_dir() else pull(model, tell, "embedding model", EMBEDDER), model)
     return minilm(tell=tell)
 
 
