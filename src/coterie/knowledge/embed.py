@@ -73,7 +73,8 @@ def recipe_of(folder: Path) -> Recipe:
                          "by an OpenAI-compatible server, and name that in `embeddings`")  # fmt: skip
     if "Transformer" not in parts or "Pooling" not in parts:
         raise ModelError(f"{folder}/modules.json: needs a Transformer and a Pooling")
-    size, said = _read(parts["Transformer"] / "sentence_bert_config.json", {}), _read(parts["Pooling"] / "config.json", {})
+    size = _read(parts["Transformer"] / "sentence_bert_config.json", {})
+    said = _read(parts["Pooling"] / "config.json", {})
     about = _read(folder / "config_sentence_transformers.json", {})
     on = [said["pooling_mode"]] if "pooling_mode" in said else [
         POOLINGS.get(k, k.removeprefix("pooling_mode_")) for k, v in said.items() if k.startswith("pooling_mode_") and v
