@@ -252,7 +252,6 @@ class Knowledge:
             return open_triples(opened, where, query, reader)
         return opened.open(where, reader) if isinstance(opened, Documents) else None
 
-
     def picture(self, source: str, thing: str, reader: Reader) -> str | None:
         """The neighbourhood of a thing in a graph, as SVG, of the triples that the reader may see; None for none.
         Raises QueryRefused where `thing` is no IRI."""

@@ -116,8 +116,14 @@ def sources(folder: Folder = Path(), as_: As = "", groups: Groups = "", as_json:
 
     found = overview(Business.open(folder), reader_of(as_, groups))
     rows = [
-        [s["name"], s["kind"], str(len(s["files"])), f"{s['passages']} {s['unit']}", s["indexed"] or "never",
-         str(len(s["errors"]))]
+        [
+            s["name"],
+            s["kind"],
+            str(len(s["files"])),
+            f"{s['passages']} {s['unit']}",
+            s["indexed"] or "never",
+            str(len(s["errors"])),
+        ]
         for s in found
     ]
     result(found, as_json, table(["source", "kind", "files", "holds", "indexed", "errors"], rows))

@@ -83,8 +83,13 @@ def list_accounts(folder: FolderOption = Path(), as_json: Json = False) -> None:
     with _house(folder) as house:
         found = house.accounts.all()
     rows = [
-        [a.name, a.role, ", ".join(a.groups), "yes" if a.second_factor else "no",
-         "disabled" if a.disabled else "locked" if a.locked else ""]
+        [
+            a.name,
+            a.role,
+            ", ".join(a.groups),
+            "yes" if a.second_factor else "no",
+            "disabled" if a.disabled else "locked" if a.locked else "",
+        ]
         for a in found
     ]
     result([vars(a) for a in found], as_json, table(["name", "role", "groups", "second factor", ""], rows))

@@ -30,8 +30,8 @@ def readers_of(spec: Spec) -> set[str]:
     if isinstance(spec, DocumentsSpec):
         return {*spec.readers, *(r for rule in spec.permissions for r in rule.readers)}
     if isinstance(spec, GraphSpec):
-        ends = spec.endpoint_graphs.values() or [spec.readers]
-        return {r for part in (*spec.parts, *spec.tables) for r in part.readers} or {r for end in ends for r in end}
+        held = [*(part.readers for part in spec.parts), *(table.readers for table in spec.tables)]
+        return {r for readers in held or [*spec.endpoint_graphs.values(), spec.readers] for r in readers}
     return {r for table in _tables(spec) for r in _rows(spec, table).readers}
 
 

@@ -42,6 +42,7 @@ def check_shapes(triples: Iterable[ox.Triple | ox.Quad], shapes: Path) -> None:
         raise CoterieError("shapes need pyshacl: pip install 'coterie[shacl]'") from error
     kinds = {".ttl": "turtle", ".nt": "nt", ".jsonld": "json-ld"}
     data, wanted = rdflib.Graph(), rdflib.Graph()
+
     def term(of: Any) -> rdflib.term.Node:
         if isinstance(of, ox.Literal):
             kind = None if of.language or of.datatype == STRING else rdflib.URIRef(of.datatype.value)

@@ -145,4 +145,6 @@ def provider(environment: Mapping[str, str] | None = None) -> Provider | None:
     here = ("http://127.0.0.1", "http://localhost")
     if not values[0].startswith(("https://", *here)):
         raise CoterieError("COTERIE_OIDC_ISSUER: must begin with https://")
-    return Provider(*values, env.get("COTERIE_OIDC_GROUPS", ""), env.get("COTERIE_OIDC_SCOPE") or SCOPE)
+    issuer, client, secret = values
+    groups, scope = env.get("COTERIE_OIDC_GROUPS", ""), env.get("COTERIE_OIDC_SCOPE") or SCOPE
+    return Provider(issuer, client, secret, groups, scope)
