@@ -301,6 +301,23 @@ def test_an_invitation_lets_nobody_in_whose_account_asks_for_more_and_can_be_end
     assert not lets_in(again)
 
 
+def test_accounts_have_groups_that_only_who_manages_accounts_gives(app: FastAPI, staff: dict[Role, str]) -> None:
+    admin, same = client(app, staff["admin"]), {"Sec-Fetch-Site": "same-origin"}
+    new = {"name": "hana", "role": "agent", "password": WORD, "groups": ["hr", "Human Resources", "hr"]}
+    assert admin.post("/v1/accounts", json=new, headers=same).status_code == 201
+    groups = {a["name"]: a["groups"] for a in admin.get("/v1/accounts").json()}
+    assert (groups["hana"], groups["agent"]) == (["Human Resources", "hr"], [])
+    hana = client(app)
+    hana.post("/login", data={"name": "hana", "password": WORD})
+    assert hana.get("/v1/me").json()["groups"] == ["Human Resources", "hr"]
+    assert hana.patch("/v1/accounts/hana", json={"groups": ["board"]}, headers=same).status_code == 403
+    for wrong in ("owner", "*", "", " hr", "a,b", "x" * 81, "a\n"):
+        reply = admin.patch("/v1/accounts/hana", json={"groups": [wrong]}, headers=same)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_account"), wrong
+    assert admin.patch("/v1/accounts/hana", json={"groups": []}, headers=same).status_code == 204
+    assert admin.get("/v1/audit", params={"subject": "hana"}).json()[0]["detail"]["groups"] == []
+
+
 def test_a_route_that_nothing_declares_is_refused(app: FastAPI, staff: dict[Role, str]) -> None:
     @app.get("/forgotten")
     def forgotten() -> str:

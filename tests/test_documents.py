@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import CoterieError, DataError, StorageError
-from coterie.knowledge import documents
+from coterie.knowledge import documents, parse_worker
 from coterie.knowledge.chunk import SIZE, chunks, pieces
 from coterie.knowledge.documents import Documents, Learned, learn, listed, overview
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import EVERYONE, Reader
 from coterie.knowledge.parse import OLE, Parsed, Section, parse
+from coterie.knowledge.parse_worker import Parsing
 from coterie.knowledge.store import Store
 from knowledge_support import PAGE, POLICY, WordEmbedder, docx_of, pdf_of
 
@@ -117,6 +119,45 @@ def test_what_cannot_be_read_is_reported_by_name_and_the_rest_is_found(source: S
     assert source.ask("delivery")[0].startswith("rules.md")
     seen = overview("source", source.spec, source.folder, ANYONE)
     assert len(seen["errors"]) == len(UNREADABLE)
+
+
+def test_a_file_that_takes_too_long_is_given_up_and_the_rest_is_found(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = source.write("a.pdf", pdf_of("Oil the chain weekly"))
+    source.write("rules.md", POLICY)
+    with monkeypatch.context() as hurried:
+        hurried.setattr(parse_worker, "LIMIT_S", 0.001)
+        done = source.learn()
+    assert done.errors == (("a.pdf", f"{slow}: not read within 0.001 s; it is left until it changes (touch it)"),)
+    assert source.ask("delivery")[0].startswith("rules.md")
+    os.utime(slow)
+    assert source.learn().errors == (), "and it is tried again"
+    assert "a.pdf > page 1" in source.ask("oil the chain")
+
+
+def test_a_parser_that_breaks_down_takes_one_file_along() -> None:
+    parsing = Parsing()
+    try:
+        assert parsing.parse(Path("a.pdf"), pdf_of("One")).sections[0].text == "One"
+        assert parsing._process
+        parsing._process.kill()
+        with pytest.raises(DataError, match=r"b\.pdf: the process that reads it broke down"):
+            parsing.parse(Path("b.pdf"), pdf_of("Two"))
+        assert parsing.parse(Path("c.html"), PAGE).title == parse(Path("c.html"), PAGE).title
+        deep = b"<html><body>" + b"<div>" * 100_000 + b"deep"
+        with suppress(DataError):  # read or refused, and the next one is read
+            parsing.parse(Path("deep.html"), deep)
+        assert parsing.parse(Path("d.md"), b"# A\n" + b"word " * 20_000).title == "A"
+    finally:
+        parsing.close()
+
+
+def test_a_file_is_read_up_to_the_declared_size_and_not_a_byte_further(source: Source) -> None:
+    source.declare(max_mb=0.5)
+    source.write("fits.txt", b"word\n" + b"x" * ((1 << 19) - 5))
+    source.write("over.txt", b"word\n" + b"x" * ((1 << 19) - 4))
+    assert [path for path, _ in source.learn().errors] == ["over.txt"]
 
 
 def test_a_file_that_breaks_later_is_reported_and_the_others_stay(source: Source) -> None:

@@ -234,6 +234,7 @@ def test_shapes_name_what_does_not_fit(tmp_path: Path) -> None:
     check_shapes(fits, shapes)
     with pytest.raises(SourceError, match="urn:ada urn:manages"):
         check_shapes([*fits, triple("ada", "manages", "cyd")], shapes)
+    check_shapes(iter(fits), shapes)  # one at a time
     shapes.write_text("no turtle")
     with pytest.raises(SourceError, match="shapes cannot be read"):
         check_shapes(fits, shapes)

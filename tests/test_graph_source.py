@@ -181,6 +181,23 @@ def test_shapes_keep_a_file_out(music: tuple[Path, GraphSource]) -> None:
     assert source.answers("What is the fee of Ella Fitzgerald?", STAFF)[0].values[0].value == "900"
 
 
+def test_other_shapes_are_held_against_files_that_have_not_changed(music: tuple[Path, GraphSource]) -> None:
+    root, _ = music
+    spec = GraphSpec.model_validate({**SPEC, "shapes": "shapes.ttl"})
+    text = (
+        "@prefix sh: <http://www.w3.org/ns/shacl#> . @prefix e: <urn:e:> . "
+        "e:S a sh:NodeShape ; sh:targetSubjectsOf e:fee ; sh:property [ sh:path e:fee ; sh:maxInclusive %d ] ."
+    )
+    (root / "shapes.ttl").write_text(text % 1000)
+    assert learn_graph(spec, root, root / "graph").problems == {}
+    assert learn_graph(spec, root, root / "graph").kept == 3
+    (root / "shapes.ttl").write_text(text % 100)
+    for _ in range(2):  # the second time, too: it does not fit as long as neither changes
+        assert list(learn_graph(spec, root, root / "graph").problems) == ["deals.ttl"]
+    (root / "shapes.ttl").write_text(text % 1000)
+    assert learn_graph(spec, root, root / "graph").problems == {}
+
+
 TRAINED = [Asked(mask(f"{how} of entity's {word}", 2, 3), path, COUNT if "many" in how else "=list")
            for how, end in (("what colour", "colour"), ("how many", ""))
            for word, first in (("car", "drives"), ("dad", "father"))

@@ -17,7 +17,7 @@ from coterie.business import Business
 from coterie.cli.main import main
 from coterie.config import read_config
 from coterie.errors import CoterieError
-from coterie.grounding import Grounded, Rule, Writer, preface
+from coterie.grounding import Grounded, Grounding, Rule, Writer, preface
 from coterie.knowledge.asksql import SqlSource, Written
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.support import Checker, numbers, paragraphs, sentences
@@ -359,6 +359,27 @@ def test_the_commands(knowing: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out)["sources"][0]["source"] == "rules"
     code, _, err = run(capsys, "learn", str(knowing), "-s", "nothing")
     assert (code, "declares no source 'nothing'; declared: rules" in err) == (2, True)
+
+
+def test_ask_shows_the_statement_that_found_what_is_cited(
+    knowing: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Evidence("shop", "row 1 of 1 row(s)", "It costs 4 pounds.", 1.0, "SELECT price\nFROM fees")
+    monkeypatch.setattr(Knowledge, "gather", lambda *_a, **_k: [row])
+
+    def answer(*_a: Any, **_k: Any) -> Iterator[str | Grounded]:
+        grounded = Grounded([row], True, [])
+        writer = Writer(grounded, Checker([row.text], WordEmbedder()), "mark")
+        yield writer.feed(row.text) + writer.end()
+        yield grounded
+
+    monkeypatch.setattr(Grounding, "answer", answer)
+    _, out, err = run(capsys, "ask", "What does it cost?", "-f", str(knowing))
+    assert "[1]" in out
+    assert "[1] shop: row 1 of 1 row(s)" in err
+    assert "SELECT price FROM fees" in err
+    _, out, _ = run(capsys, "ask", "What does it cost?", "-f", str(knowing), "--search")
+    assert "SELECT price" in out
 
 
 def test_commands_without_sources_say_how_to_declare_one(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,28 @@ def test_who_the_provider_vouches_for_is_signed_in_and_known_again(issuer: Issue
         assert person.name == "anna@example.org"
 
 
+CLAIMED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"groups": ["hr", "Human Resources"]}, ["Human Resources", "hr"]), ({"groups": "hr"}, ["hr"]), ({}, []),
+    ({"groups": ["owner", "*", 7, None, "hr"]}, ["hr"]), ({"groups": {"hr": True}}, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("claims", "groups"), CLAIMED)
+def test_the_providers_groups_take_the_place_of_the_accounts_own(
+    claims: dict[str, Any], groups: list[str], issuer: Issuer, house: House
+) -> None:
+    """What it may not give: a role's group, or everyone's."""
+    house.accounts.change("anna@example.org", groups=["board"])
+    issuer.claims = lambda c: c | claims
+    plain, asking = Provider(issuer.url, "shop", "s"), Provider(issuer.url, "shop", "s", "groups")
+    for at, wanted in ((plain, ["board"]), (asking, groups)):
+        url, attempt = at.begin(BACK)
+        who = at.finish(issuer.let_in(url), attempt, BACK)
+        person = house.accounts.who(house.accounts.login_oidc(who.subject, who.email, who.groups).secret)
+        assert person is not None
+        assert sorted(person.groups) == wanted
+
+
 LIES: list[Callable[[dict[str, Any]], dict[str, Any]]] = [
     lambda c: c | {"iss": "https://evil.example"}, lambda c: c | {"aud": "another"}, lambda c: c | {"nonce": "old"},
     lambda c: c | {"exp": int(time.time()) - 3600}, lambda c: {k: v for k, v in c.items() if k != "nonce"},
@@ -173,6 +195,8 @@ def test_the_environment_says_which_provider() -> None:
     whole = {"COTERIE_OIDC_ISSUER": "https://id.example", "COTERIE_OIDC_CLIENT": "shop", "COTERIE_OIDC_SECRET": "s"}
     assert provider({}) is None
     assert provider(whole) == Provider("https://id.example", "shop", "s")
+    asking = {"COTERIE_OIDC_GROUPS": "roles", "COTERIE_OIDC_SCOPE": "openid email groups"}
+    assert provider(whole | asking) == Provider("https://id.example", "shop", "s", "roles", "openid email groups")
     for bad in ({**whole, "COTERIE_OIDC_SECRET": ""}, {**whole, "COTERIE_OIDC_ISSUER": "http://id.example"}):
         with pytest.raises(CoterieError, match="COTERIE_OIDC"):
             provider(bad)

@@ -104,7 +104,7 @@ def test_nothing_is_in_the_graph_before_it_is_accepted_and_it_goes_with_its_docu
     best = GraphSource("g", graph).search("Who is the Blue Boiler made by?", ANYONE)[0]
     assert best.text == "Blue Boiler, made by: Acme Works"
     assert best.where.startswith("extracted from a.md: ")
-    pending.forget("a.md")
+    pending.forget(lambda p: p.where == "a.md")
     put_accepted(graph, pending, "urn:", readers.__getitem__)
     assert triples(graph, staff) == {"urn:named/bolt_ltd"}
     graph.close()

@@ -301,12 +301,14 @@ def test_the_command_line_does_all_of_it(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout) if "--json" in words or words[1] == "export" else done.stdout
 
-    run("accounts", "add", "anna", stdin="correct horse battery\n")
-    assert [a["role"] for a in run("accounts", "list", "--json")] == ["owner"]
+    run("accounts", "add", "anna", "--group", "hr", "-g", "sales", stdin="correct horse battery\n")
+    assert [(a["role"], a["groups"]) for a in run("accounts", "list", "--json")] == [("owner", ["hr", "sales"])]
+    run("accounts", "change", "anna", "--no-groups")
+    assert [a["groups"] for a in run("accounts", "list", "--json")] == [[]]
     token = run("accounts", "token", "anna", "--scope", "see", "--json")["token"]
     assert token.startswith("ct_")
     head = run("audit", "head").strip()
-    assert run("audit", "verify", "--head", head, "--json")["lines"] == 2
+    assert run("audit", "verify", "--head", head, "--json")["lines"] == 3
     assert run("customers", "export", "ada")["conversations"] == []
     assert run("customers", "erase", "ada", "--yes", "--json")["conversations"] == 0
     assert run("customers", "retain", "conversations=30", "--json") == {"conversations": 0}

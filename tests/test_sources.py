@@ -84,7 +84,9 @@ def test_a_question_is_put_to_documents_and_graph_alike(folder: Path) -> None:
         assert "SELECT" in fact.query
         found = knowledge.gather("Who is the singer of Satchmo?", Reader(), tell=lambda _: None)
         assert any(e.source == "music" for e in found)
-        assert knowledge.open("music", fact.where, Reader()) is None
+        opened = knowledge.open("music", fact.where, Reader())
+        assert opened
+        assert opened.text == fact.text
     finally:
         knowledge.close()
 
@@ -130,6 +132,50 @@ def test_a_table_whose_file_cannot_be_read_is_named_to_those_who_may_read_it(fol
     (done,) = learn(business, ["stock"])
     assert {file for file, _ in done.errors} == {"more.csv", "stock.csv", "gone.csv"}
     assert not any("stock.csv" in e for e in overview(business, Reader("ada"))[3]["errors"])
+
+
+def test_the_list_of_sources_asks_none_of_them_and_says_when_each_was_learned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    business, staff = Business.open(folder), Reader("eve", frozenset({"staff"}))
+    never = {s["name"]: s for s in overview(business, staff)}
+    assert [never[n]["indexed"] for n in ("music", "shop", "stock")] == [None] * 3
+    assert "run `coterie learn`" in never["shop"]["errors"][0]
+    list(learn(business, by=WordEmbedder()))
+    (folder / "stock.csv").unlink()
+    (folder / "shop.db").write_text("dead by now")
+
+    def asked(*_a: object, **_k: object) -> None:
+        raise AssertionError("the list asked a source")
+
+    with monkeypatch.context() as closed:
+        for place in ("duckdb.connect", "coterie.knowledge.database.Database.tables",
+                      "coterie.knowledge.graph.Graph.select"):  # fmt: skip
+            closed.setattr(place, asked)
+        listed = {s["name"]: s for s in overview(business, staff)}
+    assert [s["unit"] for s in listed.values()] == ["passages", "triples", "columns", "columns"]
+    assert [s["passages"] for s in listed.values()] == [1, listed["music"]["passages"], 3, 2]
+    assert all(s["indexed"] and not s["errors"] for s in listed.values())
+    assert all(f["indexed"] for s in listed.values() for f in s["files"])
+    assert listed["shop"]["files"][0]["title"] == "id, customer, thing"
+    list(learn(business, ["shop"]))
+    (failed,) = (s for s in overview(business, staff) if s["name"] == "shop")
+    assert "not a database" in failed["errors"][0]
+    assert failed["files"] == listed["shop"]["files"], "what was known of it stands"
+
+
+def test_what_a_graph_could_not_read_is_kept_for_whoever_may_read_it(folder: Path) -> None:
+    toml = (folder / "coterie.toml").read_text()
+    part = '[[knowledge.music.parts]]\nfiles = "deals.nt"\nreaders = ["staff"]\n[knowledge.shop]'
+    (folder / "coterie.toml").write_text(toml.replace("[knowledge.shop]", part, 1))
+    (folder / "deals.nt").write_text("no triple")
+    business = Business.open(folder)
+    list(learn(business, ["music"]))
+    errors = [overview(business, who)[1]["errors"] for who in (Reader("ada"), Reader("eve", frozenset({"staff"})))]
+    assert [("deals.nt" in str(e)) for e in errors] == [False, True]
+    (folder / "deals.nt").write_text("")
+    list(learn(business, ["music"]))
+    assert overview(business, Reader("eve", frozenset({"staff"})))[1]["errors"] == []
 
 
 @pytest.mark.parametrize(("declared", "readers"), [

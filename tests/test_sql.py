@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import Column, TableSchema, describe
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 from coterie.knowledge.sqlguard import View, guard, view_of
-from coterie.knowledge.tables import open_tables
+from coterie.knowledge.tables import COLUMNS, LARGEST, open_tables
 
 ANYONE, NORTH, BOSS = Reader("eve"), Reader("ada", frozenset({"north"})), Reader("bob", frozenset({"boss"}))
 CREATE = [
@@ -512,6 +513,91 @@ def test_a_view_is_the_union_of_what_a_readers_groups_may_see() -> None:
     assert both
     assert both.condition == "(x = 1) OR (x = 2 OR y = 3)"
     assert view_of("t", ["x", "y"], spec, Reader(), "sqlite") is None
+
+
+SHEETS: dict[str, tuple[list[list[Any]], list[dict[str, Any]]]] = {
+    "a heading is missing in the middle": (
+        [["city", None, "people"], ["Oslo", "x", 7]], [{"city": "Oslo", "column_2": "x", "people": 7}],
+    ),
+    "an empty column in the middle": ([["city", None, "people"], ["Oslo", None, 7]], [{"city": "Oslo", "people": 7}]),
+    "a heading is missing at the end": ([["city"], ["Oslo", 7], ["Rome"]], [
+        {"city": "Oslo", "column_2": 7}, {"city": "Rome", "column_2": None},
+    ]),
+    "the same heading twice": ([["price", "Price", "price"], [1, 2, 3]], [{"price": 1, "price_1": 2, "price_2": 3}]),
+    "a heading that looks like a made-up one": (
+        [["column_2", None], ["a", "b"]], [{"column_2": "a", "column_2_1": "b"}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sheet", "rows"), SHEETS.values(), ids=SHEETS)
+def test_every_cell_of_a_sheet_stays_under_its_own_heading(
+    tmp_path: Path, sheet: list[list[Any]], rows: list[dict[str, Any]]
+) -> None:
+    openpyxl_of(sheet).save(tmp_path / "a.xlsx")
+    db, loaded = open_tables("t", TablesSpec.model_validate({"files": {"a": "a.xlsx"}}), tmp_path)
+    found = db.run("SELECT * FROM a", ANYONE)
+    assert not loaded.problems
+    assert [dict(zip(found.columns, row, strict=True)) for row in found.rows] == rows
+
+
+def wide(file: Path, columns: int) -> None:
+    """A table of so many columns and one row."""
+    import duckdb
+    import openpyxl
+
+    names = [f"c{i}" for i in range(columns)]
+    if file.suffix == ".csv":
+        file.write_text(f"{','.join(names)}\n{','.join('1' for _ in names)}\n")
+    elif file.suffix == ".parquet":
+        duckdb.sql(f"SELECT {', '.join(f'1 AS {n}' for n in names)}").write_parquet(str(file))
+    else:
+        book = openpyxl.Workbook(write_only=True)
+        sheet = book.create_sheet()
+        sheet.append(names)
+        sheet.append([1] * columns)
+        book.save(file)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "xlsx"])
+def test_a_table_has_as_many_columns_as_the_limit_says_and_not_one_more(tmp_path: Path, kind: str) -> None:
+    files = {"fits": f"fits.{kind}", "over": f"over.{kind}"}
+    wide(tmp_path / files["fits"], COLUMNS)
+    wide(tmp_path / files["over"], COLUMNS + 1)
+    db, loaded = open_tables("t", TablesSpec.model_validate({"files": files}), tmp_path)
+    assert len(db.run("SELECT * FROM fits", ANYONE).columns) == COLUMNS
+    assert list(loaded.problems) == [files["over"]]
+    assert f"{COLUMNS}" in loaded.problems[files["over"]]
+
+
+def test_a_million_columns_and_a_huge_file_are_named_and_the_rest_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide(tmp_path / "junk.csv", 1_000_000)
+    wide(tmp_path / "wide.csv", 100_000)
+    with (tmp_path / "huge.parquet").open("wb") as file:
+        file.truncate(LARGEST + 1)  # of nothing, so that the disk has room for it
+    (tmp_path / "good.csv").write_text("city\nOslo\n")
+    monkeypatch.setattr("coterie.knowledge.tables.EXCEL_ROWS", 3)  # 200,000 take long to write
+    files = {"junk": "junk.csv", "wide": "wide.csv", "huge": "huge.parquet", "good": "good.csv"}
+    for rows in (3, 4):
+        files[f"rows{rows}"] = f"rows{rows}.xlsx"
+        book = openpyxl_of([["n"], *([n] for n in range(rows))])
+        book.save(tmp_path / f"rows{rows}.xlsx")
+    db, loaded = open_tables("t", TablesSpec.model_validate({"files": files}), tmp_path)
+    assert db.run("SELECT city FROM good", ANYONE).rows == (("Oslo",),)
+    assert set(loaded.problems) == {"junk.csv", "wide.csv", "huge.parquet", "rows4.xlsx"}
+    assert "over 2 GB" in loaded.problems["huge.parquet"]
+    assert "over 3 rows" in loaded.problems["rows4.xlsx"]
+
+
+def openpyxl_of(rows: list[list[Any]]) -> Any:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    return book
 
 
 def test_csv_parquet_and_excel_are_tables_and_a_broken_file_is_named(tmp_path: Path) -> None:

@@ -301,7 +301,11 @@ class KnowledgeSpec(Strict):
     embeddings: str = Field(
         "", description="address of an OpenAI-compatible server for embeddings; empty: all-MiniLM-L6-v2 here"
     )
-    embeddings_model: str = Field("", description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY")
+    embeddings_model: str = Field(
+        "",
+        description="its model; its key is taken from $COTERIE_EMBEDDINGS_KEY. Without an address: a folder, or a hub "
+        "id, of a BERT model of sentence-transformers' kind",
+    )
     vectors: str = Field(
         "",
         pattern=r"^(|postgres(ql)?(\+psycopg)?://.+)$",
@@ -317,6 +321,14 @@ class KnowledgeSpec(Strict):
             return given
         sources = {name: value for name, value in given.items() if isinstance(value, dict)}
         return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
+
+    @model_validator(mode="after")
+    def _documents_to_read(self) -> "KnowledgeSpec":
+        for name, spec in self.sources.items():
+            read = spec.extract.documents if isinstance(spec, GraphSpec) and spec.extract else ""
+            if read and not isinstance(self.sources.get(read), DocumentsSpec):
+                raise ValueError(f"{name}.extract.documents: {read!r} is no source of documents that is declared here")
+        return self
 
 
 class RetentionSpec(Strict):

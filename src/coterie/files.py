@@ -3,6 +3,7 @@
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,10 @@ from coterie.errors import CoterieError, StorageError
 
 
 @contextmanager
-def alone(file: Path, busy: str) -> Iterator[None]:
+def alone(file: Path, busy: str, wait_s: float = 0) -> Iterator[None]:
     """Nobody else is in here with the same lock `file`; the system frees the lock of a process that is killed.
 
-    Raises StorageError, and CoterieError, saying `busy`, where somebody is.
+    Raises StorageError, and CoterieError, saying `busy`, where somebody is, and stays for `wait_s`.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -22,10 +23,15 @@ def alone(file: Path, busy: str) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{file}: cannot be written ({error.strerror})") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CoterieError(busy) from error
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise CoterieError(busy) from error
+                time.sleep(0.02)
         yield
 
 

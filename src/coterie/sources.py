@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,20 +15,27 @@ from numpy.typing import NDArray
 
 from coterie.business import Business, Count, Tell
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError, Unreachable
+from coterie.errors import CoterieError, StorageError, Unreachable
 from coterie.experts.instruction import weights_of
-from coterie.knowledge import articles, documents
+from coterie.knowledge import articles, documents, listing
 from coterie.knowledge.asksql import SqlSource, open_sql
+from coterie.knowledge.citation import open_row, open_triples
 from coterie.knowledge.database import open_database
-from coterie.knowledge.documents import Documents, Learned
+from coterie.knowledge.documents import Documents, Learned, permissions_mark
 from coterie.knowledge.documents_spec import DocumentsSpec
-from coterie.knowledge.embed import Embedder, Endpoint, minilm
+from coterie.knowledge.drawing import draw
+from coterie.knowledge.embed import Embedder, Endpoint, minilm, sentence_model
 from coterie.knowledge.evidence import Evidence, Reader
+from coterie.knowledge.extract import settle
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph
 from coterie.knowledge.graph_source import UNSURE, GraphSource
+from coterie.knowledge.record import write_failure, write_record
+from coterie.knowledge.sparql import Term
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
+from coterie.knowledge.store import meta, open_db
 from coterie.knowledge.tables import open_tables
+from coterie.model.pull import EMBEDDER, pull
 from coterie.privacy.once import mask_once
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
@@ -35,6 +43,7 @@ EACH = 8  # pieces of evidence asked of each source, and given of all
 ASKED = 0.35  # relevance of a database from which it is worth asking a model for SQL; see docs/log.md
 FURTHER = 0.2  # and by how much the best passage may be nearer to the question
 AT_ONCE = 8  # sources asked beside each other
+AROUND = 500  # triples looked at for a picture
 REST_S, LONGEST_REST_S = 15.0, 300.0  # for which a source that gave no answer is left alone: twice as long each time
 Fits = Callable[[str], bool]
 Ranked = dict[str, list[tuple[float, Evidence]]]  # by source, nearest first
@@ -69,6 +78,9 @@ def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
         return Endpoint(
             spec.embeddings, spec.embeddings_model, lambda text: mask_once(detector, [text]).texts[0], key
         )  # fmt: skip
+    if model := spec.embeddings_model:
+        here = business.folder / model
+        return sentence_model(here if here.is_dir() else pull(model, tell, "embedding model", EMBEDDER), model)
     return minilm(tell=tell)
 
 
@@ -95,10 +107,27 @@ def learn(
     using = by or (embedder(business, tell) if needs else None)
     for name in asked:
         try:
-            yield _learn_one(business, name, using, tell, count)
+            done = _learn_one(business, name, using, tell, count)
         except CoterieError as error:
             tell(f"{name}: {error}")
-            yield Learned(name, 0, 0, 0, 0, ((name, str(error)),))
+            done = Learned(name, 0, 0, 0, 0, ((name, str(error)),))
+            with suppress(StorageError):  # it may be what went wrong
+                write_failure(index_folder(business, name), str(error), listing.readers_of(declared[name]))
+        else:
+            done = replace(done, errors=(*done.errors, *_settle_readers_of(business, name)))
+        yield done
+
+
+def _settle_readers_of(business: Business, documents: str) -> list[tuple[str, str]]:
+    """Let the graphs that read facts in a source of documents follow what has become of these. What went wrong."""
+    wrong = []
+    for name, spec in business.config.knowledge.sources.items():
+        if isinstance(spec, GraphSpec) and spec.extract and spec.extract.documents == documents:
+            try:
+                settle(spec, index_folder(business, name), index_folder(business, documents), forget=True)
+            except CoterieError as error:
+                wrong.append((name, f"{name}: what it read in {documents} could not follow ({error})"))
+    return wrong
 
 
 def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, count: Count) -> Learned:
@@ -109,13 +138,21 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
         if spec.salesforce:
             articles.fetch(name, spec.salesforce, business.folder / spec.path, articles.open_org(name, spec.salesforce))
         vectors = business.config.knowledge.vectors
-        return documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count, vectors)
+        taken = documents.learn(name, spec, business.folder / spec.path, folder, by, tell, count, vectors)
+        write_record(folder, (), (), ())  # its files have records of their own; a failure before this is over
+        return taken
     if isinstance(spec, GraphSpec):
         if spec.endpoint:
-            return Learned(name, 0, 0, 1, 0, ())  # it has its own data, and is asked when a question comes
+            return Learned(name, 0, 0, 1, 0, (), "triples")  # it has its own data, and is asked when a question comes
         done = learn_graph(spec, business.folder, folder)
-        triples = sum(source.triples for source in Graph(folder, spec.timeout_s).sources())
-        return Learned(name, len(done.changed), len(done.removed), done.kept, triples, tuple(done.problems.items()))
+        read = index_folder(business, spec.extract.documents) if spec.extract else None
+        if read is None or (read / "index.db").exists():  # else its documents bring what was read in them
+            settle(spec, folder, read, forget=False)
+        held = Graph(folder, spec.timeout_s).sources()
+        write_record(folder, done.changed, [source.name for source in held],
+                     [(why, done.told[part]) for part, why in done.problems.items()])  # fmt: skip
+        triples, problems = sum(source.triples for source in held), tuple(done.problems.items())
+        return Learned(name, len(done.changed), len(done.removed), done.kept, triples, problems, "triples")
     if isinstance(spec, TablesSpec):
         database, files = open_tables(name, spec, business.folder)
         files.connection()
@@ -125,8 +162,10 @@ def _learn_one(business: Business, name: str, by: Embedder | None, tell: Tell, c
     else:
         found, wrong = open_database(name, spec, business.folder).tables(), []
         missing = [table for table in spec.tables if table.lower() not in found]
-    wrong += [(table, "there is no such table") for table in missing]
-    return Learned(name, 0, 0, len(found), len(found), tuple(wrong))
+    wrong += [(table, f"{table}: there is no such table") for table in missing]
+    columns = {table: [c.name for c in schema.columns] for table, schema in found.items()}
+    write_record(folder, columns, (), [(why, listing.told(spec, part)) for part, why in wrong], columns)
+    return Learned(name, 0, 0, len(found), len(found), tuple(wrong), "tables")
 
 
 class Knowledge:
@@ -174,10 +213,25 @@ class Knowledge:
         declared = self.business.config.knowledge.sources
         if name not in declared:
             raise CoterieError(f"there is no source {name!r}; there are: {', '.join(declared) or 'none'}")
+        spec = declared[name]
+        if isinstance(spec, GraphSpec) and spec.extract:
+            self._check_readers(name, spec.extract.documents)
         with self._opening:
             if name not in self._open:
-                self._open[name] = self._opened(name, declared[name])
+                self._open[name] = self._opened(name, spec)
             return self._open[name]
+
+    def _check_readers(self, graph: str, documents: str) -> None:
+        """What a graph read in documents has the readers that these had when they were learned. Raises CoterieError
+        where coterie.toml has given them others since."""
+        spec, folder = self.business.config.knowledge.sources[documents], index_folder(self.business, documents)
+        assert isinstance(spec, DocumentsSpec), "the configuration says so"
+        if (folder / "index.db").exists():
+            with closing(open_db(folder, writing=False)) as db:
+                if meta(db, "permissions") != permissions_mark(spec):
+                    raise CoterieError(
+                        f"{graph}: the readers of {documents}, which it read, have changed; run `coterie learn`"
+                    )
 
     def _opened(self, name: str, spec: DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec) -> Source:
         folder = index_folder(self.business, name)
@@ -271,10 +325,24 @@ class Knowledge:
             each.sort(key=lambda pair: -pair[0])
         return out
 
-    def open(self, source: str, where: str, reader: Reader) -> Evidence | None:
-        """The passage that a citation names, where the reader may read it. Rows and triples come with their answer."""
+    def open(self, source: str, where: str, reader: Reader, query: str = "") -> Evidence | None:
+        """The passage, row or triple that a citation names, where the reader may read it; `query` is what found it.
+        Raises CoterieError where the query may not be asked, or the source cannot be."""
         opened = self.source(source)
+        if isinstance(opened, SqlSource):
+            return open_row(source, opened.db, where, query, reader)
+        if isinstance(opened, GraphSource):
+            return open_triples(opened, where, query, reader)
         return opened.open(where, reader) if isinstance(opened, Documents) else None
+
+    def picture(self, source: str, thing: str, reader: Reader) -> str | None:
+        """The neighbourhood of a thing in a graph, as SVG, of the triples that the reader may see; None for none.
+        Raises QueryRefused where `thing` is no IRI."""
+        opened = self.source(source)
+        if not isinstance(opened, GraphSource) or not (facts := opened.around(thing, reader, AROUND)):
+            return None
+        ends = [Term("uri", thing), *(end for f in facts for end in (f.subject, f.object))]
+        return draw(thing, facts, opened.names(ends, reader))
 
 
 def in_turn(ranked: Ranked) -> list[Evidence]:
@@ -291,43 +359,7 @@ def _row_in_words(evidence: Evidence) -> str:
 
 
 def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:
-    """Every declared source with what the reader may see of it: files or tables, freshness, errors."""
-    out = []
-    for name, spec in business.config.knowledge.sources.items():
-        folder = index_folder(business, name)
-        if isinstance(spec, DocumentsSpec):
-            out.append(documents.overview(name, spec, folder, reader))
-            continue
-        head: dict[str, Any] = {"name": name, "kind": spec.kind, "description": spec.description, "indexed": None}
-        try:
-            files, errors = _parts(business, name, reader)
-        except CoterieError as error:
-            files, errors = [], [str(error)]
-        out.append(head | {"files": files, "passages": sum(f["passages"] for f in files), "errors": errors})
-    return out
-
-
-def _parts(business: Business, name: str, reader: Reader) -> tuple[list[dict[str, Any]], list[str]]:
-    """The named graphs of a graph, or the tables of a database, that the reader may see; triples and columns count.
-    And what is wrong with those that they may see."""
-    spec, folder = business.config.knowledge.sources[name], index_folder(business, name)
-    if isinstance(spec, GraphSpec):
-        if spec.endpoint:
-            graphs = spec.endpoint_graphs or {spec.endpoint: spec.readers}
-            mine = {graph: readers for graph, readers in graphs.items() if set(readers) & reader.may}
-            return [_part(graph, f"at {spec.endpoint}", 0, sorted(readers)) for graph, readers in mine.items()], []
-        sources = Graph(folder, spec.timeout_s).sources()
-        return [_part(s.name, "triples", s.triples, sorted(s.readers)) for s in sources if s.readers & reader.may], []
-    assert not isinstance(spec, DocumentsSpec), "documents have an overview of their own"
-    problems: list[str] = []
-    if isinstance(spec, TablesSpec):
-        database, loaded = open_tables(name, spec, business.folder)
-        problems = loaded.problems_for(reader)
-        seen = database.views(reader) if len(loaded.problems) < len(set(spec.files.values())) else {}
-    else:
-        seen = open_database(name, spec, business.folder).views(reader)
-    return [_part(table, ", ".join(view.columns), len(view.columns), []) for table, view in seen.items()], problems
-
-
-def _part(path: str, title: str, passages: int, readers: list[str]) -> dict[str, Any]:
-    return {"path": path, "title": title, "passages": passages, "indexed": None, "readers": readers, "error": None}
+    """Every declared source with what the reader may see of it: files or tables, freshness, errors. No source is asked:
+    it is what `learn` found."""
+    declared = business.config.knowledge.sources
+    return [listing.overview(name, spec, index_folder(business, name), reader) for name, spec in declared.items()]

@@ -16,7 +16,7 @@ As = Annotated[str, typer.Option("--as", help="Who asks, for permissions by name
 Groups = Annotated[str, typer.Option(help="Groups that the one who asks belongs to, as in 'hr,sales'.")]
 
 
-def _reader(name: str, groups: str) -> Reader:
+def reader_of(name: str, groups: str) -> Reader:
     return Reader(name, frozenset(g.strip() for g in groups.split(",") if g.strip()))
 
 
@@ -33,9 +33,12 @@ def learn(
 
     with bars() as shown:
         done = list(learn(Business.open(folder), source, tell, shown.count))
-    rows = [[d.source, *(str(n) for n in (d.indexed, d.dropped, d.kept, d.passages, len(d.errors)))] for d in done]
+    rows = [
+        [d.source, str(d.indexed), str(d.dropped), str(d.kept), f"{d.passages} {d.unit}", str(len(d.errors))]
+        for d in done
+    ]
     result([asdict(d) for d in done], as_json,
-           table(["source", "indexed", "gone", "as before", "passages", "not read"], rows))  # fmt: skip
+           table(["source", "indexed", "gone", "as before", "holds", "not read"], rows))  # fmt: skip
     if any(d.errors and not d.passages for d in done):
         raise typer.Exit(2)
 
@@ -60,14 +63,15 @@ def ask(
     text = sys.stdin.read() if question == "-" else question
     if not text.strip():
         raise CoterieError("the question is empty")
-    business, reader = Business.open(folder), _reader(as_, groups)
+    business, reader = Business.open(folder), reader_of(as_, groups)
     if not business.config.knowledge.sources:
         raise CoterieError(f"{folder}/coterie.toml declares no [knowledge.NAME]; see docs/knowledge.md")
     knowledge = Knowledge(business, tell=tell)
     try:
         if search:
             found = knowledge.gather(text, reader, tell=tell)
-            result([asdict(e) for e in found], as_json, table(["", "source", "where", "text"], _rows(found)))
+            rows = [[*row[:3], f"{row[3]}\n{e.query}".strip()] for row, e in zip(_rows(found), found, strict=True)]
+            result([asdict(e) for e in found], as_json, table(["", "source", "where", "text"], rows))
             return
         answerer = Answerer.open(business, tell)
         try:
@@ -85,8 +89,10 @@ def ask(
                 cited = {s.cites for s in grounded.sentences}
                 for row in _rows(grounded.evidence):
                     if int(row[0]) in cited:
-                        link = grounded.evidence[int(row[0]) - 1].link
-                        tell(f"  [{row[0]}] {row[1]}: {row[2]}{f' ({link})' if link else ''}")
+                        found_by = grounded.evidence[int(row[0]) - 1]
+                        tell(f"  [{row[0]}] {row[1]}: {row[2]}{f' ({found_by.link})' if found_by.link else ''}")
+                        if found_by.query:
+                            tell(f"      {' '.join(found_by.query.split())}")
             else:
                 shown: dict[str, Any] = {
                     "text": said.strip(), "known": grounded.known, "sources": grounded.sources(),
@@ -108,12 +114,19 @@ def sources(folder: Folder = Path(), as_: As = "", groups: Groups = "", as_json:
     from coterie.business import Business
     from coterie.sources import overview
 
-    found = overview(Business.open(folder), _reader(as_, groups))
+    found = overview(Business.open(folder), reader_of(as_, groups))
     rows = [
-        [s["name"], s["kind"], str(len(s["files"])), str(s["passages"]), s["indexed"] or "never", str(len(s["errors"]))]
+        [
+            s["name"],
+            s["kind"],
+            str(len(s["files"])),
+            f"{s['passages']} {s['unit']}",
+            s["indexed"] or "never",
+            str(len(s["errors"])),
+        ]
         for s in found
     ]
-    result(found, as_json, table(["source", "kind", "files", "passages", "indexed", "errors"], rows))
+    result(found, as_json, table(["source", "kind", "files", "holds", "indexed", "errors"], rows))
     if not as_json:
         for s in found:
             for error in s["errors"]:
@@ -124,4 +137,4 @@ def mcp(folder: Folder = Path(), as_: As = "", groups: Groups = "") -> None:
     """Serve `search` and `ask` over the Model Context Protocol on stdin and stdout (pip install 'coterie[mcp]')."""
     from coterie.mcp import serve
 
-    serve(folder, _reader(as_, groups), tell)
+    serve(folder, reader_of(as_, groups), tell)

@@ -13,6 +13,7 @@ from coterie.cli import data as data_commands
 from coterie.cli import desk as desk_commands
 from coterie.cli import experts as expert_commands
 from coterie.cli import exports as _exports  # noqa: F401 (adds its commands to `experts`)
+from coterie.cli import facts as facts_commands
 from coterie.cli import knowledge as knowledge_commands
 from coterie.cli import mail as _mail  # noqa: F401 (adds its command to `desk`)
 from coterie.cli import models as model_commands
@@ -52,6 +53,7 @@ app.command()(knowledge_commands.learn)
 app.command()(knowledge_commands.ask)
 app.command()(knowledge_commands.sources)
 app.command()(knowledge_commands.mcp)
+app.add_typer(facts_commands.app, name="facts")
 app.command("optimise-prompt")(optimise_prompt)
 
 Only = Annotated[list[str] | None, typer.Option("--expert", "-e", help="Only this expert; may be repeated.")]

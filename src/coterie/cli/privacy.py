@@ -66,13 +66,16 @@ def add_account(
     name: Name,
     role: Annotated[str, typer.Option(help="owner, admin, agent, reviewer or viewer.")] = "owner",
     oidc: Annotated[bool, typer.Option("--oidc", help="No password: signs in by OIDC only.")] = False,
+    group: Annotated[
+        list[str] | None, typer.Option("--group", "-g", help="A group it belongs to, for `readers`; may be repeated.")
+    ] = None,
     folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Add an account. The first one, an owner's, closes the door: from then on everybody signs in."""
     with _house(folder) as house:
-        house.accounts.add(name, role, "" if oidc else _password())
-    result({"name": name, "role": role}, as_json, f"{name}: {role}")
+        house.accounts.add(name, role, "" if oidc else _password(), groups=group or [])
+    result({"name": name, "role": role, "groups": group or []}, as_json, f"{name}: {role}")
 
 
 @accounts.command("list")
@@ -81,10 +84,16 @@ def list_accounts(folder: FolderOption = Path(), as_json: Json = False) -> None:
     with _house(folder) as house:
         found = house.accounts.all()
     rows = [
-        [a.name, a.role, "yes" if a.second_factor else "no", "disabled" if a.disabled else "locked" if a.locked else ""]
+        [
+            a.name,
+            a.role,
+            ", ".join(a.groups),
+            "yes" if a.second_factor else "no",
+            "disabled" if a.disabled else "locked" if a.locked else "",
+        ]
         for a in found
     ]
-    result([vars(a) for a in found], as_json, table(["name", "role", "second factor", ""], rows))
+    result([vars(a) for a in found], as_json, table(["name", "role", "groups", "second factor", ""], rows))
 
 
 @accounts.command("change")
@@ -96,12 +105,20 @@ def change_account(
     disabled: Annotated[
         bool | None, typer.Option("--disable/--enable", help="Whether it may sign in.", show_default=False)
     ] = None,
+    group: Annotated[
+        list[str] | None, typer.Option("--group", "-g", help="Its groups from now on; may be repeated.")
+    ] = None,
+    no_groups: Annotated[bool, typer.Option("--no-groups", help="It belongs to no group any more.")] = False,
     folder: FolderOption = Path(),
     as_json: Json = False,
 ) -> None:
     """Change an account; its sessions and tokens end."""
+    if group and no_groups:
+        raise CoterieError("--group and --no-groups: say one of them")
     with _house(folder) as house:
-        house.accounts.change(name, role, _password("New password") if password else None, disabled=disabled)
+        groups = [] if no_groups else group
+        changed = _password("New password") if password else None
+        house.accounts.change(name, role, changed, disabled=disabled, groups=groups)
         if drop_second_factor:
             house.accounts.drop_second_factor(name)
     result({"name": name}, as_json, f"{name}: changed")

@@ -17,12 +17,12 @@ import numpy as np
 from coterie.data.read import read_objects
 from coterie.errors import CoterieError, DataError
 from coterie.files import alone
+from coterie.knowledge import parse_worker
 from coterie.knowledge.articles import link_of
 from coterie.knowledge.chunk import Chunk, chunks
 from coterie.knowledge.documents_spec import KINDS, DocumentsSpec
 from coterie.knowledge.embed import Embedder, Floats
 from coterie.knowledge.evidence import Evidence, Reader
-from coterie.knowledge.parse import parse
 from coterie.knowledge.search import Search
 from coterie.knowledge.store import File, Store, files, meta, open_db
 
@@ -35,7 +35,8 @@ Count = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Learned:
-    """What `learn` did: files new or changed, gone, as before, and what could not be read: file and why."""
+    """What `learn` did: files new or changed, gone, as before, and what could not be read: file and why. passages: how
+    much the source holds, in its `unit`."""
 
     source: str
     indexed: int
@@ -43,6 +44,7 @@ class Learned:
     kept: int
     passages: int
     errors: tuple[tuple[str, str], ...]
+    unit: str = "passages"
 
 
 def listed(root: Path, spec: DocumentsSpec) -> Iterator[tuple[str, Path]]:
@@ -82,6 +84,7 @@ def learn(
     indexed = dropped = 0
     with alone(folder.with_suffix(".lock"), f"{folder.name}: another `coterie learn` is at work on it; let it end"):
         store = Store(folder, embedder.width, embedder.name, vectors)
+        parsing = parse_worker.Parsing(parse_worker.LIMIT_S)
         try:
             known = {f.path: f for f in store.files()}
             gone = known.keys() - {path for path, _ in todo}
@@ -97,7 +100,7 @@ def learn(
             again = list(todo)
             while again:
                 work, again = again, []
-                for at, batch in _batches(work, known, spec):
+                for at, batch in _batches(work, known, spec, parsing):
                     with store.batch():
                         for file, passages in batch:
                             store.put(file, passages)
@@ -109,6 +112,7 @@ def learn(
             total = sum(f.passages for f in known.values())
             found = tuple((f.path, f.error) for f in known.values() if f.error)
         finally:
+            parsing.close()
             store.close()
     for _, why in found:
         tell(f"{name}: {why}")
@@ -116,13 +120,13 @@ def learn(
 
 
 def _batches(
-    todo: list[tuple[str, Path]], known: dict[str, File], spec: DocumentsSpec
+    todo: list[tuple[str, Path]], known: dict[str, File], spec: DocumentsSpec, parsing: parse_worker.Parsing
 ) -> Iterator[tuple[int, list[tuple[File, list[Chunk]]]]]:
     """Files that are new or changed, parsed, about BATCH passages at a time, and how many files have been seen."""
     batch: list[tuple[File, list[Chunk]]] = []
     held = 0
     for at, (path, place) in enumerate(todo, 1):
-        file = _read(path, place, known.get(path), spec)
+        file = _read(path, place, known.get(path), spec, parsing)
         if file is not None:
             batch.append(file)
             held += len(file[1])
@@ -131,7 +135,9 @@ def _batches(
             batch, held = [], 0
 
 
-def _read(path: str, place: Path, before: File | None, spec: DocumentsSpec) -> tuple[File, list[Chunk]] | None:
+def _read(
+    path: str, place: Path, before: File | None, spec: DocumentsSpec, parsing: parse_worker.Parsing
+) -> tuple[File, list[Chunk]] | None:
     """A file and its passages, with what is wrong where it cannot be read; None where it is as it was."""
     sha256, size, changed, title, error = "", 0, 0, "", ""
     passages: list[Chunk] = []
@@ -146,7 +152,7 @@ def _read(path: str, place: Path, before: File | None, spec: DocumentsSpec) -> t
         sha256 = hashlib.sha256(content).hexdigest()
         if before and before.sha256 == sha256 and not before.error:
             return None
-        parsed = parse(place, content)
+        parsed = parsing.parse(place, content)
         title, passages = parsed.title, chunks(parsed)
     except CoterieError as wrong:
         error = str(wrong)
@@ -216,7 +222,7 @@ class Judged:
 
 def overview(name: str, spec: DocumentsSpec, folder: Path, reader: Reader) -> dict[str, Any]:
     """What a source holds, for lists: the files that the reader may read, their freshness, what went wrong."""
-    head = {"name": name, "kind": spec.kind, "description": spec.description}
+    head = {"name": name, "kind": spec.kind, "description": spec.description, "unit": "passages"}
     try:
         db = open_db(folder, writing=False)
     except CoterieError as error:

@@ -16,6 +16,7 @@ WIDTH, MARGIN, LINE = 760, 130, 44  # pixels: of the picture, at its sides, and 
 LEAST, MOST = 320, 24  # pixels of height; neighbours drawn
 NAME = 26  # characters of a name
 STYLE = (
+    "svg{color:#1d1d1f}@media(prefers-color-scheme:dark){svg{color:#f2f2f2}}"  # an <img> inherits no colour
     "text{font:13px system-ui,sans-serif;fill:currentColor}.r{font-size:11px;opacity:.75}"
     "line{stroke:currentColor;opacity:.45}ellipse,rect{fill:none;stroke:currentColor}.m{stroke-width:2.5}"
 )

@@ -1,15 +1,18 @@
-"""Texts to vectors: MiniLM by our own forward, or any OpenAI-compatible embeddings endpoint.
+"""Texts to vectors: MiniLM, or another BERT of sentence-transformers' kind, by our own forward; or any
+OpenAI-compatible embeddings endpoint.
 
 Notable: texts are packed end to end, (tokens, width), with no padding: what is computed by row never sees where a text
 ends, and attention runs over all texts of one length at once. Vectors are normed, so that a dot product is the cosine.
 Sources: Devlin et al. 2019 (BERT); Wang et al. 2020 (MiniLM); Reimers and Gurevych 2019 (mean over tokens).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import httpx
 import numpy as np
@@ -30,6 +33,9 @@ LONGEST = 256  # tokens of a text that count, as all-MiniLM-L6-v2 was trained
 BATCH_TOKENS = 4096  # packed in one forward
 ENDPOINT_BATCH = 64  # texts asked for at once
 PREFIX = "encoder.layer."
+POOLINGS = {
+    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"
+}  # fmt: skip
 
 
 class Embedder(Protocol):
@@ -43,21 +49,80 @@ class Embedder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a folder of sentence-transformers says beside its weights. encoder: where these lie; tokens: of a text that
+    count, None for all that it has places for."""
+
+    encoder: Path
+    pooling: Literal["mean", "cls", "max"] = "mean"
+    tokens: int | None = LONGEST
+    lower: bool = False
+    prompt: str = ""  # before every text
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """How the vectors of a model are made; without a modules.json, as MiniLM's. Raises ModelError for what is not
+    computed here: another module, another way of pooling, vectors that are not compared by their cosine."""
+    listed = _read(folder / "modules.json", [])
+    if not listed:
+        return Recipe(folder)
+    parts = {str(m["type"]).rpartition(".")[2]: folder / m["path"] for m in listed}
+    if unknown := parts.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise ModelError(f"{folder}/modules.json: the module {min(unknown)} is not computed here; serve this model "
+                         "by an OpenAI-compatible server, and name that in `embeddings`")  # fmt: skip
+    if "Transformer" not in parts or "Pooling" not in parts:
+        raise ModelError(f"{folder}/modules.json: needs a Transformer and a Pooling")
+    size = _read(parts["Transformer"] / "sentence_bert_config.json", {})
+    said = _read(parts["Pooling"] / "config.json", {})
+    about = _read(folder / "config_sentence_transformers.json", {})
+    on = [said["pooling_mode"]] if "pooling_mode" in said else [
+        POOLINGS.get(k, k.removeprefix("pooling_mode_")) for k, v in said.items() if k.startswith("pooling_mode_") and v
+    ]  # fmt: skip
+    if len(on) != 1 or on[0] not in POOLINGS.values():
+        raise ModelError(f"{parts['Pooling']}/config.json: pooling by {' and '.join(on) or 'nothing'} is not computed "
+                         f"here; {', '.join(POOLINGS.values())} are")  # fmt: skip
+    compared = about.get("similarity_fn_name") or "cosine"
+    if compared != "cosine" and "Normalize" not in parts:
+        raise ModelError(f"{folder}: its vectors are compared by {compared}, and here by cosine")
+    prompt = (about.get("prompts") or {}).get(about.get("default_prompt_name") or "", "")
+    if prompt and said.get("include_prompt") is False:
+        raise ModelError(f"{folder}: pooling without the prompt is not computed here")
+    tokens = size.get("max_seq_length")
+    return Recipe(parts["Transformer"], on[0], tokens and int(tokens), bool(size.get("do_lower_case")), prompt)
+
+
+def _read(file: Path, absent: Any) -> Any:
+    """The JSON in a file. Raises OSError, ValueError."""
+    found = json.loads(file.read_text()) if file.exists() else absent
+    if not isinstance(found, type(absent)):
+        raise ValueError(f"{file}: must be a {'list' if absent == [] else 'table'}")
+    return found
+
+
 class MiniLM:
-    """A BERT encoder of sentence-transformers' kind: the mean over the tokens of the last layer, normed."""
+    """A BERT encoder of sentence-transformers' kind: the mean over the tokens of the last layer, normed; or their
+    greatest, or the first, as the model's folder says."""
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, name: str = EMBEDDER) -> None:
         """`dtype`: None for what this processor computes fast. Raises ModelError where the folder holds no such
         model."""
         try:
-            config = json.loads((folder / "config.json").read_text())
-            weights = load_file(folder / "model.safetensors")
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.recipe = recipe_of(folder)
+            at = self.recipe.encoder
+            config = json.loads((at / "config.json").read_text())
             if config["model_type"] != "bert" or config["hidden_act"] != "gelu":
-                raise ModelError(f"{folder}: embeddings come from a BERT model with gelu, not {config['model_type']!r}")
+                kind = f"{config['model_type']!r} with {config.get('hidden_act')!r}"
+                raise ModelError(f"{at}: embeddings come from a BERT model with gelu, not {kind}")
+            if config.get("position_embedding_type", "absolute") != "absolute":
+                raise ModelError(f"{at}: {config['position_embedding_type']} positions are not computed here")
+            weights = load_file(at / "model.safetensors")
+            own = folder / "tokenizer.json"
+            self.tokenizer = Tokenizer.from_file(str(own if own.exists() else at / "tokenizer.json"))
             self.layers, self.heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
             self.width, self.eps = int(config["hidden_size"]), float(config["layer_norm_eps"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            places = int(config["max_position_embeddings"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelError(f"{folder}: not an embedding model that can be read ({error})") from error
         except Exception as error:  # tokenizers raises Exception itself
             if isinstance(error, ModelError):
@@ -65,8 +130,14 @@ class MiniLM:
             raise ModelError(f"{folder}/tokenizer.json: cannot be read ({error})") from error
         self.name, self.dtype = name, dtype or default_dtype()
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(min(LONGEST, int(config["max_position_embeddings"])))
-        w = {key.removeprefix("bert."): value for key, value in weights.items()}
+        self.tokenizer.enable_truncation(min(self.recipe.tokens or places, places))
+        try:
+            self._take({key.removeprefix("bert."): value.float() for key, value in weights.items()})
+        except (KeyError, RuntimeError) as error:
+            raise ModelError(f"{folder}: its weights are not those of a BERT encoder ({error})") from error
+
+    def _take(self, w: dict[str, Tensor]) -> None:
+        """Keep the weights as they are computed with."""
         self.words, self.positions = w["embeddings.word_embeddings.weight"], w["embeddings.position_embeddings.weight"]
         self.kind = w["embeddings.token_type_embeddings.weight"][0]
         self.norms = {k: v for k, v in w.items() if "LayerNorm" in k}
@@ -120,12 +191,20 @@ class MiniLM:
             x = self._norm(x + self._linear(torch.cat(mixed), f"{i}.out"), f"{PREFIX}{i}.attention.output")
             fed = self._linear(self._linear(x.to(self.dtype), f"{i}.up", "gelu"), f"{i}.down")
             x = self._norm(x + fed, f"{PREFIX}{i}.output")
-        means = torch.stack([part.mean(dim=0) for part in x.split(lengths)])
-        return np.asarray(F.normalize(means, dim=-1).numpy(), np.float32)
+        pooled = torch.stack([self._pool(part) for part in x.split(lengths)])
+        return np.asarray(F.normalize(pooled, dim=-1).numpy(), np.float32)
+
+    def _pool(self, hidden: Tensor) -> Tensor:
+        """One vector (width) of a text's (tokens, width)."""
+        if self.recipe.pooling == "cls":
+            return hidden[0]
+        return hidden.amax(dim=0) if self.recipe.pooling == "max" else hidden.mean(dim=0)
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        """Vectors (texts, width). What is beyond LONGEST tokens does not count."""
-        rows = [e.ids for e in self.tokenizer.encode_batch_fast(list(texts))]
+        """Vectors (texts, width). What is beyond the model's longest text does not count."""
+        said = [self.recipe.prompt + text for text in texts] if self.recipe.prompt else list(texts)
+        given = [text.lower() for text in said] if self.recipe.lower else said
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(given)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         out = np.zeros((len(rows), self.width), np.float32)
         for chosen in _batches(order, rows):
@@ -190,3 +269,14 @@ class Endpoint:
 def minilm(dtype: torch.dtype | None = None, tell: Callable[[str], None] = lambda _: None) -> MiniLM:
     """all-MiniLM-L6-v2, pulled where it is absent. Raises ModelError."""
     return MiniLM(pull(EMBEDDER, tell, "embedding model", EMBEDDER), dtype)
+
+
+def sentence_model(folder: Path, model: str) -> MiniLM:
+    """The model in a folder, called `model`. Weights or pooling that change give vectors that are told apart. Raises
+    ModelError."""
+    made = MiniLM(folder)
+    with (made.recipe.encoder / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256")
+    digest.update(repr((made.recipe.pooling, made.recipe.tokens, made.recipe.lower, made.recipe.prompt)).encode())
+    made.name = f"{model}#{digest.hexdigest()[:16]}"
+    return made

@@ -12,7 +12,8 @@ class Evidence:
     source: its name in coterie.toml. where: the address within it that a citation opens (a file and its heading, a
     table and its row, a triple). text: what goes before the model, and what is shown. score: higher is nearer, and
     comparable within one source only. query: the SQL or SPARQL that found it, "" where it was searched for by words.
-    link: where a person reads it on the web, "" for nowhere.
+    link: where a person reads it on the web, "" for nowhere. thing: the IRI of what it is about in a graph, whose
+    neighbourhood can be drawn; "" for none.
     """
 
     source: str
@@ -21,6 +22,7 @@ class Evidence:
     score: float
     query: str = ""
     link: str = ""
+    thing: str = ""
 
 
 @dataclass(frozen=True)

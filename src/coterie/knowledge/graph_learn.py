@@ -28,12 +28,14 @@ Triples = Callable[[], Iterator[ox.Triple | ox.Quad]]
 
 @dataclass
 class Learned:
-    """What learning came to. `problems`: source and why it could not be taken; what it said before still stands."""
+    """What learning came to. `problems`: source and why it could not be taken; what it said before still stands.
+    `told`: of each problem, sets of groups: whoever is in each of them may know of it."""
 
     changed: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     kept: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+    told: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,18 @@ def learn_graph(spec: GraphSpec, root: Path, folder: Path) -> Learned:
             before = known.get(source.name)
             try:
                 mark = source.mark()
+                if spec.shapes:  # what fits these shapes may not fit others
+                    mark = f"{mark} {_digest(root / spec.shapes)}"
                 if before is None or before.mark != mark:
                     if spec.shapes:
-                        check_shapes(list(source.triples()), root / spec.shapes)
+                        check_shapes(source.triples(), root / spec.shapes)
                     done.changed.append(source.name)
                 else:
                     done.kept += 1
                 writer.put(source.name, source.triples(), source.readers, mark)
             except SourceError as error:
                 done.changed = [n for n in done.changed if n != source.name]
-                done.problems[source.name] = str(error)
+                done.problems[source.name], done.told[source.name] = str(error), [source.readers]
                 if before:  # who may read it changes all the same
                     writer.put(source.name, (), source.readers, before.mark)
         for name in sorted(known.keys() - {w.name for w in wanted}):
@@ -71,6 +75,8 @@ def learn_graph(spec: GraphSpec, root: Path, folder: Path) -> Learned:
                 writer.remove(name)
                 done.removed.append(name)
     _learn_paths(spec, root, folder, done)
+    if "examples" in done.problems:  # a line of them may speak of anything that is known here
+        done.told["examples"] = [source.readers for source in wanted]
     return done
 
 
@@ -91,7 +97,7 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
         for pattern in part.files:
             files = sorted(f for f in root.glob(pattern) if f.is_file())
             if not files:
-                done.problems[pattern] = f"{root / pattern}: no such file"
+                done.problems[pattern], done.told[pattern] = f"{root / pattern}: no such file", [tuple(part.readers)]
             for file in files:
                 name = str(file.relative_to(root))
                 if name not in seen:

@@ -120,7 +120,7 @@ class GraphSource:
         if (not answers or answers[0].probability < UNSURE) and (known := self._entities(reader).link(question)):
             facts = self.around(known[0].iris[0], reader, AROUND)
             names = self.names([t for f in facts for t in (f.subject, f.object)], reader)
-            out += [self._say((f,), names, UNSURE * known[0].score, "") for f in facts]
+            out += [self._say((f,), names, UNSURE * known[0].score, "", known[0].iris[0]) for f in facts]
         return out[:SHOWN]
 
     def answers(self, question: str, reader: Reader, most: int = 3) -> list[GraphAnswer]:
@@ -188,7 +188,7 @@ class GraphSource:
         if not total.reading.ranks:
             return [Evidence(self.name, said, f"{said}: {total.values[0].value}", 1.0, query)]
         return [
-            Evidence(self.name, said, f"{said}: {names.get(v.value, v.value)} ({n.value})", 1.0, query)
+            Evidence(self.name, said, f"{said}: {names.get(v.value, v.value)} ({n.value})", 1.0, query, thing=_thing(v))
             for v, n in zip(total.values, total.numbers, strict=True)
         ]
 
@@ -314,17 +314,24 @@ class GraphSource:
             words = self._finder(reader).labels
             said = ", ".join(words.get(r, split_words(r)) or "of this kind" for r in answer.path.relations)
             text = f"{names[answer.start]}: {answer.values[0].value} ({said})"
-            return [Evidence(self.name, f"<{answer.start}>", text, answer.probability, answer.sparql)]
+            place = f"<{answer.start}>"
+            return [Evidence(self.name, place, text, answer.probability, answer.sparql, thing=answer.start)]
         names = self.names([t for c in answer.chains[:SHOWN] for f in c for t in (f.subject, f.object)], reader)
-        return [self._say(c, names, answer.probability, answer.sparql) for c in answer.chains[:SHOWN]]
+        return [self._say(c, names, answer.probability, answer.sparql, answer.start) for c in answer.chains[:SHOWN]]
 
-    def _say(self, facts: tuple[Fact, ...], names: dict[str, str], score: float, sparql: str) -> Evidence:
+    def _say(
+        self, facts: tuple[Fact, ...], names: dict[str, str], score: float, sparql: str, thing: str
+    ) -> Evidence:  # fmt: skip
         def name(term: Term) -> str:
             return names.get(term.value, term.value) if term.kind == "uri" else term.value
 
         text = "; ".join(f"{name(f.subject)}, {split_words(f.relation)}: {name(f.object)}" for f in facts)
         where = "; ".join(f"{f.source}: {_short(f)}".removeprefix(": ") for f in facts)
-        return Evidence(self.name, where, text, score, sparql)
+        return Evidence(self.name, where, text, score, sparql, thing=thing)
+
+
+def _thing(term: Term) -> str:
+    return term.value if term.kind == "uri" else ""
 
 
 def _short(fact: Fact) -> str:

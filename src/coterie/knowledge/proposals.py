@@ -3,12 +3,13 @@
 Notable: the model writes JSON under a schema whose relations are those declared, so it can propose nothing else; a
 proposal whose names do not stand in the passage is dropped at once. What waits is a JSONL file, a proposal a line,
 that can be read and edited; what is accepted becomes a source of the graph, named after its document, and goes when
-the document goes.
+the document goes. extract.py ties this to the documents and the graphs that a business declares.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from coterie.data.read import read_objects
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Sampling
 from coterie.errors import ContextTooLong, DataError
-from coterie.files import write_atomic
+from coterie.files import alone, write_atomic
 from coterie.knowledge.entities import plain
 from coterie.knowledge.graph import EXTRACTED, Graph
 from coterie.knowledge.mapping import LABEL, relation
@@ -129,18 +130,21 @@ class Pending:
 
     def add(self, proposals: Iterable[Proposal]) -> int:
         """Let new ones wait; one that was decided before is not asked again. How many are new."""
-        known = self.read()
-        ids = {p.id for p in known}
-        new = [p for p in dict((p.id, p) for p in proposals).values() if p.id not in ids]
-        self._write([*known, *new])
+        with self._alone():
+            known = self.read()
+            ids = {p.id for p in known}
+            new = [p for p in dict((p.id, p) for p in proposals).values() if p.id not in ids]
+            self._write([*known, *new])
         return len(new)
 
     def decide(self, ids: Collection[str], accept: bool, by: str) -> int:
         """Accept or reject. How many were waiting, or had been decided otherwise."""
         state: State = "accepted" if accept else "rejected"
-        known = self.read()
-        changed = [p.id in ids and p.state != state for p in known]
-        self._write([replace(p, state=state, by=by) if c else p for p, c in zip(known, changed, strict=True)])
+        with self._alone():
+            known = self.read()
+            changed = [p.id in ids and p.state != state for p in known]
+            if any(changed):
+                self._write([replace(p, state=state, by=by) if c else p for p, c in zip(known, changed, strict=True)])
         return sum(changed)
 
     def decide_by(self, rule: Callable[[Proposal], bool | None]) -> int:
@@ -149,23 +153,36 @@ class Pending:
         yes, no = ({i for i, v in verdicts.items() if v is wanted} for wanted in (True, False))
         return self.decide(yes, True, "rule") + self.decide(no, False, "rule")
 
-    def forget(self, where: str) -> None:
-        """Drop all of a document that is gone."""
-        self._write([p for p in self.read() if p.where != where])
+    def forget(self, gone: Callable[[Proposal], bool]) -> list[Proposal]:
+        """Drop those that are `gone`, decided or not: they, or what they were read in, shall leave no trace."""
+        with self._alone():
+            known = self.read()
+            dropped = [p for p in known if gone(p)]
+            if dropped:
+                ids = {p.id for p in dropped}
+                self._write([p for p in known if p.id not in ids])
+        return dropped
+
+    def _alone(self) -> AbstractContextManager[None]:
+        busy = f"{self.file}: another process is changing the proposals; try again"
+        return alone(self.file.with_suffix(".lock"), busy, 10)
 
     def _write(self, proposals: list[Proposal]) -> None:
         lines = [json.dumps(asdict(p), ensure_ascii=False) for p in proposals]
         write_atomic(self.file, "".join(line + "\n" for line in lines))
 
 
-def put_accepted(graph: Graph, pending: Pending, base: str, readers: Callable[[str], Collection[str]]) -> list[str]:
-    """Make the accepted proposals sources of the graph, one a document, read by whom the document is read.
+def put_accepted(
+    graph: Graph, pending: Pending, base: str, readers: Callable[[str], Collection[str]],
+    stands: Callable[[Proposal], bool] = lambda _: True,
+) -> list[str]:  # fmt: skip
+    """Make the accepted proposals that stand sources of the graph, one a document, read by whom the document is read.
 
     Documents with none left are removed. The names of the sources.
     """
     by_document: dict[str, list[Proposal]] = {}
     for proposal in pending.read():
-        if proposal.state == "accepted":
+        if proposal.state == "accepted" and stands(proposal):
             by_document.setdefault(proposal.where, []).append(proposal)
     with graph.writing() as writer:
         for where, proposals in by_document.items():

@@ -1,13 +1,15 @@
 """RDF files as triples, and whether they fit a business's shapes (SHACL)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyoxigraph as ox
 
 from coterie.errors import CoterieError, SourceError
 
 FORMATS = {".ttl": ox.RdfFormat.TURTLE, ".nt": ox.RdfFormat.N_TRIPLES, ".jsonld": ox.RdfFormat.JSON_LD}
+STRING = ox.NamedNode("http://www.w3.org/2001/XMLSchema#string")
 SHOWN = 5  # violations named in one error
 
 
@@ -30,8 +32,9 @@ def read_rdf(file: Path, base: str = "urn:coterie:thing:") -> Iterator[ox.Quad]:
         raise SourceError(f"{file}: cannot be read ({error})") from error
 
 
-def check_shapes(triples: list[ox.Triple | ox.Quad], shapes: Path) -> None:
-    """Raises SourceError, naming the first violations, where `triples` do not fit the SHACL shapes in a file."""
+def check_shapes(triples: Iterable[ox.Triple | ox.Quad], shapes: Path) -> None:
+    """Raises SourceError, naming the first violations, where `triples` do not fit the SHACL shapes in a file. pyshacl
+    holds a file's triples in memory, here once and no second time."""
     try:
         import rdflib
         from pyshacl import validate
@@ -39,8 +42,17 @@ def check_shapes(triples: list[ox.Triple | ox.Quad], shapes: Path) -> None:
         raise CoterieError("shapes need pyshacl: pip install 'coterie[shacl]'") from error
     kinds = {".ttl": "turtle", ".nt": "nt", ".jsonld": "json-ld"}
     data, wanted = rdflib.Graph(), rdflib.Graph()
-    plain = [ox.Triple(t.subject, t.predicate, t.object) for t in triples]
-    data.parse(data=ox.serialize(plain, format=ox.RdfFormat.N_TRIPLES) or b"", format="nt")
+
+    def term(of: Any) -> rdflib.term.Node:
+        if isinstance(of, ox.Literal):
+            kind = None if of.language or of.datatype == STRING else rdflib.URIRef(of.datatype.value)
+            return rdflib.Literal(of.value, lang=of.language, datatype=kind)
+        if isinstance(of, ox.Triple):
+            raise SourceError(f"{shapes.name}: a triple that speaks of a triple cannot be held against shapes")
+        return rdflib.BNode(of.value) if isinstance(of, ox.BlankNode) else rdflib.URIRef(of.value)
+
+    for t in triples:
+        data.add((term(t.subject), term(t.predicate), term(t.object)))
     try:
         wanted.parse(str(shapes), format=kinds[shapes.suffix.lower()])
     except Exception as error:  # rdflib has no error of its own for a file it cannot parse

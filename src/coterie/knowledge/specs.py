@@ -39,6 +39,21 @@ class PartSpec(Strict):
     readers: Several = Field([EVERYONE], description=READERS)
 
 
+class ExtractSpec(Strict):
+    """[knowledge.NAME.extract] of a graph: facts that a model reads in documents, for `coterie facts` to decide on."""
+
+    documents: str = Field(min_length=1, description="the source of documents that is read: the NAME of its section")
+    relations: Several = Field(min_length=1, description="what may be read, in words: made by, located in")
+    accept: Several = Field([], description="of them, those that need no person: what a model reads is taken as it is")
+    expert: str = Field("", description="expert that reads; none: the base model")
+
+    @model_validator(mode="after")
+    def _of_relations(self) -> "ExtractSpec":
+        if other := set(self.accept) - set(self.relations):
+            raise ValueError(f"accept: {min(other)!r} is not among `relations`")
+        return self
+
+
 class GraphSpec(Strict):
     """[knowledge.NAME] with `kind = "graph"`: a knowledge graph of files and tables, or a SPARQL endpoint."""
 
@@ -46,6 +61,7 @@ class GraphSpec(Strict):
     description: str = Field("", description="what it knows; shown to people")
     parts: list[PartSpec] = Field([], description="its files")
     tables: list[MappingSpec] = Field([], description="tables that become triples")
+    extract: ExtractSpec | None = Field(None, description="facts that are read in documents")
     database: str = Field("", description="SQLAlchemy address of the database that `tables` names tables of")
     base: str = Field("urn:coterie:thing:", description="how the IRIs of mapped rows begin")
     shapes: str = Field("", description="a file of SHACL shapes that each file must fit (pip install 'coterie[shacl]')")
@@ -57,10 +73,10 @@ class GraphSpec(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "GraphSpec":
-        if self.endpoint and (self.parts or self.tables):
-            raise ValueError("an `endpoint` has its own data; leave out `parts` and `tables`")
-        if not self.endpoint and not self.parts and not self.tables:
-            raise ValueError("name `parts`, `tables` or an `endpoint`")
+        if self.endpoint and (self.parts or self.tables or self.extract):
+            raise ValueError("an `endpoint` has its own data; leave out `parts`, `tables` and `extract`")
+        if not self.endpoint and not self.parts and not self.tables and not self.extract:
+            raise ValueError("name `parts`, `tables`, `extract` or an `endpoint`")
         if not self.database and any(t.table for t in self.tables):
             raise ValueError("`tables` of a database need `database`, its address")
         return self

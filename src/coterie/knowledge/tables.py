@@ -13,7 +13,6 @@ import duckdb
 
 from coterie.errors import SourceError, first_line
 from coterie.knowledge.database import Database, open_database, stamp
-from coterie.knowledge.evidence import Reader
 from coterie.knowledge.schema import Column, TableSchema
 from coterie.knowledge.specs import DatabaseSpec, RowsSpec, TablesSpec
 
@@ -52,12 +51,6 @@ class Files:
     def mark(self) -> tuple[object, ...]:
         """Another one where a file changed."""
         return tuple((f, stamp(self.root / f)) for f in self.spec.files.values())
-
-    def problems_for(self, reader: Reader) -> list[str]:
-        """Why files are not among the tables, of those that `reader` may read."""
-        self.connection()
-        mine = [f for t, f in self.spec.files.items() if set(rows_of(self.spec, t).readers) & reader.may]
-        return [why for file, why in self.problems.items() if file in mine]
 
     def tables(self) -> dict[str, TableSchema]:
         out = {}
@@ -136,30 +129,59 @@ def _load(connection: duckdb.DuckDBPyConnection, table: str, file: Path) -> None
         raise SourceError(f"{file}: cannot be read ({first_line(error)})") from error
 
 
+def headings(first: Sequence[Any], width: int) -> list[str]:
+    """A name for each of `width` columns, in place: `column_3` where the first row names none, `price_1` for the second
+    that is called `price`, as DuckDB reads a CSV. Names that differ in case alone are one name in SQL."""
+    taken: set[str] = set()
+    out = []
+    for number in range(width):
+        said = first[number] if number < len(first) else None
+        name = plain = str(said) if said is not None else f"column_{number + 1}"
+        again = 0
+        while name.casefold() in taken:
+            again += 1
+            name = f"{plain}_{again}"
+        taken.add(name.casefold())
+        out.append(name)
+    return out
+
+
+def _cut(row: Sequence[Any]) -> Sequence[Any]:
+    """A row without the empty cells at its end."""
+    end = len(row)
+    while end and row[end - 1] is None:
+        end -= 1
+    return row[:end]
+
+
 def _load_excel(connection: duckdb.DuckDBPyConnection, name: str, file: Path) -> None:
-    """The first sheet, its first row as the columns' names."""
+    """The first sheet, its first row as the columns' names; see `headings` for names that are missing or repeated."""
     import openpyxl
     import pyarrow as pa
 
     try:
         sheet = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets[0]
         rows = sheet.iter_rows(values_only=True)
-        head = [str(h) for h in next(rows, ()) if h is not None]
-        if not head or len(head) > COLUMNS:
-            raise SourceError(f"{file}: its first row must name the columns, {COLUMNS} at most")
-        cells = []
-        for row in rows:
-            if any(c is not None for c in row):
-                cells.append(row[: len(head)])
+        first, cells = _cut(next(rows, ())), []
+        for row in map(_cut, rows):
+            if row:
+                cells.append(row)
+            if len(row) > COLUMNS:
+                break
             if len(cells) > EXCEL_ROWS:
                 raise SourceError(f"{file}: over {EXCEL_ROWS} rows; save it as .parquet or .csv")
+        width = max(map(len, [first, *cells]))
+        if not first or width > COLUMNS:
+            raise SourceError(f"{file}: its first row must name the columns, {COLUMNS} at most")
     except SourceError:
         raise
     except Exception as error:  # openpyxl lets errors of zip, XML and its own through
         raise SourceError(f"{file}: not an Excel file ({type(error).__name__}: {str(error)[:100]})") from error
     columns = {}
-    for i, title in enumerate(head):
+    for i, title in enumerate(headings(first, width)):
         column = [row[i] if i < len(row) else None for row in cells]
+        if (i >= len(first) or first[i] is None) and all(c is None for c in column):
+            continue  # a gap between two columns
         kinds = {type(c) for c in column if c is not None}
         mixed = len(kinds) > 1 and not kinds <= {int, float}
         if kinds == {int, float}:

@@ -47,18 +47,21 @@ class Forbidden(CoterieError):
 
 @dataclass(frozen=True)
 class Person:
-    """Who makes a request. `may` is what the role allows, and of a token no more than its scopes."""
+    """Who makes a request. `may` is what the role allows, and of a token no more than its scopes. groups: those of the
+    account, which with its role decide what is read."""
 
     name: str
     role: Role
     may: frozenset[Permission]
     by_token: bool = False  # a program with an API token, where the others are there themselves
+    groups: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, name: str, role: Role, scopes: frozenset[str] | None = None) -> "Person":
-        if scopes is None:
-            return cls(name, role, MAY[role])
-        return cls(name, role, frozenset(p for p in MAY[role] if p in scopes), by_token=True)
+    def of(
+        cls, name: str, role: Role, scopes: frozenset[str] | None = None, groups: frozenset[str] = frozenset()
+    ) -> "Person":
+        may = MAY[role] if scopes is None else frozenset(p for p in MAY[role] if p in scopes)
+        return cls(name, role, may, scopes is not None, groups)
 
     def must(self, permission: Permission) -> None:
         """Raises NotSignedIn (a visitor), Forbidden."""

@@ -6,6 +6,7 @@ same time; each code works once; wrong passwords in a row lock an account for lo
 """
 
 import hashlib
+import json
 import re
 import secrets
 import time
@@ -28,6 +29,7 @@ from coterie.privacy.tables import AccountRow, InvitationsEndedRow, LoginRow
 from coterie.store.database import reading, writing
 
 NAME = re.compile(r"[\w.@+-]{1,120}")
+GROUP = re.compile(r"(?!\*$)(?!\s)[^\x00-\x1f,]{1,80}(?<!\s)")
 SHORTEST = 12  # letters of a password (NIST SP 800-63B-4 asks for 15 where it is the only factor, 8 beside another)
 LONGEST = 256
 SESSION_S, IDLE_S = 12 * 3600, 2 * 3600
@@ -52,6 +54,7 @@ class Account:
     second_factor: bool
     locked: bool
     disabled: bool = False
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,13 @@ class Accounts:
         with reading(self.database) as session:
             return session.scalars(select(AccountRow.name).limit(1)).first() is not None
 
-    def add(self, name: str, role: str, password: str = "", by: str = "cli") -> None:
+    def add(self, name: str, role: str, password: str = "", by: str = "cli", groups: Iterable[str] = ()) -> None:
         """A new account; without a password, it is for OIDC only. The first must be an owner's. Raises AccountError."""
         if not NAME.fullmatch(name):
             raise AccountError(f"{name!r}: a name has 1 to 120 letters, digits, '.', '@', '+', '-', '_'")
         row = AccountRow(name=name, role=_role(role), password=_hashed(password) if password else "", totp=b"",
                          totp_last=0, subject="", failures=0, locked_until=0.0, made_at=self.clock(),
-                         disabled=False)  # fmt: skip
+                         disabled=False, groups=_groups(groups))  # fmt: skip
         try:
             with writing(self.database) as session:
                 first = session.scalars(select(AccountRow.name).limit(1)).first() is None
@@ -88,7 +91,7 @@ class Accounts:
                     raise AccountError("the first account must be an owner's: --role owner")
                 session.add(row)
                 session.flush()
-                self.audit.record_in(session, by, "account.add", name, role=role)
+                self.audit.record_in(session, by, "account.add", name, role=role, groups=json.loads(row.groups))
                 if first:  # which closes the door to whoever was let in without one
                     self._end_invitations(session, "")
         except IntegrityError as error:
@@ -106,10 +109,10 @@ class Accounts:
 
     def change(
         self, name: str, role: str | None = None, password: str | None = None, by: str = "cli",
-        disabled: bool | None = None,
+        disabled: bool | None = None, groups: Iterable[str] | None = None,
     ) -> None:  # fmt: skip
-        """Another role or password, or nobody signs in with it any more; every session and token of the account ends.
-        Raises AccountError."""
+        """Another role or password, other groups, or nobody signs in with it any more; every session and token of the
+        account ends. Raises AccountError."""
         with writing(self.database) as session:
             row = _row(session, name)
             if role is not None:
@@ -122,10 +125,13 @@ class Accounts:
                 if disabled:
                     _not_the_last(session, row)
                 row.disabled = disabled
+            if groups is not None:
+                row.groups = _groups(groups)
             session.execute(delete(LoginRow).where(LoginRow.account == name))
             self.audit.record_in(
-                session, by, "account.change", name, role=row.role, password=password is not None, disabled=row.disabled
-            )
+                session, by, "account.change", name, role=row.role, password=password is not None,
+                disabled=row.disabled, groups=json.loads(row.groups),
+            )  # fmt: skip
 
     def all(self) -> list[Account]:
         """All accounts, by name."""
@@ -140,7 +146,8 @@ class Accounts:
 
     def _shown(self, row: AccountRow) -> Account:
         locked = row.locked_until > self.clock()
-        return Account(row.name, cast(Role, row.role), bool(row.totp), locked, row.disabled)
+        groups = tuple(json.loads(row.groups))
+        return Account(row.name, cast(Role, row.role), bool(row.totp), locked, row.disabled, groups)
 
     # Signing in
 
@@ -185,9 +192,10 @@ class Accounts:
             raise NotSignedIn(WRONG)
         return done
 
-    def login_oidc(self, subject: str, email: str) -> Login:
+    def login_oidc(self, subject: str, email: str, groups: Iterable[str] | None = None) -> Login:
         """A session for whom an identity provider vouches: known by `subject`, or the first time by an account named
-        as their verified e-mail address. Raises NotSignedIn."""
+        as their verified e-mail address. `groups`: what the provider says of them, in place of what was known; None
+        where it is not asked. Raises NotSignedIn."""
         with writing(self.database) as session:
             row = session.scalars(select(AccountRow).where(AccountRow.subject == subject)).first()
             if row is None and email:
@@ -197,6 +205,9 @@ class Accounts:
             if row is None or row.disabled:
                 raise NotSignedIn("there is no account for this identity; an owner adds it with its e-mail address")
             row.subject = subject
+            if groups is not None and (told := _groups(groups, strict=False)) != row.groups:
+                row.groups = told
+                self.audit.record_in(session, "oidc", "account.groups", row.name, groups=json.loads(told))
             return self._begin(session, row.name)
 
     def _begin(self, session: Session, name: str) -> Login:
@@ -259,7 +270,7 @@ class Accounts:
                 if used := session.get(LoginRow, row.secret):
                     used.used_at = now
         scopes = None if row.kind == "session" else frozenset(row.scopes.split())
-        return Person.of(account.name, cast(Role, account.role), scopes)
+        return Person.of(account.name, cast(Role, account.role), scopes, frozenset(json.loads(account.groups)))
 
     def csrf(self, secret: str) -> str:
         """What a page of ours sends along to show that the session's own page asks."""
@@ -400,6 +411,17 @@ def _role(role: str) -> str:
     if role not in ROLES or role == "visitor":
         raise AccountError(f"{role!r}: not a role of an account; use {', '.join(r for r in ROLES if r != 'visitor')}")
     return role
+
+
+def _groups(groups: Iterable[str], strict: bool = True) -> str:
+    """Names of groups as they are kept. Raises AccountError where one cannot be a group; not strict: leaves it out."""
+    kept = set()
+    for group in groups:
+        if GROUP.fullmatch(group) and group not in ROLES:  # whoever has a role belongs to its group by that alone
+            kept.add(group)
+        elif strict:
+            raise AccountError(f"{group!r}: a group has 1 to 80 letters, is no role's name, and not '*'")
+    return json.dumps(sorted(kept))
 
 
 def _row(session: Session, name: str) -> AccountRow:

@@ -3,7 +3,8 @@
 Notable: an account must be there already; the provider only says who somebody is. What is checked of the ID token:
 signature (by the provider's published keys), issuer, audience, expiry, and the nonce of this very attempt. An e-mail
 address counts only where the provider says it is verified. Configured by the environment: COTERIE_OIDC_ISSUER,
-COTERIE_OIDC_CLIENT and COTERIE_OIDC_SECRET.
+COTERIE_OIDC_CLIENT and COTERIE_OIDC_SECRET; where the provider knows who is in which group, COTERIE_OIDC_GROUPS, the
+name of the claim that says so, and COTERIE_OIDC_SCOPE, what it wants to be asked for that.
 """
 
 import hmac
@@ -25,6 +26,7 @@ from coterie.privacy.access import NotSignedIn
 
 ALGORITHMS = ["RS256", "ES256", "PS256", "EdDSA"]
 TIMEOUT_S = 10.0
+SCOPE = "openid email"
 LEEWAY_S = 60  # that two clocks may differ
 
 
@@ -46,10 +48,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who it is: `subject` is the issuer and its name for them; `email` is "" where it is not verified."""
+    """Who it is: `subject` is the issuer and its name for them; `email` is "" where it is not verified; `groups` is
+    None where the provider is not asked for them."""
 
     subject: str
     email: str
+    groups: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Provider:
     issuer: str
     client: str
     secret: str = field(repr=False)
+    groups: str = ""  # the claim that names somebody's groups
+    scope: str = SCOPE
 
     def begin(self, back: str) -> tuple[str, Attempt]:
         """Where to send the browser; it comes back to the address `back`. Raises ProviderDown."""
@@ -91,11 +97,19 @@ class Provider:
         except httpx.HTTPError as error:
             raise ProviderDown(f"{self.issuer}: does not answer ({type(error).__name__})") from error
         email = str(claims.get("email", "")) if claims.get("email_verified") is True else ""
-        return Identity(f"{self.issuer} {claims['sub']}", email)
+        return Identity(f"{self.issuer} {claims['sub']}", email, self._groups(claims))
+
+    def _groups(self, claims: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """What the claim says: a list, or one name; nobody is in a group that it does not name."""
+        if not self.groups:
+            return None
+        said = claims.get(self.groups)
+        named = [said] if isinstance(said, str) else said if isinstance(said, list) else []
+        return tuple(group for group in named if isinstance(group, str))
 
     def _session(self, back: str) -> Any:
         return OAuth2Client(
-            self.client, self.secret, scope="openid email", redirect_uri=back, code_challenge_method="S256",
+            self.client, self.secret, scope=self.scope, redirect_uri=back, code_challenge_method="S256",
             timeout=TIMEOUT_S,
         )  # fmt: skip
 
@@ -131,4 +145,6 @@ def provider(environment: Mapping[str, str] | None = None) -> Provider | None:
     here = ("http://127.0.0.1", "http://localhost")
     if not values[0].startswith(("https://", *here)):
         raise CoterieError("COTERIE_OIDC_ISSUER: must begin with https://")
-    return Provider(*values)
+    issuer, client, secret = values
+    groups, scope = env.get("COTERIE_OIDC_GROUPS", ""), env.get("COTERIE_OIDC_SCOPE") or SCOPE
+    return Provider(issuer, client, secret, groups, scope)

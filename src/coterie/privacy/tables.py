@@ -98,6 +98,7 @@ class AccountRow(Base):
     locked_until: Mapped[float] = mapped_column(Float)
     made_at: Mapped[float] = mapped_column(Float)
     disabled: Mapped[bool] = mapped_column(default=False)  # keeps its name and its lines in the audit log
+    groups: Mapped[str] = mapped_column(Text, default="[]")  # JSON: what sources are read by, beside the role
 
 
 class InvitationsEndedRow(Base):

@@ -74,7 +74,8 @@ ROUTES: dict[str, Permission | str] = {
     "POST /widget/conversations/{id}/bot": VISIT, "POST /widget/conversations/{id}/ratings": VISIT,
     "GET /widget/conversations/{id}/events": VISIT, "POST /widget/consents": VISIT,
     "GET /knowledge": "ask", "GET /knowledge/sources": "ask", "GET /knowledge/passage": "ask",
-    "GET /knowledge/search": "ask",
+    "GET /knowledge/picture": "ask", "GET /knowledge/search": "ask",
+    "GET /knowledge/facts": "review", "POST /knowledge/facts": "review",
 }  # fmt: skip
 PAGES = {"/": "Chat", "/desk": "Desk", "/knowledge": "Knowledge", "/experts": "Experts", "/account": "Account"}
 LANDING: dict[Role, str] = {"agent": "/desk", "viewer": "/experts"}  # after signing in; the others: the first they may
@@ -113,7 +114,7 @@ class Gate:
         rule, route = declared(request, template)
         request.state.person = person = self.person(request)
         if person not in (LOCAL, PASSER, VISITOR):
-            request.state.reader = Reader(person.name, frozenset({person.role}))
+            request.state.reader = Reader(person.name, person.groups | {person.role})
         if rule is None:
             raise Forbidden(f"{route}: nobody may call this, as nothing declares who may")
         if rule in (OPEN, OWN):
@@ -243,12 +244,14 @@ class NewAccount(Record):
     name: str
     role: str
     password: str = ""
+    groups: list[str] = Field([], max_length=200)
 
 
 class Changed(Record):
     role: str | None = None
     password: str | None = None
     disabled: bool | None = None
+    groups: list[str] | None = Field(None, max_length=200)
 
 
 class NewConsent(Record):
@@ -320,7 +323,7 @@ def add_access(app: FastAPI, gate: Gate, pages: Environment, rooms: Callable[[],
         csrf = house.accounts.csrf(request.cookies.get(COOKIE, "")) if house else ""
         own = house.accounts.get(person.name) if house else None
         return {"name": person.name, "role": person.role, "may": sorted(person.may), "csrf": csrf,
-                "second_factor": bool(own and own.second_factor)}  # fmt: skip
+                "second_factor": bool(own and own.second_factor), "groups": sorted(person.groups)}  # fmt: skip
 
     if house:
         _of_provider(router, gate, house)
@@ -354,7 +357,7 @@ def _of_provider(router: APIRouter, gate: Gate, house: House) -> None:
         except (BadSignature, TypeError) as error:
             raise NotSignedIn("this sign-in took too long, or began elsewhere; try again") from error
         who = known().finish(request.query_params, attempt, str(request.url_for("return_from_provider")))
-        reply = session_reply(request, gate, house.accounts.login_oidc(who.subject, who.email))
+        reply = session_reply(request, gate, house.accounts.login_oidc(who.subject, who.email, who.groups))
         reply.delete_cookie(ATTEMPT, path="/login")
         return reply
 
@@ -396,13 +399,13 @@ def _of_accounts(router: APIRouter, house: House) -> None:
     @router.post("/v1/accounts", status_code=201)
     def add(body: NewAccount, person: Me) -> dict[str, str]:
         _no_owner_but_by_owners(house, person, body.role)
-        accounts.add(body.name, body.role, body.password, by=person.name)
+        accounts.add(body.name, body.role, body.password, person.name, body.groups)
         return {"name": body.name, "role": body.role}
 
     @router.patch("/v1/accounts/{name}", status_code=204)
     def change(name: str, body: Changed, person: Me) -> None:
         _no_owner_but_by_owners(house, person, body.role, name)
-        accounts.change(name, body.role, body.password, person.name, body.disabled)
+        accounts.change(name, body.role, body.password, person.name, body.disabled, body.groups)
 
     @router.delete("/v1/accounts/{name}", status_code=204)
     def remove(name: str, person: Me) -> None:

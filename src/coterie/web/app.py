@@ -80,7 +80,7 @@ def create_app(
         add_desk(app, desk, pages, door, witness)
         if house:
             app.include_router(files_router(Attachments(house), door, witness))
-    app.include_router(knowledge_router(shelf, business, pages))
+    app.include_router(knowledge_router(shelf, business, pages, *([house.audit.record] if house else [])))
     app.include_router(experts_router(business, pages))
     app.include_router(route_router(answerer, _on_learned(house)))
 

@@ -11,7 +11,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from jinja2 import Environment
+from pydantic import BaseModel as Record
+from pydantic import Field
 
+from coterie import facts
 from coterie.answer import Answer
 from coterie.business import Business
 from coterie.choose import question
@@ -133,26 +136,64 @@ class Ground:
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def router(shelf: Shelf, business: Business, pages: Environment) -> APIRouter:
-    """The routes: /knowledge (the page), /knowledge/sources, /knowledge/passage, /knowledge/search."""
+class Decision(Record):
+    """What a person says to facts that a model proposes."""
+
+    ids: list[str] = Field(min_length=1, max_length=1000)
+    accept: bool
+
+
+def router(
+    shelf: Shelf, business: Business, pages: Environment, on_record: Callable[..., None] = lambda *_, **__: None
+) -> APIRouter:
+    """The routes: /knowledge (the page), and under it sources, passage, picture, search, facts.
+
+    on_record: told who decided which facts, for the audit log.
+    """
     routes = APIRouter()
+
+    def waiting(request: Request) -> list[dict[str, Any]]:
+        return [{"id": p.id, "graph": graph, **asdict(p)} for graph, p in facts.listed(business, reader_of(request))]
 
     @routes.get("/knowledge", response_class=HTMLResponse)
     def page(request: Request) -> str:
         found = overview(business, reader_of(request))
-        return pages.get_template("knowledge.html").render(sources=found, person=request.state.person)
+        person = request.state.person
+        return pages.get_template("knowledge.html").render(
+            sources=found, person=person, facts=waiting(request) if "review" in person.may else []
+        )
 
     @routes.get("/knowledge/sources")
     def sources(request: Request) -> dict[str, Any]:
         return {"object": "list", "data": overview(business, reader_of(request))}
 
     @routes.get("/knowledge/passage")
-    def passage(source: str, where: str, request: Request) -> dict[str, Any]:
-        found = shelf.grounding().knowledge.open(source, where, reader_of(request))
+    def passage(source: str, where: str, request: Request, query: str = "") -> dict[str, Any]:
+        found = shelf.grounding().knowledge.open(source, where, reader_of(request), query)
         if found is None:
-            raise NoPassage(f"{source}: there is no passage {where!r} that you may read")
+            raise NoPassage(f"{source}: there is no passage, row or triple {where!r} that you may read")
         return {"source": found.source, "where": found.where, "text": found.text, "query": found.query,
-                "link": found.link}  # fmt: skip
+                "link": found.link, "thing": found.thing}  # fmt: skip
+
+    @routes.get("/knowledge/picture")
+    def picture(source: str, thing: str, request: Request) -> Response:
+        drawn = shelf.grounding().knowledge.picture(source, thing, reader_of(request))
+        if drawn is None:
+            raise NoPassage(f"{source}: there is nothing about {thing!r} that you may read")
+        return Response(drawn, media_type="image/svg+xml")
+
+    @routes.get("/knowledge/facts")
+    def proposed(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": waiting(request)}
+
+    @routes.post("/knowledge/facts")
+    def decide(body: Decision, request: Request) -> dict[str, int]:
+        person = request.state.person
+        changed = facts.decide(business, body.ids, body.accept, person.name, reader_of(request))
+        if changed:
+            what = "facts.accept" if body.accept else "facts.reject"
+            on_record(person.name, what, "knowledge", ids=body.ids, changed=changed)
+        return {"changed": changed}
 
     @routes.get("/knowledge/search")
     def search(q: str, request: Request) -> dict[str, Any]:

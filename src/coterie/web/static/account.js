@@ -63,12 +63,15 @@ function tokenRow(token) {
   return row(name, token.scopes, when(token.until), when(token.used_at), revoke);
 }
 
+const split = (groups) => groups.split(",").map((group) => group.trim()).filter(Boolean);
+
 function accountRow(account) {
   const { name } = account;
   const path = `v1/accounts/${encodeURIComponent(name)}`;
   const sure = `${name} will be signed out everywhere, and their tokens end.`;
   const state = account.disabled ? "disabled" : account.locked ? "locked for a while" : "active";
-  if (!roles.includes(account.role)) return row(name, account.role, account.second_factor ? "on" : "off", state, "");
+  const groups = account.groups.join(", ");
+  if (!roles.includes(account.role)) return row(name, account.role, groups, account.second_factor ? "on" : "off", state, "");
   const choice = element("select", { "aria-label": `Role of ${name}`, "data-key": `role ${name}` },
     ...roles.map((r) => element("option", r === account.role ? { selected: "" } : {}, r)));
   const change = button(`change ${name}`, "Change role", name, () => ask("PATCH", path, { role: choice.value }),
@@ -85,7 +88,13 @@ function accountRow(account) {
       () => ask("PATCH", path, { disabled: !account.disabled }), `${name} is ${account.disabled ? "enabled" : "disabled"}.`,
       account.disabled ? "" : sure));
   }
-  return row(name, element("div", { class: "row" }, choice, change), account.second_factor ? "on" : "off", state, deeds);
+  const field = element("input", { value: groups, "aria-label": `Groups of ${name}`, "data-key": `groups ${name}` });
+  const join = button(`join ${name}`, "Change groups", name, () => ask("PATCH", path, { groups: split(field.value) }),
+    `${name} has other groups now.`, sure);
+  join.hidden = true;
+  field.addEventListener("input", () => (join.hidden = field.value === groups));
+  const belongs = element("div", { class: "row" }, field, join);
+  return row(name, element("div", { class: "row" }, choice, change), belongs, account.second_factor ? "on" : "off", state, deeds);
 }
 
 function auditRow(line) {
@@ -146,9 +155,9 @@ find("#copy")?.addEventListener("click", async () => {
 });
 find("#new-account")?.addEventListener("submit", (event) => {
   event.preventDefault();
-  const { name, role, password } = Object.fromEntries(new FormData(event.target));
+  const { name, role, password, groups } = Object.fromEntries(new FormData(event.target));
   act(async () => {
-    await ask("POST", "v1/accounts", { name, role, password });
+    await ask("POST", "v1/accounts", { name, role, password, groups: split(groups) });
     event.target.reset();
   }, `${name} can sign in now.`);
 });

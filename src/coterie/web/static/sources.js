@@ -27,9 +27,19 @@ function item(source) {
     query.textContent = source.query;
     details.append(query);
   }
+  if (source.thing) details.append(picture(source));
   const entry = document.createElement("li");
   entry.append(details);
   return entry;
+}
+
+/** What a thing of the graph is tied to, drawn by the server when it comes into sight; an <img>, so nothing in it runs. */
+function picture(source) {
+  const image = document.createElement("img");
+  const address = new URLSearchParams({ source: source.source, thing: source.thing });
+  Object.assign(image, { loading: "lazy", alt: `The neighbourhood in ${source.source}`, src: `knowledge/picture?${address}` });
+  image.addEventListener("error", () => image.remove());
+  return image;
 }
 
 function note() {
