@@ -93,7 +93,7 @@ def need_packages(*names: str) -> None:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            skip(f"{name} is not installed; pip install 'coterie[bench]'")
+            skip(f"{name} is not installed; pip install {' '.join(names)}")
 
 
 def hugging_face_copy(model: Path, folder: Path) -> None:

@@ -32,6 +32,7 @@ from coterie.data.read import Example
 from coterie.engine.engine import Engine
 from coterie.engine.request import Adapter, Blend, Generation, Sampling
 from coterie.evaluation.metrics import summarise, wilson
+from coterie.model.constrain import choices
 from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
 from coterie.routing.router import Router
@@ -171,19 +172,19 @@ def growth(base: BaseModel, router: Router, task: Task, count: int) -> dict[str,
 
 
 def write_business(folder: Path, found: list[Task], epochs: int) -> Business:
-    """A business with an expert for each task, and `union` on all their rows."""
+    """A business with an expert for each task, which is held to the task's labels, and `union` on all their rows."""
     folder.mkdir(parents=True, exist_ok=True)
     toml = ['[business]\nname = "Routing benchmark"\ncontext = 512\n']
 
-    def expert(name: str, files: list[str]) -> None:
-        toml.append(f"[experts.{name}]\ntrain = {json.dumps(files)}\n"
+    def expert(name: str, files: list[str], choices: bool = False) -> None:
+        toml.append(f"[experts.{name}]\ntrain = {json.dumps(files)}\nchoices = {json.dumps(choices)}\n"
                     f"training = {{ epochs = {epochs}, batch = 16, "
                     "held_out = 0.02, max_tokens = 256, first_layer = 15 }\n")  # fmt: skip
 
     for t in found:
         lines = [json.dumps({"prompt": p, "completion": c}) for p, c in t.train]
         (folder / f"{t.name}.jsonl").write_text("\n".join(lines) + "\n")
-        expert(t.name, [f"{t.name}.jsonl"])
+        expert(t.name, [f"{t.name}.jsonl"], t.choices)
     expert("union", [f"{t.name}.jsonl" for t in found])
     (folder / "coterie.toml").write_text("\n".join(toml))
     return Business.open(folder)
@@ -192,6 +193,8 @@ def write_business(folder: Path, found: list[Task], epochs: int) -> Business:
 def quality(work: Path, found: list[Task], epochs: int, keep: Path | None) -> dict[str, Any]:
     """Answers of base, union, uniform merge, Arrow, router and oracle to the same rows; accuracy or token-F1.
 
+    Whoever answers is held to its labels as when it serves: an expert knows its own, and the union, the merge and Arrow
+    have none. `union_told` is the union held to the labels of the right task, which somebody would have to tell it.
     `keep`: a JSON file of method, task and score, read and written; it belongs to one set of experts.
     """
     business = write_business(work, found, epochs)
@@ -212,10 +215,11 @@ def quality(work: Path, found: list[Task], epochs: int, keep: Path | None) -> di
         return of(chosen[0][0]) if chosen else None
 
     who = {
-        "base": lambda _t, _p: None, "union": lambda _t, _p: of("union"),
+        "base": lambda _t, _p: None, "union": lambda _t, _p: of("union"), "union_told": lambda _t, _p: of("union"),
         "uniform_merge": lambda _t, _p: Blend(everyone, "merge"), "arrow": lambda _t, _p: Blend(everyone, "arrow"),
         "router": lambda _t, p: routed(p), "oracle": lambda t, _p: of(t),
     }  # fmt: skip
+    labels = {of(name): library.facts(name).choices for name in names}
     engine = business.engine(tell, slots=16, context=512, queue=64)
     made = {"epochs": epochs, "rows": {t.name: [len(t.train), len(t.test)] for t in found}}
     kept = json.loads(keep.read_text()) if keep and keep.exists() else {"of": made, "scores": {}}
@@ -231,7 +235,9 @@ def quality(work: Path, found: list[Task], epochs: int, keep: Path | None) -> di
                 examples = [Example(({"role": "user", "content": p}, {"role": "assistant", "content": c}), "")
                             for p, c in t.test]  # fmt: skip
                 adapters = [pick(t.name, p) for p, _ in t.test]
-                answers = answer_each(engine, examples, adapters, Sampling(max_tokens=most))
+                held = [labels[of(t.name)] if method == "union_told" else labels.get(a, ()) for a in adapters]
+                samplings = [Sampling(max_tokens=most, constraint=choices(h) if h else None) for h in held]
+                answers = answer_each(engine, examples, adapters, samplings)
                 figures = summarise(answers, [c for _, c in t.test], t.choices)
                 out[method][t.name] = figures["accuracy" if t.choices else "token_f1"]["value"]
                 if keep:
@@ -241,18 +247,18 @@ def quality(work: Path, found: list[Task], epochs: int, keep: Path | None) -> di
             tell(f"{method}: {out[method]['mean']:.4f}")
     finally:
         engine.close()
-    best = out["oracle"]["mean"]
-    return {"epochs": epochs, "rows_each": len(found[0].train), "scores": out,
-            "quality_of_oracle": round(out["router"]["mean"] / best, 4) if best else None}  # fmt: skip
+    against = {f"quality_of_{who}": round(out["router"]["mean"] / out[who]["mean"], 4) if out[who]["mean"] else None
+               for who in ("oracle", "union", "union_told")}  # fmt: skip
+    return {"epochs": epochs, "rows_each": len(found[0].train), "scores": out, **against}
 
 
 def answer_each(
-    engine: Engine, examples: list[Example], adapters: list[Adapter | Blend | None], sampling: Sampling
+    engine: Engine, examples: list[Example], adapters: list[Adapter | Blend | None], samplings: list[Sampling]
 ) -> list[str]:
     """The answer to each example by its own expert."""
     answers: list[str] = []
     under_way: deque[Generation] = deque()
-    for example, adapter in zip(examples, adapters, strict=True):
+    for example, adapter, sampling in zip(examples, adapters, samplings, strict=True):
         prompt = engine.base.encode(engine.base.chat(example.prompt))
         under_way.append(engine.submit(prompt, sampling, adapter))
         if len(under_way) >= engine.slots + engine.queue // 2:
@@ -316,8 +322,8 @@ def figures(report: dict[str, Any], found: common.Report) -> None:
     if "all" in report:
         found.figures |= {"choice_accuracy": report["all"]["choice_accuracy"]["value"],
                           "ood_auroc": report["all"]["ood_auroc"], "overhead": report["cost"]["overhead"]}  # fmt: skip
-    if report.get("quality", {}).get("quality_of_oracle"):
-        found.ratios["quality_of_oracle"] = report["quality"]["quality_of_oracle"]
+    against = {k: v for k, v in report.get("quality", {}).items() if k.startswith("quality_of_") and v}
+    found.ratios |= against
     rows = [[f"{part}: {name}", json.dumps(value)] for part, values in report.items() for name, value in values.items()]
     found.table("Measured", ["what", "value"], rows)
 
