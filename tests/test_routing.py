@@ -611,6 +611,11 @@ def test_the_api_lets_the_router_know_an_expert(
         said = client.post("/v1/route", json={"text": "What is 3 plus 4?"}).json()
         assert said["experts"][0]["name"] == "stranger"
         assert said["scores"][0]["nearest"][0] == {**said["scores"][0]["nearest"][0], "text": None}  # no words are kept
+        parcels = [f"Where is parcel {n} of mine?" for n in range(30)]
+        assert client.put("/v1/route/stranger", json={"inputs": parcels}).status_code == 200  # in place of the sums
+        texts = ("Where is parcel 7 of mine?", "What is 3 plus 4?")
+        now = [client.post("/v1/route", json={"text": text}).json()["experts"] for text in texts]
+        assert (now[0][0]["name"], now[1]) == ("stranger", [])
         assert client.put("/v1/route/nobody", json={"inputs": sums}).status_code == 404
         assert client.put("/v1/route/stranger", json={"inputs": []}).status_code == 400
         assert TestClient(create_app(answerer)).put("/v1/route/stranger", json={"inputs": sums}).status_code == 401

@@ -18,7 +18,7 @@ from coterie.model.threads import give_back_pool
 from coterie.routing.router import Decision, Router, rank
 from coterie.routing.rules import Rule, rule
 from coterie.routing.space import background, locate
-from coterie.routing.statistics import Summary, load_statistics, load_summary
+from coterie.routing.statistics import Summary, load_statistics, load_summary, made_at
 
 SHORT = 4  # a message of fewer words ("yes, please") is read together with the one before it
 T = TypeVar("T", bound=Summary)
@@ -58,7 +58,7 @@ class Chooser:
         self.business, self.base, self._step = business, base, step
         self._lock = threading.Lock()
         self._router: Router | None = None
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}  # and when their statistics were made
         self._left_out: dict[str, str] = {}
         self._stamp: int | None = None
 
@@ -88,18 +88,19 @@ class Chooser:
         if stamp == self._stamp:
             return self._router
         self._left_out.clear()
-        now: dict[str, int] = {}
+        now: dict[str, tuple[int, int]] = {}
         for name in library.names():
             try:
-                now[name] = library.current(name) or 0
+                version = library.current(name) or 0
+                now[name] = version, made_at(library.root / name / str(version))
             except ModelError as error:
                 self._left_out[name] = str(error)
         for name in self._versions.keys() - now.keys():
             self._drop(name)
-        for name, version in sorted(now.items(), key=lambda one: rank(one[0])):  # so that who is pooled stays so
-            if self._versions.get(name) != version or name not in self._router:
+        for name in sorted(now, key=rank):  # so that who is pooled stays so
+            if self._versions.get(name) != now[name] or name not in self._router:
                 self._drop(name)
-                self._take(library, name, version)
+                self._take(library, name, now[name][0])
         self._versions, self._stamp = now, stamp
         return self._router
 

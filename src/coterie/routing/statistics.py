@@ -56,6 +56,14 @@ class Statistics(Summary):
         write_atomic(folder / FILE, content)
 
 
+def made_at(folder: Path) -> int:
+    """When the statistics of a version were made, in nanoseconds; 0 where there are none."""
+    try:
+        return (folder / FILE).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def load_summary(folder: Path) -> Summary | None:
     """The summary of a version, without reading the rest of its file; None where it has none. Raises ModelError."""
     return _read(folder, _summary)
