@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -320,6 +322,19 @@ def test_an_endpoint_gets_the_readers_graphs_as_the_data_set(server: str) -> Non
 def test_an_endpoint_that_fails_is_named(server: str, path: str, said: str) -> None:
     with pytest.raises(SourceError, match=said):
         Endpoint(server + path, timeout_s=0.5 if path == "/slow" else 30).select("SELECT ?x { ?x ?p ?o }", ANYONE)
+
+
+def test_queries_are_parsed_in_several_threads_from_the_first_one_on() -> None:
+    """In a process of its own, whose parser has parsed nothing yet."""
+    code = (
+        "import sys, threading; from concurrent.futures import ThreadPoolExecutor; sys.setswitchinterval(1e-6)\n"
+        "from coterie.knowledge.sparql import check, limited\n"
+        "query, together = 'SELECT ?x { ?x ?p ?o FILTER(?p > 1 && STR(?o) IN (1, 2)) }', threading.Barrier(8)\n"
+        "def ask(_): together.wait(); return limited(check(query), 3)\n"
+        "with ThreadPoolExecutor(8) as pool: assert set(pool.map(ask, range(8))) == {query + '\\nLIMIT 3'}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_an_endpoint_that_is_not_there_is_named() -> None:

@@ -30,7 +30,7 @@ def server(business: Business, reader: Reader, tell: Tell = lambda _: None) -> "
 
     @made.tool()
     def search(question: str) -> list[dict[str, Any]]:
-        """Passages, rows and triples that say something about a question, nearest first, each with its source."""
+        """Passages, rows and triples that say something about a question, the best of each source first."""
         found = Grounded(knowledge.gather(question, reader, tell=tell), True, [])
         return found.sources()
 

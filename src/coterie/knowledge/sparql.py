@@ -1,6 +1,7 @@
 """SPARQL that may be run: one SELECT or ASK that stays inside the data set it is given; and what it answers."""
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from coterie.errors import QueryRefused, SourceError
 LONGEST = 20_000  # characters of a query
 DEEPEST = 40  # braces and brackets inside one another: the parser descends
 FORMS = {"SelectQuery", "AskQuery"}
+_PARSING = threading.Lock()
 # A second look at the bare text, for where two parsers might read it differently (comments, escapes).
 CALLS_OUT = re.compile(r"\bservice\s*(silent\s*)?[<?$]|\bservice\s+(silent\s+)?[\w-]*:|\\u", re.IGNORECASE)
 
@@ -93,7 +95,7 @@ def check(query: str) -> str:
         if depth > DEEPEST:
             raise QueryRefused(f"the SPARQL nests more than {DEEPEST} deep")
     try:
-        tree = parseQuery(query)
+        tree = _parse(query)
     except (ParseBaseException, RecursionError, ValueError, TypeError, AttributeError) as error:
         raise QueryRefused(f"this is no SPARQL query that can be run: {str(error)[:200]}") from error
     for node in _walk(tree):
@@ -110,6 +112,13 @@ def check(query: str) -> str:
     return query
 
 
+def _parse(query: str) -> Any:
+    """One at a time: pyparsing finds out at the first call how many arguments each of rdflib's actions takes, and where
+    two threads find out together, the parser refuses every query from then on."""
+    with _PARSING:
+        return parseQuery(query)
+
+
 def _walk(node: Any) -> Iterator[CompValue]:
     """All parts of a parse, each before what it holds."""
     stack = [node]
@@ -124,7 +133,7 @@ def _walk(node: Any) -> Iterator[CompValue]:
 
 def limited(query: str, rows: int) -> str:
     """A checked SELECT, with a LIMIT of `rows` where it sets none."""
-    body = parseQuery(query)[1]
+    body = _parse(query)[1]
     if body.name != "SelectQuery" or "limitoffset" in body or "valuesClause" in body:
         return query
     return f"{query}\nLIMIT {rows}"
