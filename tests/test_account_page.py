@@ -88,6 +88,11 @@ def test_an_owner_makes_changes_and_disables_accounts(browser: Browser, address:
         expect(page.get_by_role("status")).to_have_text("dora has another role now.")
         expect(dora.get_by_label("Role of dora")).to_have_value("reviewer")
 
+        dora.get_by_label("Groups of dora").fill("hr, Human Resources")
+        dora.get_by_role("button", name="Change groups: dora").click()
+        expect(page.get_by_role("status")).to_have_text("dora has other groups now.")
+        expect(dora.get_by_label("Groups of dora")).to_have_value("Human Resources, hr")
+
         dora.get_by_role("button", name="Disable: dora").click()
         expect(dora).to_contain_text("disabled")
         assert not may_sign_in(house, "dora")
@@ -96,7 +101,7 @@ def test_an_owner_makes_changes_and_disables_accounts(browser: Browser, address:
         assert may_sign_in(house, "dora")
 
         done = [line.action for line in house.audit.lines("dora", "anna")]
-        assert done == ["account.change"] * 3 + ["account.add"]
+        assert done == ["account.change"] * 4 + ["account.add"]
         expect(page.locator("#audit tr").first).to_contain_text("dora")
 
 

@@ -1,6 +1,7 @@
 """Sources under an answer, and the page of sources, in a real browser."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from coterie.answer import Answer, Answerer
 from coterie.business import Business
 from coterie.data.read import Message
 from coterie.engine.request import Sampling
+from coterie.knowledge import extract
+from coterie.knowledge.proposals import Proposal
+from coterie.knowledge.store import open_db
 from coterie.model.constrain import choices
-from coterie.sources import learn
+from coterie.sources import index_folder, learn
 from knowledge_support import WordEmbedder
 from test_grounding import DELIVERY, KNOWS, POLICY
 from test_page import finished, send, served, visitor, words
@@ -33,11 +37,23 @@ class SayingAnswerer(Answerer):
         return super().chat(who, messages, replace(sampling, constraint=choices([self.says])), *more)
 
 
+GRAPH = """
+[knowledge.things]
+kind = "graph"
+base = "urn:"
+parts = [{ files = "things.nt" }]
+extract = { documents = "rules", relations = ["sold with"] }
+"""
+LABEL = "<http://www.w3.org/2000/01/rdf-schema#label>"
+THINGS = f'<urn:s> {LABEL} "Satchmo" .\n<urn:a> {LABEL} "Louis Armstrong" .\n<urn:s> <urn:singer> <urn:a> .\n'
+
+
 @pytest.fixture
 def knowing(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SayingAnswerer, str]]:
     monkeypatch.setattr(sources, "embedder", lambda *_: WordEmbedder())
     toml = (shop / "coterie.toml").read_text().replace("context = 256", "context = 512")
-    (shop / "coterie.toml").write_text(toml + KNOWS.format(settings=""))
+    (shop / "coterie.toml").write_text(toml + KNOWS.format(settings="") + GRAPH)
+    (shop / "things.nt").write_text(THINGS)
     (shop / "rules").mkdir()
     (shop / "rules" / "policy.md").write_text(POLICY)
     (shop / "rules" / "evil.md").write_text(f"# Wheels\n{EVIL}\n")
@@ -86,6 +102,48 @@ def test_the_page_of_sources_shows_freshness_and_errors(browser: Browser, knowin
         expect(page.get_by_role("heading", name="rules")).to_be_visible()
         expect(page.locator(".errors")).to_contain_text("broken.pdf: broken, or no PDF")
         expect(page.get_by_role("row", name="policy.md")).to_contain_text("House rules")
-        expect(page.locator("time")).not_to_be_empty()
+        expect(page.locator("time")).to_have_count(2)
         page.get_by_role("link", name="Chat").click()
         expect(page.get_by_label("Your message")).to_be_visible()
+
+
+def test_an_answer_from_the_graph_shows_the_neighbourhood_as_a_picture(
+    browser: Browser, knowing: tuple[SayingAnswerer, str]
+) -> None:
+    answerer, address = knowing
+    answerer.says = "The singer of Satchmo is Louis Armstrong."
+    with visitor(browser, address) as page:
+        turn = finished(send(page, "Who is the singer of Satchmo?"))
+        shown = turn.get_by_role("list", name="Sources").get_by_role("listitem").first
+        shown.locator("summary").click()
+        picture = shown.get_by_role("img", name="The neighbourhood in things")
+        expect(picture).to_be_visible()
+        page.wait_for_function("document.querySelector('.sources img').naturalWidth > 0")
+        expect(shown.locator("pre")).to_contain_text("SELECT")
+
+
+def test_a_person_accepts_and_rejects_facts_on_the_page(
+    browser: Browser, knowing: tuple[SayingAnswerer, str], shop: Path
+) -> None:
+    folder = index_folder(Business.open(shop), "things")
+    passage = next(p for p in passages(shop) if "Standard delivery" in p)
+    made = [Proposal(name, "sold with", "Standard delivery", "policy.md", passage) for name in ("Unused items", "Days")]
+    extract.pending(folder).add(made)
+    with visitor(browser, knowing[1]) as page:
+        page.get_by_role("link", name="What we know, and from where").click()
+        facts = page.locator("#facts li")
+        expect(facts).to_have_count(2)
+        facts.first.get_by_role("button", name="Accept").click()
+        expect(facts).to_have_count(1)
+        expect(facts.first.get_by_role("button", name="Accept")).to_be_focused()
+        facts.first.get_by_role("button", name="Reject").click()
+        expect(facts).to_have_count(0)
+        page.reload()
+        expect(page.get_by_role("heading", name="Facts to decide")).to_have_count(0)
+        expect(page.get_by_role("row", name="extracted from policy.md")).to_be_visible()
+    assert [p.state for p in extract.pending(folder).read()] == ["accepted", "rejected"]
+
+
+def passages(shop: Path) -> list[str]:
+    with closing(open_db(index_folder(Business.open(shop), "rules"), writing=False)) as db:
+        return [text for (text,) in db.execute("select text from chunks")]
