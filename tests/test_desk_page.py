@@ -291,6 +291,7 @@ def test_on_a_phone_in_arabic_it_fills_the_screen_from_right_to_left(browser: Br
         page.get_by_role("button", name="تحدث معنا").tap()
         panel = page.get_by_role("dialog")
         expect(panel).to_be_visible()
+        expect(panel.get_by_text("أنت تتحدث مع ذكاء اصطناعي")).to_be_visible()
         assert panel.bounding_box() == {"x": 0, "y": 0, "width": 360, "height": 740}
         write_in = page.get_by_label("رسالتك")
         write_in.fill("أين طلبي؟ " + "W" * 200)
@@ -395,7 +396,9 @@ def test_shortcuts_work_and_can_be_changed(site: Page, office: Page, shop: Shop)
 
 
 def test_canned_replies_snooze_assign_search_and_overview(site: Page, office: Page, shop: Shop) -> None:
+    shop.desk.conversations.assign(shop.desk.conversations.open("bob").id, "Cem", "Cem")
     call_person(site, "Many things at once")
+    expect(office.locator("#assign option[value=Cem]")).to_have_count(1)
     office.get_by_role("searchbox").fill("many THINGS")
     expect(office.locator("#list button")).to_have_count(1)
     office.locator("#list button").click()
@@ -405,11 +408,26 @@ def test_canned_replies_snooze_assign_search_and_overview(site: Page, office: Pa
     expect(office.get_by_label("Your reply")).to_have_value(CANNED["Greeting"])
     office.get_by_label("Snooze").select_option(label="1 hour")
     expect(office.locator("#standing")).to_contain_text("snoozed by Bea until")
-    shop.desk.conversations.assign(shop.desk.conversations.open("bob").id, "Cem", "Cem")
     office.get_by_label("Assign to").select_option(label="Cem")
     expect(office.locator("#standing")).to_have_text("with Cem")
     office.get_by_role("button", name="Overview").click()
     expect(office.locator("#overview-body")).to_contain_text("% handled at 2% error")
+
+
+def test_one_queue_can_be_looked_at_alone(office: Page, shop: Shop) -> None:
+    c = shop.desk.conversations.open("grieving")
+    shop.desk.conversations.ask_for_person(c.id, queue="care")
+    queue = office.locator("#queue")
+    expect(queue).to_be_visible()
+    queue.select_option("care")
+    expect(office.locator("#list .who")).to_have_text("grieving")
+    office.locator("#list button").click()
+    office.get_by_role("button", name="Take", exact=True).click()
+    expect(office.locator("#standing")).to_have_text("with Bea \u00b7 care")
+    office.get_by_role("button", name="To the queue").click()
+    expect(office.locator("#standing")).to_contain_text("waiting")
+    assert shop.desk.conversations.get(c.id).queue == "care"
+    shop.desk.conversations.resolve(c.id, "Bea")
 
 
 def test_on_a_phone_the_desk_shows_the_list_or_the_conversation(
