@@ -315,7 +315,7 @@ def test_the_command_line_does_all_of_it(tmp_path: Path) -> None:
     RUN.invoke(app, ["keys", "new", str(tmp_path / "next.key")], catch_exceptions=False)
     run("keys", "rotate", str(tmp_path / "next.key"))
     (tmp_path / "next.key").replace(tmp_path / ".coterie" / "master.key")
-    assert run("audit", "verify", "--head", head, "--json")["lines"] == 6
+    assert run("audit", "verify", "--head", head, "--json")["lines"] == 7
     masked = run("privacy", "mask", "write to a@b.com", "--rules-only", "--json")
     assert masked == {"masked": "write to [EMAIL_1]", "pseudonyms": {"[EMAIL_1]": "a@b.com"}}
 
