@@ -250,6 +250,37 @@ def test_thumbs_steps_of_procedures_and_erasures_are_told_too(tmp_path: Path) ->
     house.close()
 
 
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_what_follows_an_erasure_is_told_though_sqlite_gives_its_id_again(meanwhile: bool, tmp_path: Path) -> None:
+    """Whether the newest entry was told before it was erased, or is erased on its way out."""
+    now[0] = 1000.0
+    (tmp_path / "coterie.toml").write_text("[business]\n")
+    house = open_house(tmp_path, open_database(f"sqlite:///{tmp_path}/d.db"))
+    talks = Conversations(house.database, house.seal, house.unseal, clock=lambda: now[0])
+    rooms, got = rooms_of(house, Business.open(tmp_path)), list[dict[str, Any]]()
+
+    def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+        got.append(json.loads(body))
+        if meanwhile and got[-1]["customer"] == "ada":
+            erase_customer(rooms, house.keys, house.audit, "ada", "anna")
+        return 200
+
+    hooks = Webhooks(talks, [Webhook(URL, SECRET, kinds=("message",))], lambda: now[0], post)
+    hooks.deliver()
+    talks.say(talks.open("ben").id, "First")
+    talks.say(talks.open("ada").id, "Soon erased")
+    now[0] += 5
+    assert hooks.deliver() == 2
+    if not meanwhile:
+        erase_customer(rooms, house.keys, house.audit, "ada", "anna")
+    talks.say(talks.open("cleo").id, "New")
+    now[0] += 5
+    assert hooks.deliver() == 1
+    assert [g["customer"] for g in got] == ["ben", "ada", "cleo"]
+    assert got[1]["id"] == got[2]["id"], "else there is nothing to test"
+    house.close()
+
+
 def test_an_address_is_told_only_the_kinds_that_it_wants(told: Any) -> None:
     talks, _, hooks = told
     c = talks.open("ada")

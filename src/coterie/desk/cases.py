@@ -26,9 +26,9 @@ from coterie.privacy.vault import Masking, as_it_is, loggable
 from coterie.store.conversation import ConversationRow, MessageRow
 from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
-from coterie.store.mail import MailboxRow
+from coterie.store.mail import CRM, MailboxRow
 
-MARK, NOTED_BY = "crm", "crm"
+NOTED_BY = "crm"
 SETTLED_S = 1.0  # as in webhook.py: a younger entry may still be joined by one with a lower id
 CLAIM_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, GIVE_UP_S = 300.0, 30.0, 3600.0, 4 * 24 * 3600.0
 AT_ONCE = 100
@@ -81,10 +81,10 @@ class Cases:
 
     def _fill(self) -> None:
         with writing(self.talks.database) as session:
-            mark = session.get(MailboxRow, MARK, with_for_update=True)
+            mark = session.get(MailboxRow, CRM, with_for_update=True)
             if mark is None:  # what happens from now on
                 newest = session.scalar(select(func.max(MessageRow.id))) or 0
-                session.add(MailboxRow(name=MARK, validity=0, uid=newest, since=self.clock()))
+                session.add(MailboxRow(name=CRM, validity=0, uid=newest, since=self.clock()))
                 return
             events = (
                 select(MessageRow.id, MessageRow.conversation_id, MessageRow.kind, MessageRow.data)

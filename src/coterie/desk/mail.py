@@ -40,9 +40,9 @@ from coterie.privacy.house import House
 from coterie.privacy.vault import Vault, loggable
 from coterie.store.conversation import ConversationRow, MessageRow
 from coterie.store.database import reading, writing
-from coterie.store.mail import MailboxRow, MailRow, OutboxRow
+from coterie.store.mail import OUT, MailboxRow, MailRow, OutboxRow
 
-CHANNEL, OUT, NOTED_BY = "email", "out", "e-mail"
+CHANNEL, NOTED_BY = "email", "e-mail"
 SETTLED_S = 1.0  # as in webhook.py: a younger entry may still be joined by one with a lower id
 CLAIM_S, FIRST_PAUSE_S, LONGEST_PAUSE_S, GIVE_UP_S = 300.0, 30.0, 3600.0, 4 * 24 * 3600.0
 AT_ONCE = 100

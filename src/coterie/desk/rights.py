@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from coterie.answer import Answerer
@@ -36,9 +36,9 @@ from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
 from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
-from coterie.store.mail import AttachmentRow, MailRow, OutboxRow
+from coterie.store.mail import OUTWARD, AttachmentRow, MailboxRow, MailRow, OutboxRow
 from coterie.store.procedure import ActionRow, RunRow
-from coterie.store.webhook import HappeningRow
+from coterie.store.webhook import HappeningRow, WebhookRow
 
 EXPIRED_AT_ONCE = 200  # conversations deleted in one transaction, which holds up who writes
 
@@ -236,6 +236,11 @@ def _delete_all(session: Session, ids: list[str]) -> None:
     for table in (RunRow, RatingRow, AttachmentRow, OutboxRow, CrmWriteRow, HappeningRow, MessageRow):
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
+    # SQLite gives the newest ids again, so no mark may stand beyond them: what comes next would be taken for told.
+    newest = session.scalar(select(func.max(MessageRow.id))) or 0
+    session.execute(update(WebhookRow).where(WebhookRow.told > newest).values(told=newest))
+    outward = MailboxRow.name.in_(OUTWARD)
+    session.execute(update(MailboxRow).where(outward, MailboxRow.uid > newest).values(uid=newest))
 
 
 def _pseudonyms(house: House, customer: str) -> dict[str, str]:

@@ -178,6 +178,8 @@ class Webhooks:
             row.failed = row.failed + 1 if problem else 0
             row.error = problem[:300]
             row.next_at = self.clock() + min(2.0**row.failed, LONGEST_PAUSE_S) if problem else 0.0
+            if not problem and mark == "told":  # an entry erased meanwhile gives its id to the next one: not told yet
+                id = min(id, session.scalar(select(func.max(MessageRow.id))) or 0)
             if not problem:
                 setattr(row, mark, id)
             return True

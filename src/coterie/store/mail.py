@@ -9,6 +9,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from coterie.store.base import Base
 
+OUTWARD = OUT, CRM = "out", "crm"
+
 
 class MailRow(Base):
     """A mail that came. `kind`: "person", "automatic", "bounce", or "unread": it could not be taken apart."""
@@ -45,7 +47,7 @@ class OutboxRow(Base):
 
 class MailboxRow(Base):
     """How far a folder was read (`uid`, valid while its UIDVALIDITY is `validity`, since the time `since`), and, under
-    the name "out", up to which entry of `messages` the outbox was filled."""
+    the names of OUTWARD, up to which entry of `messages` the outbox and what goes to the CRM were filled."""
 
     __tablename__ = "mailboxes"
 

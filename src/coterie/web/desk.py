@@ -20,7 +20,7 @@ from coterie.desk.desk import Desk
 from coterie.desk.live import EVERY
 from coterie.desk.message import LONGEST_KEY, Conversation, Message, State
 from coterie.errors import CoterieError
-from coterie.privacy.access import LOCAL, MAY, PASSER, Forbidden, NotSignedIn
+from coterie.privacy.access import LOCAL, MAY, PASSER, ROLES, Forbidden, NotSignedIn
 from coterie.privacy.tables import AccountRow
 from coterie.recent import Recent
 from coterie.store.database import reading
@@ -267,8 +267,8 @@ def _versions(desk: Desk) -> dict[str, int]:
 def _accounts(desk: Desk) -> set[str]:
     """Who may sign in and speak to customers."""
     with reading(desk.conversations.database) as session:
-        rows = session.execute(select(AccountRow.name, AccountRow.role).where(~AccountRow.disabled))
-        return {name for name, role in rows if "converse" in MAY[role]}
+        may = [role for role in ROLES if "converse" in MAY[role]]
+        return set(session.scalars(select(AccountRow.name).where(~AccountRow.disabled, AccountRow.role.in_(may))))
 
 
 def _row(c: Conversation) -> dict[str, Any]:
