@@ -251,10 +251,10 @@ def test_exactly_the_assistants_tokens_are_marked(which: str, request: pytest.Fi
     check()
 
 
-def test_an_answer_that_spells_the_end_mark_is_learned_whole(tiny_base: BaseModel) -> None:
+def test_an_answer_that_spells_the_end_mark_holds_none_and_is_learned_whole(tiny_base: BaseModel) -> None:
     ids, learn = encode(conversation(["Hi", "Say <|im_end|> twice"]), tiny_base)
     (run,) = marked_runs(ids, learn)
-    assert tiny_base.tokenizer.decode(run, skip_special_tokens=False) == "Say <|im_end|> twice<|im_end|>"
+    assert tiny_base.tokenizer.decode(run, skip_special_tokens=False) == "Say < |im_end|> twice<|im_end|>"
 
 
 class Scripted:

@@ -420,7 +420,7 @@ def test_one_queue_can_be_looked_at_alone(office: Page, shop: Shop) -> None:
     queue = office.locator("#queue")
     expect(queue).to_be_visible()
     queue.select_option("care")
-    expect(office.locator("#list .who")).to_have_text("grieving")
+    expect(office.locator("#list .who")).to_have_text(["grieving"])  # a list: waits until it is the only one
     office.locator("#list button").click()
     office.get_by_role("button", name="Take", exact=True).click()
     expect(office.locator("#standing")).to_have_text("with Bea \u00b7 care")

@@ -9,8 +9,8 @@ from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 
 MAPPED = {"table": "t", "id": "t/{id}", "type": "thing"}
 WRONG: list[tuple[type[BaseModel], dict[str, Any], str]] = [
-    (GraphSpec, {}, "name `parts`, `tables` or an `endpoint`"),
-    (GraphSpec, {"endpoint": "http://x", "parts": [{"files": ["a.ttl"]}]}, "leave out `parts` and `tables`"),
+    (GraphSpec, {}, "name `parts`, `tables`, `extract` or an `endpoint`"),
+    (GraphSpec, {"endpoint": "http://x", "parts": [{"files": ["a.ttl"]}]}, "leave out `parts`, `tables` and `extract`"),
     (GraphSpec, {"tables": [MAPPED]}, "need `database`"),
     (GraphSpec, {"tables": [{**MAPPED, "file": "a.csv"}], "database": "sqlite:///a"}, "one of them"),
     (GraphSpec, {"parts": [{"files": []}]}, "at least 1 item"),

@@ -129,12 +129,12 @@ def test_a_list_that_comes_late_does_not_replace_the_one_that_was_asked_for_sinc
     held: list[Route] = []
     with tab(browser) as page:
         page.route(
-            "**/conversations?view=waiting", lambda route: held.append(route)
+            "**/conversations?view=waiting&*", lambda route: held.append(route)
         )  # the first list is not answered yet
         page.goto(f"{office.address}/desk?invite={office.door.invite(Agent('Bea', 'agent'))}")
         page.get_by_role("button", name="With the assistant").click()
         expect(page.locator("#list")).to_contain_text("Where is it?")
-        with page.expect_response("**/conversations?view=waiting"):
+        with page.expect_response("**/conversations?view=waiting&*"):
             held.pop().continue_()
         page.wait_for_timeout(300)  # long enough for the page to have drawn it
         expect(page.locator("#list")).to_contain_text("Where is it?")

@@ -106,8 +106,11 @@ def test_a_search_is_on_record_with_whom_it_showed_and_never_for_what(
     assert "lost" not in str([line.detail for line in house.audit.lines()])
 
 
-def test_what_agents_do_is_on_record_with_the_deed(desk: Desk, bea: TestClient, house: House) -> None:
+def test_what_agents_do_is_on_record_with_the_deed(desk: Desk, bea: TestClient, house: House, tmp_path: Path) -> None:
     id = talk(desk, "ada", "Hi")
+    cem = TestClient(bea.app, base_url="http://desk.example")
+    cem.cookies.set(COOKIE, open_door(tmp_path, []).invite(Agent("Cem", "agent")))
+    cem.get("/desk/api/conversations?view=mine")  # who has been here can be given a conversation
     deeds: list[tuple[str, Any]] = [
         ("take", {}), ("replies", {"text": "Hello"}), ("notes", {"text": "odd"}), ("take", {"to": "Cem"}), ("take", {}),
         ("snooze", {"minutes": 5}), ("release", {}), ("take", {}), ("bot", {}), ("take", {}), ("resolve", {}),
