@@ -1,20 +1,23 @@
 """The neighbourhood of a thing in a graph as a picture: SVG, drawn here, without a script or a font from elsewhere.
 
-Notable: the thing stands in the middle, what it is tied to on an ellipse around it, sorted by relation, so that equal
-relations stand together; the order and the places depend on the facts alone, and the same facts give the same picture.
+Notable: the thing stands in the middle, what it is tied to in a column at its right and, from the second on, one at its
+left, sorted by relation, so that equal relations stand together and no name covers another; the order and the places
+depend on the facts alone, and the same facts give the same picture.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from coterie.knowledge.graph_source import Fact
 from coterie.knowledge.paths import split_words
 from coterie.knowledge.sparql import Term
 
-WIDTH, MARGIN, LINE = 760, 130, 44  # pixels: of the picture, at its sides, and of height for each neighbour
-LEAST, MOST = 320, 24  # pixels of height; neighbours drawn
+AWAY, LINE = 250, 44  # pixels: from the thing to its neighbours, and of height for each of them
+MOST = 24  # neighbours drawn
 NAME = 26  # characters of a name
+TALL, EDGE = 17, 8  # pixels: half the height of a node, and around all of them
 STYLE = (
     "svg{color:#1d1d1f}@media(prefers-color-scheme:dark){svg{color:#f2f2f2}}"  # an <img> inherits no colour
     "text{font:13px system-ui,sans-serif;fill:currentColor}.r{font-size:11px;opacity:.75}"
@@ -30,55 +33,71 @@ def draw(thing: str, facts: Sequence[Fact], names: Mapping[str, str]) -> str:
         seen[(fact.relation, back, fact.subject if back else fact.object)] = None
     ties = sorted(seen, key=lambda t: (split_words(t[0]), t[1], _name(t[2], names), t[2].value))
     shown, left_out = ties[:MOST], len(ties[MOST:])
-    height = max(LEAST, LINE * len(shown) // 2 + 160)
-    middle = (WIDTH / 2, height / 2)
     title = _name(Term("uri", thing), names)
     said = [f"{title}: {len(ties)} facts"] + [_sentence(title, tie, names) for tie in shown]
+    head = _Node(title, (0.0, 0.0), True)
+    nodes = [head]
+    drawn = []
+    rows = (len(shown) + 1) // 2
+    for number, (name, back, term) in enumerate(shown):
+        side, row = divmod(number, rows)
+        of = len(shown) - rows if side else rows
+        at = (-AWAY if side else AWAY, LINE * (row - (of - 1) / 2))
+        nodes.append(_Node(_name(term, names), at, term.kind != "literal"))
+        drawn += _tie(head, nodes[-1], _words(name), back)
+    left, right = min(n.at[0] - n.half for n in nodes) - EDGE, max(n.at[0] + n.half for n in nodes) + EDGE
+    top, bottom = min(n.at[1] for n in nodes) - TALL - EDGE, max(n.at[1] for n in nodes) + TALL + EDGE
+    below = 20 if left_out else 0
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape("; ".join(said), quote=True)}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left:.0f} {top:.0f} {right - left:.0f} '
+        f'{bottom - top + below:.0f}" role="img" aria-label="{escape("; ".join(said), quote=True)}">',
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto-start-reverse"><path d="M0 0 8 4 0 8z" fill="currentColor" opacity=".6"/></marker></defs>',
     ]
-    for number, (name, back, term) in enumerate(shown):
-        angle = 2 * math.pi * number / len(shown) - math.pi / 2 + math.pi / max(2, len(shown))
-        x = middle[0] + (WIDTH / 2 - MARGIN) * math.cos(angle)
-        y = middle[1] + (height / 2 - 40) * math.sin(angle)
-        parts += _tie(middle, (x, y), _words(name), back, term, _name(term, names))
-    parts += _node(middle, title, "m", round_=True)
+    parts += [*drawn, head.drawn("m")]
     if left_out:
-        parts.append(
-            f'<text x="{WIDTH / 2:.0f}" y="{height - 6}" text-anchor="middle">{left_out} more not drawn</text>'
-        )
+        word = f"{left_out} more not drawn"
+        parts.append(f'<text x="0" y="{bottom + 12:.0f}" text-anchor="middle">{word}</text>')
     return "".join([*parts, "</svg>"])
 
 
-def _tie(a: tuple[float, float], b: tuple[float, float], relation: str, back: bool, term: Term, name: str) -> list[str]:
+@dataclass(frozen=True)
+class _Node:
+    """A thing, round, or a value, with corners."""
+
+    name: str
+    at: tuple[float, float]
+    round: bool
+
+    @property
+    def half(self) -> float:
+        """Half of its width, by the characters that are shown."""
+        return max(30.0, 4.0 * len(_short(self.name)) + 12)
+
+    def side(self, sign: float) -> tuple[float, float]:
+        """The middle of its right side, or with a negative sign of its left one."""
+        return self.at[0] + math.copysign(self.half, sign), self.at[1]
+
+    def drawn(self, kind: str) -> str:
+        (x, y), half = self.at, self.half
+        shape = (
+            f'<ellipse class="{kind}" cx="{x:.1f}" cy="{y:.1f}" rx="{half:.0f}" ry="{TALL}"/>'
+            if self.round
+            else f'<rect x="{x - half:.1f}" y="{y - TALL:.1f}" width="{2 * half:.0f}" height="{2 * TALL}"/>'
+        )
+        label = f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{escape(_short(self.name))}</text>'
+        return f"<g><title>{escape(self.name)}</title>{shape}{label}</g>"
+
+
+def _tie(head: _Node, node: _Node, relation: str, back: bool) -> list[str]:
     """A neighbour, the line to it, and on the line what the relation is called."""
-    (x1, y1), (x2, y2) = _between(a, b, 0.2), _between(a, b, 0.86)
-    x, y = _between(a, b, 0.53)
+    (x1, y1), (x2, y2) = head.side(node.at[0]), node.side(-node.at[0])
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
     ends = 'marker-start="url(#arrow)"' if back else 'marker-end="url(#arrow)"'
     line = f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {ends}/>'
     word = f'<text class="r" x="{x:.1f}" y="{y - 4:.1f}" text-anchor="middle">{escape(_short(relation))}</text>'
-    return [line, word, *_node(b, name, "n", round_=term.kind != "literal")]
-
-
-def _between(a: tuple[float, float], b: tuple[float, float], share: float) -> tuple[float, float]:
-    return a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share
-
-
-def _node(at: tuple[float, float], name: str, kind: str, round_: bool) -> list[str]:
-    """Things are round, values have corners."""
-    text, (x, y) = _short(name), at
-    half = max(30.0, 4.0 * len(text) + 12)
-    shape = (
-        f'<ellipse class="{kind}" cx="{x:.1f}" cy="{y:.1f}" rx="{half:.0f}" ry="17"/>'
-        if round_
-        else f'<rect x="{x - half:.1f}" y="{y - 15:.1f}" width="{2 * half:.0f}" height="30"/>'
-    )
-    label = f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{escape(text)}</text>'
-    return [f"<g><title>{escape(name)}</title>{shape}{label}</g>"]
+    return [line, word, node.drawn("n")]
 
 
 def _sentence(title: str, tie: tuple[str, bool, Term], names: Mapping[str, str]) -> str:
