@@ -23,8 +23,8 @@ check: .venv/ready-test
 	.venv/bin/lint-imports
 
 # Hours on 2 cores; each also runs alone and takes --quick (docs/benchmarks.md).
-BENCHES = tuning serving methods routing retrieval support groundedness graph sql privacy desk switch conversation \
-	anatomy
+BENCHES = tuning serving methods routing retrieval support groundedness graph sql businesses privacy desk \
+	desk_intents desk_load switch conversation anatomy
 bench: .venv/ready-test
 	for name in $(BENCHES); do $(PY) benchmarks/$$name.py --record || exit; done
 
