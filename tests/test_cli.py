@@ -588,8 +588,9 @@ def test_a_home_that_cannot_be_written_is_code_3(coterie: Run, tmp_path: Path, m
 def test_ctrl_c_leaves_a_run_that_goes_on(coterie: Run, shop: Path) -> None:
     edit(shop, "epochs = 1, batch = 8 }", "epochs = 400, batch = 8 }")
     run = subprocess.Popen(
-        command("fit", shop, "-e", "greet"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command("fit", shop, "-e", "greet"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert run.stderr
     said = ""
     while "training greet: " not in said:
