@@ -34,8 +34,6 @@ from coterie.engine.request import Callback, Generation, Piece, Sampling, TokenC
 from coterie.grounding import Grounding
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.model.load import BaseModel
-from coterie.privacy.deidentify import Detector
-from coterie.privacy.expert import WhenNeeded
 from coterie.privacy.vault import Vault
 from coterie.sources import Knowledge, learn
 
@@ -67,7 +65,7 @@ def bank(base: BaseModel, name: str, scratch: Path, slots: int, server: "Server 
     answerer = Elsewhere(business, engine, server) if server else Answerer(business, engine)
     house, knowledge = house_of(business), Knowledge(business, engine=lambda: engine)
     grounding = Grounding(answerer, knowledge)
-    vault = Vault(Detector(WhenNeeded(base, screen.print)), house.database, house.keys)
+    vault = Vault(business.detector(screen.print), house.database, house.keys)
     procedures = procedures_of(business, house, Parts().profile, lambda texts: knowledge.embedder.embed(texts))
     assert procedures, "the bank declares some"
     parts = Parts(

@@ -4,6 +4,7 @@ import asyncio
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,27 @@ LOCAL = {"base_url": "http://localhost:8000", "client": ("127.0.0.1", 50000)}
 AWAY = {"base_url": "http://shop.example", "client": ("203.0.113.7", 50000)}
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    database = open_database(f"sqlite:///{tmp_path}/coterie.db")
-    opened = open_house(tmp_path, database, {})
+@contextmanager
+def house_in(folder: Path) -> Iterator[House]:
+    database = open_database(f"sqlite:///{folder}/coterie.db")
+    opened = open_house(folder, database, {})
     yield opened
     opened.close()
     database.dispose()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    with house_in(tmp_path) as opened:
+        yield opened
+
+
+def staffed(tmp_path: Path) -> Iterator[House]:
+    """A house with an owner, an agent and a reviewer, who are named so and sign in with WORD; for a fixture."""
+    with house_in(tmp_path) as opened:
+        for role in ("owner", "agent", "reviewer"):
+            opened.accounts.add(role, role, WORD)
+        yield opened
 
 
 class _Engine:

@@ -2,7 +2,6 @@
 
 import sqlite3
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from fastapi.testclient import TestClient
 from coterie import sources
 from coterie.business import Business
 from coterie.knowledge.evidence import Reader
-from coterie.privacy.house import House, open_house
+from coterie.privacy.house import House
 from coterie.sources import Knowledge, learn
-from coterie.store.database import open_database
 from coterie.web.app import create_app
 from knowledge_support import WordEmbedder
-from test_access import WORD, _Answerer, client
+from test_access import WORD, _Answerer, client, staffed
 
 TOML = """
 [knowledge.music]
@@ -60,15 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    database = open_database(f"sqlite:///{tmp_path}/coterie.db")
-    opened = open_house(tmp_path, database, {})
-    for role in ("owner", "agent", "reviewer"):
-        opened.accounts.add(role, role, WORD)
-    yield opened
-    opened.close()
-    database.dispose()
+house = pytest.fixture(staffed, name="house")
 
 
 @pytest.fixture

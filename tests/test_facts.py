@@ -2,7 +2,7 @@
 in, and read by whoever may read the document."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from coterie.errors import CoterieError
 from coterie.knowledge import extract
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.proposals import Proposal, read_proposals
-from coterie.privacy.house import House, open_house
+from coterie.privacy.house import House
 from coterie.sources import Knowledge, learn, overview
-from coterie.store.database import open_database
 from coterie.web.app import create_app
 from knowledge_support import WordEmbedder
-from test_access import WORD, _Answerer, client
+from test_access import WORD, _Answerer, client, staffed
 
 TOML = """
 [knowledge.things]
@@ -169,15 +168,7 @@ def test_the_command_line_proposes_lists_and_decides(business: Callable[..., Bus
     assert "there is no proposal 'nothing'" in str(unknown.exception)
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    database = open_database(f"sqlite:///{tmp_path}/coterie.db")
-    opened = open_house(tmp_path, database, {})
-    for role in ("owner", "agent", "reviewer"):
-        opened.accounts.add(role, role, WORD)
-    yield opened
-    opened.close()
-    database.dispose()
+house = pytest.fixture(staffed, name="house")
 
 
 def test_over_http_reviewers_decide_what_they_may_read_and_it_is_in_the_audit_log(

@@ -11,6 +11,7 @@ import typer
 
 from coterie.cli.desk import app as desk
 from coterie.cli.options import FolderOption, Json
+from coterie.cli.privacy import house_at
 from coterie.cli.show import result, table
 from coterie.errors import CoterieError
 
@@ -27,15 +28,11 @@ WORDS = {"due": "waiting", "failed": "failed", "sent": "written"}
 @contextmanager
 def _outbox(folder: Path) -> "Iterator[tuple[Conversations, Told]]":
     """The conversations of the business, and its audit log."""
-    from coterie.business import Business
     from coterie.desk.conversation import Conversations
-    from coterie.desk.rights import audited, house_of
+    from coterie.desk.rights import audited
 
-    house = house_of(Business.open(folder))
-    try:
+    with house_at(folder) as house:
         yield Conversations(house.database, house.seal, house.unseal), audited(house)
-    finally:
-        house.close()
 
 
 @app.command("list")

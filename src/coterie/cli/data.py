@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from coterie.cli.knowledge import reader_of
 from coterie.cli.options import FolderOption, Json
 from coterie.cli.show import bars, result, table, tell
 from coterie.data.read import Example, Source, read_inputs
@@ -298,7 +299,6 @@ def sql(
     from coterie.business import Business
     from coterie.data.write import check_new, write_rows
     from coterie.knowledge.asksql import lessons, read_examples
-    from coterie.knowledge.evidence import Reader
     from coterie.knowledge.specs import DatabaseSpec, TablesSpec
     from coterie.knowledge.tables import open_tabular
 
@@ -311,8 +311,7 @@ def sql(
     examples = [pair for file in files for pair in read_examples(file)]
     if not examples:
         raise CoterieError(f"knowledge.{source}.examples: no file with questions and their SQL; name one")
-    reader = Reader(as_, frozenset(g.strip() for g in groups.split(",") if g.strip()))
-    made = write_rows(out, lessons(open_tabular(source, spec, business.folder), examples, reader))
+    made = write_rows(out, lessons(open_tabular(source, spec, business.folder), examples, reader_of(as_, groups)))
     result({"out": str(out), "rows": made}, as_json, f"{out}: {made:,} rows")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from coterie.cli.options import FolderOption, Json
+from coterie.cli.privacy import house_at
 from coterie.cli.procedures import procedures
 from coterie.cli.show import bars, result, table, tell
 from coterie.errors import CoterieError, DataError
@@ -32,18 +33,15 @@ def invite(
 ) -> None:
     """Print a link that lets an agent without an account into the desk for a week, or until `desk uninvite`."""
     from coterie.business import Business
-    from coterie.desk.rights import house_of
     from coterie.web.door import Agent, open_door
 
     if not 1 <= len(name) <= 100 or not name.isprintable():
         raise CoterieError("NAME: 1 to 100 printable characters")
     business = Business.open(folder)
     agent = Agent(name, "supervisor" if supervisor else "agent")
-    door, house = open_door(business.folder, business.config.desk.origins), house_of(business)
-    try:
+    door = open_door(business.folder, business.config.desk.origins)
+    with house_at(folder) as house:
         house.accounts.invite(name, agent.role)
-    finally:
-        house.close()
     link = f"{address.rstrip('/')}/desk?invite={door.invite(agent)}"
     result({"name": name, "link": link}, as_json, link)
 
@@ -56,16 +54,10 @@ def uninvite(
     as_json: Json = False,
 ) -> None:
     """End the invitations of an agent, at once: whoever came by one is out."""
-    from coterie.business import Business
-    from coterie.desk.rights import house_of
-
     if bool(name) == every:
         raise CoterieError("say either a name or --all")
-    house = house_of(Business.open(folder))
-    try:
+    with house_at(folder) as house:
         house.accounts.end_invitations(name)
-    finally:
-        house.close()
     result({"name": name, "all": every}, as_json, f"{name or 'all'}: invitations ended")
 
 

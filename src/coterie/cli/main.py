@@ -309,8 +309,8 @@ def serve(
     rule = business.config.privacy.mask
     try:
         desk = open_desk(answerer, house, grounding, tell)
-        if detector.tagger and (rule == "always" or (rule == "accounts" and house.accounts.any())):
-            detector.tagger.find([""])  # now: nobody waits for its training
+        if rule == "always" or (rule == "accounts" and house.accounts.any()):
+            detector.open()  # now: nobody waits for its training
     except BaseException:
         answerer.close()  # its threads would keep the process alive
         raise

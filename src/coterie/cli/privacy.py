@@ -32,7 +32,8 @@ Customer = Annotated[str, typer.Argument(help="The customer's id.")]
 
 
 @contextmanager
-def _house(folder: Path) -> "Iterator[House]":
+def house_at(folder: Path) -> "Iterator[House]":
+    """Keys, accounts and audit log of the business in a folder, as long as it is needed."""
     from coterie.business import Business
     from coterie.desk.rights import house_of
 
@@ -73,7 +74,7 @@ def add_account(
     as_json: Json = False,
 ) -> None:
     """Add an account. The first one, an owner's, closes the door: from then on everybody signs in."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         house.accounts.add(name, role, "" if oidc else _password(), groups=group or [])
     result({"name": name, "role": role, "groups": group or []}, as_json, f"{name}: {role}")
 
@@ -81,7 +82,7 @@ def add_account(
 @accounts.command("list")
 def list_accounts(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """List all accounts."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         found = house.accounts.all()
     rows = [
         [
@@ -115,7 +116,7 @@ def change_account(
     """Change an account; its sessions and tokens end."""
     if group and no_groups:
         raise CoterieError("--group and --no-groups: say one of them")
-    with _house(folder) as house:
+    with house_at(folder) as house:
         groups = [] if no_groups else group
         changed = _password("New password") if password else None
         house.accounts.change(name, role, changed, disabled=disabled, groups=groups)
@@ -127,7 +128,7 @@ def change_account(
 @accounts.command("remove")
 def remove_account(name: Name, folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Remove an account with its sessions and tokens."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         house.accounts.remove(name)
     result({"name": name}, as_json, f"{name}: removed")
 
@@ -142,7 +143,7 @@ def account_token(
     as_json: Json = False,
 ) -> None:
     """Make an API token. It is shown once."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         made = house.accounts.token(name, label, scope, days)
     result({"token": made.secret, "until": made.until}, as_json, made.secret)
 
@@ -167,7 +168,7 @@ def rotate_master_key(
 
     fresh = master_key({f"{VARIABLE}_FILE": str(new)})
     assert fresh, "the file was named"
-    with _house(folder) as house:
+    with house_at(folder) as house:
         count = house.keys.rewrap(fresh)
         house.audit.record("cli", "keys.rotate", "", keys=count, master=fresh.id[:8])
     result({"keys": count, "master": fresh.id}, as_json,
@@ -181,7 +182,7 @@ def verify_audit(
     as_json: Json = False,
 ) -> None:
     """Walk the whole chain. Exit code 1 where a line was changed, deleted or put in."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         count, last = house.audit.verify(head)
     result({"lines": count, "head": last}, as_json, f"{count} lines, all as they were written; head {last}")
 
@@ -189,7 +190,7 @@ def verify_audit(
 @audit.command("head")
 def audit_head(folder: FolderOption = Path(), as_json: Json = False) -> None:
     """Print the last link: note it elsewhere, and verify against it later."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         head = house.audit.head()
     result({"head": head}, as_json, head)
 
@@ -203,7 +204,7 @@ def show_audit(
     as_json: Json = False,
 ) -> None:
     """Show the newest lines."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         lines = house.audit.lines(subject, actor, limit)
     rows = [[_when(x.at), x.actor, x.action, x.subject, json.dumps(x.detail) if x.detail else ""] for x in lines]
     result([vars(x) for x in lines], as_json, table(["when", "who", "did", "to", ""], rows))
@@ -214,7 +215,7 @@ def export_one(customer: Customer, folder: FolderOption = Path()) -> None:
     """Print everything about a customer, as JSON."""
     from coterie.privacy.rights import export_customer
 
-    with _house(folder) as house:
+    with house_at(folder) as house:
         found = export_customer(_rooms(house, folder), house.audit, customer, "cli")
     print(json.dumps(found, ensure_ascii=False, indent=1, default=str))
 
@@ -233,7 +234,7 @@ def erase_one(
         if not sys.stdin.isatty():
             raise CoterieError(f"erasing {customer!r} cannot be undone; say --yes")
         typer.confirm(f"Erase {customer!r} for good?", abort=True)
-    with _house(folder) as house:
+    with house_at(folder) as house:
         done = erase_customer(_rooms(house, folder), house.keys, house.audit, customer, "cli")
     result(done, as_json, table(["room", "erased"], [[k, str(v)] for k, v in done.items()]))
 
@@ -241,7 +242,7 @@ def erase_one(
 @customers.command("consents")
 def consents(customer: Customer, folder: FolderOption = Path(), as_json: Json = False) -> None:
     """List what a customer was told and agreed to, in which words and when."""
-    with _house(folder) as house:
+    with house_at(folder) as house:
         house.audit.record("cli", "consents.read", customer)
         found = house.consents.of(customer)
     rows = [[_when(c["at"]), c["purpose"], c["what"], c["version"], c["language"], c["text"]] for c in found]
@@ -262,7 +263,7 @@ def consent(
     from coterie.privacy.rights import check_what
 
     said = check_what(what)
-    with _house(folder) as house:
+    with house_at(folder) as house:
         house.audit.record("cli", f"consent.{said}", customer, purpose=purpose)
         house.consents.record(customer, purpose, said, text, language)
         agreed = house.consents.agreed(customer, purpose)
@@ -275,7 +276,7 @@ def trained_on_erased(folder: FolderOption = Path(), as_json: Json = False) -> N
     from coterie.business import Business
     from coterie.desk.trained import marked
 
-    with _house(folder) as house:
+    with house_at(folder) as house:
         found = marked(Business.open(folder), house)
     rows = [[name, ", ".join(where) or "none is left; run `coterie fit`"] for name, where in found.items()]
     result(found, as_json, table(["expert", "rows"], rows))
@@ -302,7 +303,7 @@ def retain(
             raise CoterieError(f"{text!r}: not a rule; write ROOM=DAYS, such as conversations=365") from error
     if not rule and not (days := dict(Business.open(folder).config.retention.days)):
         raise CoterieError("[retention] in coterie.toml declares no days; say ROOM=DAYS, such as conversations=365")
-    with _house(folder) as house:
+    with house_at(folder) as house:
         done = keep_only(_rooms(house, folder), days, house.audit)
     result(done, as_json, table(["room", "deleted"], [[k, str(v)] for k, v in done.items()]))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coterie.config import CrmSpec
@@ -23,7 +23,7 @@ from coterie.desk.message import Message
 from coterie.errors import CoterieError, CrmError
 from coterie.privacy.keys import Erased
 from coterie.privacy.vault import Masking, as_it_is, loggable
-from coterie.store.conversation import ConversationRow, MessageRow
+from coterie.store.conversation import ConversationRow, MessageRow, newest_entry
 from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import CRM, MailboxRow
@@ -83,8 +83,7 @@ class Cases:
         with writing(self.talks.database) as session:
             mark = session.get(MailboxRow, CRM, with_for_update=True)
             if mark is None:  # what happens from now on
-                newest = session.scalar(select(func.max(MessageRow.id))) or 0
-                session.add(MailboxRow(name=CRM, validity=0, uid=newest, since=self.clock()))
+                session.add(MailboxRow(name=CRM, validity=0, uid=newest_entry(session), since=self.clock()))
                 return
             events = (
                 select(MessageRow.id, MessageRow.conversation_id, MessageRow.kind, MessageRow.data)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from coterie.answer import Answerer
@@ -27,13 +27,11 @@ from coterie.desk.procedures.procedures import Embed, Procedures
 from coterie.desk.procedures.runs import Runs
 from coterie.desk.procedures.spec import Procedure, read_procedures
 from coterie.grounding import Grounding
-from coterie.privacy.deidentify import Detector
-from coterie.privacy.expert import WhenNeeded
 from coterie.privacy.house import House, open_house
 from coterie.privacy.rights import Noted, Room
 from coterie.privacy.tables import PseudonymRow
 from coterie.privacy.vault import PURPOSE, Vault
-from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow, newest_entry
 from coterie.store.crm import CrmWriteRow
 from coterie.store.database import reading, writing
 from coterie.store.mail import OUTWARD, AttachmentRow, MailboxRow, MailRow, OutboxRow
@@ -50,10 +48,9 @@ def house_of(business: Business) -> House:
 
 def open_desk(answerer: Answerer, house: House, grounding: Grounding, tell: Tell = lambda _: None) -> Desk:
     """The desk at work: what is said is kept sealed, and every model sees it masked."""
-    tagger = WhenNeeded(answerer.engine.base, tell)
+    detector = answerer.business.detector(tell)
     if answerer.business.config.desk.origins:
-        tagger.open()  # customers are about to come: none of them waits for its training
-    detector = Detector(tagger)
+        detector.open()  # customers are about to come: none of them waits for its training
     crm = answerer.business.config.desk.crm
     record = open_crm(crm) if crm else None
     profile = profile_of(record, crm.fields) if record and crm else Parts().profile
@@ -237,7 +234,7 @@ def _delete_all(session: Session, ids: list[str]) -> None:
         session.execute(delete(table).where(table.conversation_id.in_(ids)))
     session.execute(delete(ConversationRow).where(ConversationRow.id.in_(ids)))
     # SQLite gives the newest ids again, so no mark may stand beyond them: what comes next would be taken for told.
-    newest = session.scalar(select(func.max(MessageRow.id))) or 0
+    newest = newest_entry(session)
     session.execute(update(WebhookRow).where(WebhookRow.told > newest).values(told=newest))
     outward = MailboxRow.name.in_(OUTWARD)
     session.execute(update(MailboxRow).where(outward, MailboxRow.uid > newest).values(uid=newest))

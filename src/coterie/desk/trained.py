@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from coterie.business import Business, fingerprint
-from coterie.data.read import raw_rows
+from coterie.data.read import CUSTOMER, raw_rows
 from coterie.errors import CoterieError
 from coterie.files import write_atomic
 from coterie.privacy.house import House
 from coterie.privacy.rights import Room
 
-COLUMN = "customer"
 FILE = "retrain.json"
 SECRET = "coterie:trained"  # whose key hashes the customers' ids
 Marks = dict[str, set[str]]  # by expert, the hashes of the customers it learned from
@@ -115,5 +114,5 @@ def _customers(file: Path) -> Iterator[tuple[str, str]]:
     """Place and customer of each row that names one. What is no row, `fit` complains of."""
     if file.exists():
         for where, row in raw_rows(file, lambda _: None):
-            if row.get(COLUMN) is not None:
-                yield where, str(row[COLUMN])
+            if row.get(CUSTOMER) is not None:
+                yield where, str(row[CUSTOMER])

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from coterie.desk.conversation import Conversations
 from coterie.errors import CoterieError
-from coterie.store.conversation import ConversationRow, MessageRow, RatingRow
+from coterie.store.conversation import ConversationRow, MessageRow, RatingRow, newest_entry
 from coterie.store.database import reading, writing
 from coterie.store.webhook import HappeningRow, WebhookRow
 
@@ -159,10 +159,9 @@ class Webhooks:
         with writing(self.talks.database) as session:
             row = session.get(WebhookRow, hook.url)
             if row is None:
-                newest = session.scalars(select(MessageRow.id).order_by(MessageRow.id.desc()).limit(1)).first()
-                happened = session.scalars(select(func.max(HappeningRow.id))).first()
+                happened = session.scalar(select(func.max(HappeningRow.id))) or 0
                 row = WebhookRow(
-                    url=hook.url, told=newest or 0, happened=happened or 0, failed=0, next_at=0.0, error=""
+                    url=hook.url, told=newest_entry(session), happened=happened, failed=0, next_at=0.0, error=""
                 )  # fmt: skip
                 session.add(row)
                 session.flush()
@@ -178,10 +177,8 @@ class Webhooks:
             row.failed = row.failed + 1 if problem else 0
             row.error = problem[:300]
             row.next_at = self.clock() + min(2.0**row.failed, LONGEST_PAUSE_S) if problem else 0.0
-            if not problem and mark == "told":  # an entry erased meanwhile gives its id to the next one: not told yet
-                id = min(id, session.scalar(select(func.max(MessageRow.id))) or 0)
-            if not problem:
-                setattr(row, mark, id)
+            if not problem:  # an entry that was erased meanwhile gives its id to the next one, which is not told yet
+                setattr(row, mark, min(id, newest_entry(session)) if mark == "told" else id)
             return True
 
     def _happenings(self, hook: Webhook, told: int) -> list[tuple[int, str, bytes]]:

@@ -114,8 +114,7 @@ class SqlSource:
         for number, row in enumerate(answer.rows[:SHOWN], 1):
             if all(cell is None for cell in row):
                 continue
-            cells = ", ".join(f"{c}: {'' if v is None else v}" for c, v in zip(answer.columns, row, strict=True))
-            out.append(Evidence(self.name, f"row {number} of {what}", cells, score, answer.sql))
+            out.append(Evidence(self.name, f"row {number} of {what}", answer.line(row), score, answer.sql))
         return out
 
     def relevance(self, question: str, vector: Floats, reader: Reader, embed: Embed) -> float:

@@ -31,9 +31,7 @@ def open_row(name: str, db: Database, where: str, query: str, reader: Reader) ->
     number = int(place[1])
     if not 1 <= number <= len(answer.rows):
         return None
-    row = answer.rows[number - 1]
-    cells = ", ".join(f"{c}: {'' if v is None else v}" for c, v in zip(answer.columns, row, strict=True))
-    return Evidence(name, where, cells, 0.0, query)
+    return Evidence(name, where, answer.line(answer.rows[number - 1]), 0.0, query)
 
 
 def open_triples(source: GraphSource, where: str, query: str, reader: Reader) -> Evidence | None:

@@ -44,6 +44,10 @@ class Answer:
     rows: tuple[tuple[Any, ...], ...]
     cut: bool
 
+    def line(self, row: tuple[Any, ...]) -> str:
+        """One of the rows as evidence says it."""
+        return ", ".join(f"{c}: {'' if v is None else v}" for c, v in zip(self.columns, row, strict=True))
+
 
 class Database:
     """The tables that `specs` names, of the database behind `fetch`; see `open_database` and tables.py."""

@@ -64,6 +64,11 @@ class Detector:
         self.tagger, self.kinds = tagger, frozenset(kinds)
         self._rules = finder(region)
 
+    def open(self) -> None:
+        """Have the tagging expert ready, if there is one: it may have to be trained, or read, at the first text."""
+        if self.tagger:
+            self.tagger.find([""])
+
     def __call__(self, text: str) -> list[Span]:
         """The spans of the wanted kinds, in order, none over another."""
         tagged = self.tagger.find([text])[0] if self.tagger else []

@@ -7,8 +7,19 @@ key is used once; and a trigger (migration 0001) lets nobody but the customer an
 
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, Float, ForeignKey, Index, LargeBinary, String, UniqueConstraint
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Float,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    String,
+    UniqueConstraint,
+    func,
+    select,
+)
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from coterie.store.base import Base
 
@@ -71,6 +82,11 @@ class MessageRow(Base):
     data: Mapped[dict[str, Any]] = mapped_column(JSON)
     at: Mapped[float] = mapped_column(Float)
     client_key: Mapped[str | None] = mapped_column(String(80))
+
+
+def newest_entry(session: Session) -> int:
+    """The id of the newest entry of all conversations; 0 where there is none."""
+    return session.scalar(select(func.max(MessageRow.id))) or 0
 
 
 class RatingRow(Base):
