@@ -14,16 +14,22 @@ from typing import Any
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
+from sqlalchemy import select
 
+from coterie.config import Config
 from coterie.desk.confidence import Confidence
 from coterie.desk.desk import Desk
 from coterie.desk.flow import Parts
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.privacy.access import Limit
+from coterie.privacy.house import House, open_house
+from coterie.privacy.tables import ConsentRow
+from coterie.store.database import open_database, reading
 from coterie.web import widget
 from coterie.web.app import create_app
 from coterie.web.door import Agent, open_door
-from desk_support import Script, ScriptedAnswerer, open_desk, scripted
+from desk_support import Script, ScriptedAnswerer, ScriptedBusiness, open_desk, scripted
+from web_support import listening
 
 AXE = "4.14.1"
 CANNED = {"Greeting": "Hello, I am looking into it."}
@@ -478,3 +484,42 @@ def test_a_message_is_shown_once_even_before_the_server_has_said_that_it_has_it(
         route.fulfill(response=response)
     expect(site.locator(".entry.bot:not(.draft)")).to_have_count(1)
     expect(site.locator(".customer")).to_have_count(1)
+
+
+def test_a_visitor_ticks_what_they_agree_to_and_may_untick_it(browser: Browser, axe: str, tmp_path: Path) -> None:
+    asked = "Dürfen wir aus dem, was Sie schreiben, lernen?"
+    declared = {"privacy": {"consents": {"training": {"text": asked, "language": "de"}}}}
+    answerer: Any = ScriptedAnswerer(
+        ScriptedBusiness(tmp_path, Config.model_validate(declared)), lambda _: Script("Yes.")
+    )
+    house = open_house(tmp_path, open_database(f"sqlite:///{tmp_path}/desk.db"), {})
+    desk = Desk(answerer, house.database, None, house.seal, house.unseal)
+    desk.start()
+    with listening(create_app(answerer, desk, house)) as address, tab(browser) as page:
+        html = f"<!doctype html><html lang='en'><title>A shop</title><script src='{address}/widget.js'></script>"
+        page.route(f"{address}/shop", lambda route: route.fulfill(body=html, content_type="text/html; charset=utf-8"))
+        page.goto(f"{address}/shop")
+        page.get_by_role("button", name="Chat with us").click()
+        tick = page.get_by_role("checkbox", name=asked)
+        expect(tick).not_to_be_checked()
+        tick.check()
+        expect(page.get_by_role("status")).to_have_text("Noted: you agree.")
+        assert violations(page, axe) == []
+        customer = _only_customer(house)
+        assert house.consents.agreed(customer, "training")
+        page.reload()
+        expect(tick).to_be_checked()
+        tick.uncheck()
+        expect(page.get_by_role("status")).to_have_text("Noted: you do not agree.")
+        assert not house.consents.agreed(customer, "training")
+        page.route("**/widget/consents", lambda route: route.abort())
+        tick.click()
+        expect(page.get_by_text("Connecting again …").locator("visible=true")).to_be_visible()
+        expect(tick).not_to_be_checked()
+    desk.close()
+    house.close()
+
+
+def _only_customer(house: House) -> str:
+    with reading(house.database) as session:
+        return session.scalars(select(ConsentRow.customer).distinct()).one()

@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_reported_by_name_and_the_rest_is_found(source: S
     done = source.learn()
     assert {path for path, _ in done.errors} == set(UNREADABLE)
     for path, why in done.errors:
-        assert path in why
+        assert why.startswith(path), "no folder of the machine"
         assert re.search(UNREADABLE[path][1], why), why
     assert source.ask("delivery")[0].startswith("rules.md")
     seen = overview("source", source.spec, source.folder, ANYONE)
@@ -129,7 +129,7 @@ def test_a_file_that_takes_too_long_is_given_up_and_the_rest_is_found(
     with monkeypatch.context() as hurried:
         hurried.setattr(parse_worker, "LIMIT_S", 0.001)
         done = source.learn()
-    assert done.errors == (("a.pdf", f"{slow}: not read within 0.001 s; it is left until it changes (touch it)"),)
+    assert done.errors == (("a.pdf", "a.pdf: not read within 0.001 s; it is left until it changes (touch it)"),)
     assert source.ask("delivery")[0].startswith("rules.md")
     os.utime(slow)
     assert source.learn().errors == (), "and it is tried again"

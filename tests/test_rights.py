@@ -242,7 +242,7 @@ def test_of_whom_nothing_is_kept_any_more_no_pseudonyms_and_keys_stay(house: Hou
 
 
 @pytest.mark.parametrize(("days", "message"), [({"cellar": 3}, "keeps nothing"), ({"conversations": 0}, "more than 0"),
-                                               ({"consents": 3}, "keeps nothing that expires")])  # fmt: skip
+                                               ({"files": 3}, "keeps nothing that expires")])  # fmt: skip
 def test_a_rule_that_fits_nothing_deletes_nothing(house: House, days: dict[str, float], message: str) -> None:
     with pytest.raises(CoterieError, match=message):
         keep_only(rooms_of(house, shop(house)), {"conversations": 1, **days}, house.audit)
@@ -256,6 +256,25 @@ def test_consent_is_what_was_said_last_and_silence_is_no(house: House) -> None:
         assert consents.agreed("ada", "training") == agreed
     assert not consents.agreed("ada", "marketing")
     assert not consents.agreed("ben", "training")
+
+
+def test_the_record_of_consents_goes_whole_once_its_last_entry_is_old(house: House) -> None:
+    now, rooms = [1e9], rooms_of(house, shop(house))
+    object.__setattr__(house.consents, "clock", lambda: now[0])
+    for customer in ("silent", "ada", *(f"c-{n}" for n in range(300))):
+        house.consents.record(customer, "ai", "told", "notice-1")
+    house.consents.record("ada", "training", "agreed", "May we?")
+    now[0] += 20 * 86400
+    house.consents.record("ben", "training", "agreed", "May we?")
+    house.consents.tell("ada", "ai", "notice-1")
+    now[0] += 15 * 86400
+    assert keep_only(rooms, {"consents": 30}, house.audit, now[0]) == {"consents": 301}
+    assert house.consents.of("silent") == []
+    assert [c["what"] for c in house.consents.of("ada")] == ["told", "agreed", "told"]
+    assert house.consents.agreed("ada", "training"), "whoever was here lately keeps what they said"
+    assert keep_only(rooms, {"consents": 10}, house.audit, now[0]) == {"consents": 2}
+    assert not house.consents.agreed("ben", "training"), "is asked anew"
+    assert [line.detail["deleted"] for line in house.audit.lines(actor="retention")] == [2, 101, 200]
 
 
 def test_no_plain_text_is_on_the_disk_after_many_conversations(house: House, tmp_path: Path) -> None:

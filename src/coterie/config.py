@@ -279,7 +279,12 @@ class DeskSpec(Strict):
     webhooks: list[WebhookSpec] = Field([], description="other systems that are told what happens")
     email: EmailSpec | None = Field(None, description="e-mail as a second channel")
     idle_hours: float = Field(24.0, gt=0, description="a conversation that the bot has answered is resolved after this")
-    workers: int = Field(16, ge=1, le=256, description="answers worked on at once")
+    workers: int = Field(
+        32,
+        ge=1,
+        le=256,
+        description="answers worked on at once; more than the engine has `slots`, so that none stays empty",
+    )
 
 
 SourceSpec = Annotated[DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec, Field(discriminator="kind")]
@@ -335,7 +340,9 @@ class RetentionSpec(Strict):
     """[retention]: how long customers' data is kept; `coterie serve` deletes what is older, by itself."""
 
     days: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="days for each room: `conversations` count from their last change once they are resolved"
+        {},
+        description="days for each room: `conversations` count from their last change once they are resolved, "
+        "`consents` of a customer from the last entry",
     )
     every_hours: float = Field(24.0, gt=0, description="how often it is looked for; what was missed is caught up with")
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
-from sqlalchemy import Engine, exists, select
+from sqlalchemy import Engine, Table, bindparam, exists, insert, select
 from sqlalchemy.orm import Session
 
 from coterie.desk.message import (
@@ -57,6 +57,11 @@ NEXT: dict[tuple[State, Action], State] = {
 }  # fmt: skip
 LEASE_S = 15.0  # a worker says this often, or more so, that it is still at an answer
 _APPROVING = exists().where(RunRow.conversation_id == ConversationRow.id, RunRow.status == "approving")
+_SENT = select(MessageRow).where(
+    MessageRow.conversation_id == bindparam("id"), MessageRow.author == bindparam("author"),
+    MessageRow.client_key == bindparam("key"),
+)  # fmt: skip
+_APPEND = insert(cast(Table, MessageRow.__table__))
 Outcome = Literal["sent", "suggested", "discarded"]
 
 
@@ -136,10 +141,9 @@ class Conversations(Record):
             if same := self._sent_before(session, row, "customer", key):
                 return same
             self._move(session, row, "say", by="customer")
-            said = self._append(session, row, "customer", "message", text, key, data)
             if row.state == "bot":
                 _owe(row)
-            return said
+            return self._append(session, row, "customer", "message", text, key, data)
 
     def ask_for_person(self, id: str, queue: str = "general") -> Conversation:
         """The customer wants a person. Does nothing where one is coming, or there, already."""
@@ -220,9 +224,9 @@ class Conversations(Record):
             if row.state == "bot" and row.answering == turn.number:
                 if keep:
                     keep(session)
+                row.answering = row.lease_until = None
                 if text:
                     self._append(session, row, "bot", "message", text, f"turn:{turn.number}", data)
-                row.answering = row.lease_until = None
                 if handoff:
                     row.reason, row.queue = handoff.reason[:200], handoff.queue
                     self._move(session, row, "hand_over", by="bot")
@@ -395,14 +399,12 @@ class Conversations(Record):
         row.last_seq += 1
         row.changed_at = self.clock()
         message = Message(row.last_seq, author, kind, text, row.changed_at, data or {})
-        session.add(
-            MessageRow(
-                conversation_id=row.id, seq=message.seq, author=author, kind=kind, at=message.at,
-                data=self._data_kept(row.customer, kind, message.data),
-                body=self.seal(row.customer, text), client_key=key,
-            )
-        )  # fmt: skip
-        session.flush()
+        entry = {
+            "conversation_id": row.id, "seq": message.seq, "author": author, "kind": kind, "at": message.at,
+            "data": self._data_kept(row.customer, kind, message.data),
+            "body": self.seal(row.customer, text), "client_key": key,
+        }  # fmt: skip
+        session.connection().execute(_APPEND, entry)
         by = str(message.data.get("by", "")) if kind == "event" else author
         if by.startswith("agent:"):
             deed = message.data["action"] if kind == "event" else {"message": "reply"}.get(kind, kind)
@@ -413,8 +415,7 @@ class Conversations(Record):
     def _sent_before(self, session: Session, row: ConversationRow, author: str, key: str | None) -> Message | None:
         if not check_key(key):
             return None
-        same = select(MessageRow).filter_by(conversation_id=row.id, author=author, client_key=key)
-        found = session.scalars(same).first()
+        found = session.scalars(_SENT, {"id": row.id, "author": author, "key": key}).first()
         return self.opened(row, found) if found else None
 
     def _data_kept(self, customer: str, kind: Kind, data: dict[str, Any]) -> dict[str, Any]:

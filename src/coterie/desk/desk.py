@@ -90,6 +90,7 @@ class Desk:
         self._pool = ThreadPoolExecutor(self.spec.workers, thread_name_prefix="desk")
         self._lock = threading.Lock()
         self._at_work: dict[str, _Work] = {}
+        self._awake = set[str]()  # conversations that a thread will look at: queued once, however often they are woken
         self._closing = threading.Event()
         self.cases: Cases | None = None  # set before `start`, where the CRM is written to
         self._tellers: dict[str, threading.Thread] = {}
@@ -121,8 +122,13 @@ class Desk:
 
     def wake(self, id: str) -> None:
         """There may be an answer to write."""
-        if not self._closing.is_set():
-            self._pool.submit(self._work, id)
+        if self._closing.is_set():
+            return
+        with self._lock:
+            if id in self._awake:
+                return
+            self._awake.add(id)
+        self._pool.submit(self._work, id)
 
     def stop(self, id: str) -> None:
         """The customer has read enough: what was shown so far is the answer."""
@@ -177,6 +183,8 @@ class Desk:
 
     def _work(self, id: str) -> None:
         """Answer what is owed in one conversation, until nothing is."""
+        with self._lock:
+            self._awake.discard(id)  # before it is looked at: what is said from now on wakes it again
         try:
             while not self._closing.is_set() and (turn := self.conversations.claim(id)):
                 self._answer(_Work(turn))

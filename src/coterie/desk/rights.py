@@ -116,7 +116,7 @@ def rooms_of(house: House, business: Business) -> list[Room]:
             lambda before, noted: _expire(house, before, noted),
         ),
         Room("pseudonyms", lambda c: _pseudonyms(house, c), lambda c: _forget(house, c)),
-        Room("consents", house.consents.of, house.consents.erase),
+        Room("consents", house.consents.of, house.consents.erase, house.consents.expire),
         trained.room_of(business, house),
     ]  # fmt: skip
 

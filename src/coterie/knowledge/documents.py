@@ -158,6 +158,7 @@ def _read(
         error = str(wrong)
     except OSError as wrong:
         error = f"{place}: cannot be read ({wrong.strerror})"
+    error = error.replace(str(place), path)  # readers of the page see no folder of the machine
     return File(path, sha256 or "unread", size, changed, title, readers(spec, path), error), passages
 
 

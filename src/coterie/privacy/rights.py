@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from sqlalchemy import Engine, delete, select
+from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -24,7 +24,7 @@ from coterie.privacy.tables import ConsentRow, WordingRow
 from coterie.store.database import reading, writing
 
 DAY_S = 86400.0
-
+EXPIRED_AT_ONCE = 200  # customers' records of consent, in one transaction
 
 Noted = Callable[[Session, int], None]
 
@@ -189,6 +189,20 @@ class Consents:
                  "text": w.text if w else r.wording, "language": w.language if w else ""}
                 for r, w in session.execute(query)
             ]  # fmt: skip
+
+    def expire(self, before: float, noted: Noted) -> int:
+        """Delete EXPIRED_AT_ONCE whole records whose last entry is older: who agreed there does no longer."""
+        old = (
+            select(ConsentRow.customer).group_by(ConsentRow.customer).having(func.max(ConsentRow.at) < before)
+            .limit(EXPIRED_AT_ONCE)
+        )  # fmt: skip
+        with writing(self.database) as session:
+            customers = session.scalars(old).all()
+            if customers:
+                of = ConsentRow.customer.in_(customers) & (ConsentRow.at < before)  # not what they say just now
+                session.execute(delete(ConsentRow).where(of))
+                noted(session, len(customers))
+        return len(customers)
 
     def erase(self, customer: str) -> int:
         """Delete the record of a customer."""

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Dialect, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
@@ -52,7 +52,7 @@ def open_database(url: str) -> Engine:
     elif parsed.database and parsed.database != ":memory:":
         _make_folder(Path(parsed.database).parent)
     try:
-        engine = create_engine(parsed, **_options(family))
+        engine = create_engine(parsed, **_options(parsed))
         if family == "sqlite":
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
@@ -71,10 +71,14 @@ def _make_folder(folder: Path) -> None:
         raise StorageError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
-def _options(family: str) -> dict[str, Any]:
-    if family == "sqlite":
-        return {"connect_args": {"timeout": BUSY_TIMEOUT_S, "isolation_level": None, "check_same_thread": False}}
-    return {"pool_size": 16, "max_overflow": 16, "pool_pre_ping": True}
+def _options(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() != "sqlite":
+        return {"pool_size": 16, "max_overflow": 16, "pool_pre_ping": True}
+    connect = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None, "check_same_thread": False}
+    if url.database in (None, "", ":memory:"):
+        return {"connect_args": connect}
+    # A connection for each thread that may want one: opening one takes as long as a transaction.
+    return {"connect_args": connect, "pool_size": 64, "max_overflow": 64}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -95,7 +99,7 @@ def writing(engine: Engine) -> Iterator[Session]:
     """A session in one transaction that writes: all of it, or nothing where the block raises."""
     with (
         _turn(engine),
-        engine.execution_options(**{_WRITES: True}).connect() as connection,
+        engine.connect().execution_options(**{_WRITES: True}) as connection,
         connection.begin(),
         Session(connection, expire_on_commit=False) as session,
     ):
@@ -122,7 +126,7 @@ def migrate(engine: Engine) -> None:
     """Bring the tables to the newest version, in one transaction. Raises StorageError for those of a newer coterie."""
     config = Config()
     config.set_main_option("script_location", "coterie.store:migrations")
-    with engine.execution_options(**{_WRITES: True}).connect() as connection, connection.begin():
+    with engine.connect().execution_options(**{_WRITES: True}) as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATING})
         config.attributes["connection"] = connection

@@ -23,7 +23,8 @@ def event(kind: str, data: Any) -> str:
 async def next_news(news: asyncio.Queue[dict[str, Any]]) -> list[dict[str, Any]]:
     """All that has come, at least one piece of it; nothing after a silence."""
     try:
-        came = [await asyncio.wait_for(news.get(), SILENCE_S)]
+        async with asyncio.timeout(SILENCE_S):
+            came = [await news.get()]
     except TimeoutError:
         return []
     while not news.empty():

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ FILES = ("widget.js", "visit.js", "strings.js", "widget.css", "tokens.css", "ren
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]  # of an entry, as a database can hold it
 SAYS, VISITS = Limit(30, 60), Limit(120, 60)  # messages of a visitor, new visits from one address
 PAGES = 10  # that one visitor may have open
+PIECE_S = 0.05  # from one piece of an answer to the next, which has all that was written meanwhile
 ACTS = Limit(60, 60)  # what else a visitor does: buttons, thumbs, consents, streams that are opened
 
 
@@ -174,18 +176,20 @@ async def _events(desk: Desk, id: str, after: int) -> AsyncIterator[str]:
     with desk.live.subscribed(id) as news:
         came: list[dict[str, Any]] = [{"event": "changed"}]
         while True:
-            for n in came:
-                if n["event"] in ("piece", "writing"):
+            for written, some in groupby(came, lambda n: n["event"] in ("piece", "writing")):
+                if written:
                     draft = True
-                    yield event("piece", {"text": n["text"]})
-                elif n["event"] == "ended" and draft:
+                    yield event("piece", {"text": "".join(n["text"] for n in some)})
+                    await asyncio.sleep(PIECE_S)
+                elif draft and any(n["event"] == "ended" for n in some):
                     draft = False
                     yield event("ended", {})
-            if not came or any(n["event"] != "piece" for n in came):
-                for message in await asyncio.to_thread(talks.messages, id, after):
+            if not came or any(n["event"] == "changed" for n in came):
+                stands, messages = await asyncio.to_thread(talks.since, id, after)
+                for message in messages:
                     after = message.seq
                     yield event("entry", public(message))
-                now = state_of(await asyncio.to_thread(talks.get, id))
+                now = state_of(stands)
                 yield event("state", now) if now != before else ": the line is open\n\n"
                 before = now
             came = await next_news(news)

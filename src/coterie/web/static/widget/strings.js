@@ -10,6 +10,7 @@ const STRINGS = {
     why: "What was wrong?", sendReason: "Send", thanks: "Thank you.", sources: "Sources", stopped: "Stopped",
     sending: "Sending …", failed: "This could not be done: {name}", log: "Conversation", skip: "No reason",
     step: "Step {name}", choices: "Answers to choose from",
+    consents: "What we ask you", agreed: "Noted: you agree.", withdrawn: "Noted: you do not agree.",
   },
   de: {
     open: "Chat öffnen", close: "Chat schließen", message: "Ihre Nachricht", write: "Nachricht schreiben",
@@ -22,6 +23,7 @@ const STRINGS = {
     stopped: "Angehalten", sending: "Wird gesendet …", failed: "Das ging nicht: {name}", log: "Gespräch",
     skip: "Ohne Grund",
     step: "Schritt {name}", choices: "Antworten zur Auswahl",
+    consents: "Worum wir Sie bitten", agreed: "Notiert: Sie stimmen zu.", withdrawn: "Notiert: Sie stimmen nicht zu.",
   },
   fr: {
     open: "Discuter avec nous", close: "Fermer la discussion", message: "Votre message", write: "Écrire un message",
@@ -34,6 +36,7 @@ const STRINGS = {
     stopped: "Arrêté", sending: "Envoi …", failed: "Cela n’a pas marché : {name}", log: "Conversation",
     skip: "Sans raison",
     step: "Étape {name}", choices: "Réponses au choix",
+    consents: "Ce que nous vous demandons", agreed: "C’est noté : vous acceptez.", withdrawn: "C’est noté : vous n’acceptez pas.",
   },
   es: {
     open: "Hable con nosotros", close: "Cerrar el chat", message: "Su mensaje", write: "Escriba un mensaje",
@@ -45,6 +48,7 @@ const STRINGS = {
     sendReason: "Enviar", thanks: "Gracias.", sources: "Fuentes", stopped: "Detenido", sending: "Enviando …",
     failed: "No se pudo hacer: {name}", log: "Conversación", skip: "Sin motivo",
     step: "Paso {name}", choices: "Respuestas para elegir",
+    consents: "Lo que le pedimos", agreed: "Anotado: usted acepta.", withdrawn: "Anotado: usted no acepta.",
   },
   ar: {
     open: "تحدث معنا", close: "إغلاق المحادثة", message: "رسالتك", write: "اكتب رسالة", send: "إرسال", stop: "إيقاف",
@@ -55,6 +59,7 @@ const STRINGS = {
     thanks: "شكرًا.", sources: "المصادر", stopped: "توقف", sending: "جارٍ الإرسال …", failed: "تعذر ذلك: {name}",
     log: "المحادثة", skip: "بدون سبب",
     step: "الخطوة {name}", choices: "إجابات للاختيار",
+    consents: "ما نطلبه منك", agreed: "تم التسجيل: أنت موافق.", withdrawn: "تم التسجيل: أنت غير موافق.",
   },
 };
 const RIGHT_TO_LEFT = ["ar", "he", "fa", "ur"];

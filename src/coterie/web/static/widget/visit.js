@@ -114,6 +114,11 @@ export class Visit {
     return this.ask(`conversations/${this.id}/ratings`, { seq, good, reason });
   }
 
+  /** To what they agree, or no longer; `version`: of the text that they saw. */
+  agree(purpose, version, agreed) {
+    return this.ask("consents", { purpose, version, agreed });
+  }
+
   /** Follow the conversation until `leave`, whatever the line does. */
   async listen() {
     if (this.stopper) return;

@@ -70,6 +70,7 @@ class Panel {
         element("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": say("log") },
           element("p", { class: "disclosure", dir: "auto" }),
           element("p", { class: "greeting", dir: "auto" }),
+          element("div", { class: "consents", role: "group", "aria-label": say("consents"), hidden: "" }),
           element("ol", { class: "entries" }),
           element("ol", { class: "outbox" }),
           element("div", { class: "choices", role: "group", "aria-label": say("choices"), hidden: "" }),
@@ -122,6 +123,7 @@ class Panel {
       this.find(".panel").ariaLabel = facts.business;
       this.find(".disclosure").textContent = facts.disclosure;
       this.find(".greeting").textContent = facts.greeting;
+      this.consents(facts.consents);
       this.pending(this.visit.outbox);
       if (!this.visit.id) this.choices(facts.offers.map(({ name, title }) => [title, { start: name }]));
     } catch (error) {
@@ -223,6 +225,33 @@ class Panel {
     }));
     this.follow(() => (box.hidden = !wanted.length));
     if (focused) (box.firstChild ?? this.find("textarea")).focus();
+  }
+
+  /** A box to tick for each thing that the visitor is asked to agree to; it shows what is on record. */
+  consents(asked) {
+    const box = this.find(".consents");
+    box.replaceChildren(...asked.map(({ purpose, version, text, language, agreed }) => {
+      const tick = element("input", { type: "checkbox" });
+      tick.checked = agreed;
+      tick.addEventListener("change", () => this.tried(this.agree(tick, purpose, version)));
+      return element("label", { dir: "auto", ...(language && { lang: language }) }, tick, element("span", {}, text));
+    }));
+    box.hidden = !asked.length;
+  }
+
+  async agree(tick, purpose, version) {
+    const wanted = tick.checked;
+    tick.disabled = true;
+    try {
+      await this.visit.agree(purpose, version, wanted);
+      this.find(".status").textContent = this.say(wanted ? "agreed" : "withdrawn");
+    } catch (error) {
+      tick.checked = !wanted; // not on record
+      throw error;
+    } finally {
+      tick.disabled = false;
+      tick.focus();
+    }
   }
 
   thumbs(seq) {
