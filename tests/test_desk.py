@@ -433,6 +433,25 @@ def test_an_answer_under_way_at_the_end_is_given_after_the_restart(opened: Open)
     assert kept(desk, c.id) == ["Hi", "Here again."]
 
 
+def test_a_conversation_that_waits_for_a_worker_is_queued_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under load each look finds again what still waits; queued each time, it would keep the workers from answering."""
+    gate = threading.Event()
+    desk = opened(lambda t: Script("Yes.", gate=gate, pause=0) if "first" in t else Script("No."), workers=1)
+    looked, claim = list[str](), desk.conversations.claim
+    monkeypatch.setattr(desk.conversations, "claim", lambda id: looked.append(id) or claim(id))
+    first, second = (desk.conversations.open(name) for name in ("ada", "ben"))
+    desk.conversations.say(first.id, "I am first")
+    desk.wake(first.id)
+    begun(desk, first.id)
+    desk.conversations.say(second.id, "I am second")
+    for _ in range(50):
+        desk.wake(second.id)
+    gate.set()
+    settled(desk, second.id)
+    assert kept(desk, second.id) == ["I am second", "No."]
+    assert 1 <= looked.count(second.id) <= 4, "once with an answer to give, once without, and by a look meanwhile"
+
+
 def test_two_hundred_conversations_at_once_are_all_answered(opened: Open) -> None:
     desk = opened(lambda t: Script(f"You said {t}"), workers=32)
     ids = {}

@@ -1,5 +1,6 @@
 """The doors of the desk: what a visitor's page and an agent's page may do, and what nobody may."""
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -521,3 +522,22 @@ def test_a_server_killed_under_load_loses_no_accepted_message(tmp_path: Path) ->
         entries = talks.messages(ids[n], kinds=ALL_KINDS)
         assert [m.text for m in entries if m.author == "customer"] == texts
         assert [m.seq for m in entries] == list(range(1, len(entries) + 1))
+
+
+def test_what_is_written_while_a_page_is_slow_comes_in_one_piece(desk: Desk) -> None:
+    id = desk.conversations.open("ada").id
+
+    async def read() -> list[str]:
+        events, came = widget._events(desk, id, 0), list[str]()
+        while not came or not came[-1].startswith("event: state"):
+            came.append(await anext(events))
+        for word in ("Yes", ", we", " are open."):
+            desk.live.write(id, word)
+        came = [await anext(events)]
+        desk.live.write(id, " Until")
+        desk.live.write(id, " six.")
+        desk.live.written(id)
+        return [*came, await anext(events), await anext(events)]
+
+    texts = [json.loads(e.partition("data: ")[2]).get("text") for e in asyncio.run(read())]
+    assert texts == ["Yes, we are open.", " Until six.", None]

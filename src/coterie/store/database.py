@@ -77,8 +77,9 @@ def _options(url: URL) -> dict[str, Any]:
     connect = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None, "check_same_thread": False}
     if url.database in (None, "", ":memory:"):
         return {"connect_args": connect}
-    # A connection for each thread that may want one: opening one takes as long as a transaction.
-    return {"connect_args": connect, "pool_size": 64, "max_overflow": 64}
+    # Opening one takes as long as a transaction, so those of a busy desk stay open; the latest used is taken first, as
+    # each that is used holds up to 2 MiB of the database.
+    return {"connect_args": connect, "pool_size": 32, "max_overflow": 96, "pool_use_lifo": True}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
