@@ -1,5 +1,6 @@
 """Nothing private goes to a model: requests of the API, texts to a remote model, customers' rows in training."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from coterie import sources
+from coterie.answer import Answerer
 from coterie.business import Business, fingerprint
 from coterie.cli.main import main
 from coterie.config import Config
@@ -270,3 +272,28 @@ def test_a_grounded_answer_is_looked_for_in_plain_words_and_written_from_masked_
     assert reply["choices"][0]["message"]["content"] == said
     assert reply["coterie"]["sentences"][0]["text"] == said
     assert reply["coterie"]["sources"][0]["text"] == evidence.text
+
+
+def test_the_command_line_masks_where_always_is_declared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "coterie.toml").write_text('[privacy]\nmask = "always"\n')
+    business = ScriptedBusiness(tmp_path, Config())
+    answerer: Any = ScriptedAnswerer(business, lambda text: Script("Sent to [EMAIL_1], [CARD_1]."))
+    answerer.close = lambda: None
+    monkeypatch.setattr(Answerer, "open", lambda _business, _tell: answerer)
+    monkeypatch.setattr(Business, "detector", lambda _self, _tell: Detector())
+    with pytest.raises(SystemExit, match="0"):
+        main(["generate", f"Card {CARD}, mail {EMAIL}", "--folder", str(tmp_path)])
+    typed = io.BytesIO(f"Card {CARD}\nand mail {EMAIL}\n".encode())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=typed, isatty=lambda: False))
+    with pytest.raises(SystemExit, match="0"):
+        main(["chat", str(tmp_path)])
+    sent = f"Sent to {EMAIL}, {CARD}."
+    assert [line.rpartition("> ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        sent, f"Sent to [EMAIL_1], {CARD}.", sent,
+    ]  # fmt: skip
+    said = json.dumps(answerer.asked)
+    assert "4111" not in said
+    assert EMAIL not in said
+    assert len(answerer.asked[-1]) == 3, "the conversation, with what was answered"

@@ -30,6 +30,7 @@ from coterie.experts.card import in_words, percent
 if TYPE_CHECKING:  # what loads torch is imported when a command needs it
     from coterie.business import Business
     from coterie.model.constrain import Constraint
+    from coterie.privacy.vault import Masked
 
 app = typer.Typer(
     help="Coterie makes one small open language model into a coterie of experts for your business.\n\n"
@@ -164,12 +165,14 @@ def generate(
     _check_who(business, expert)
     answerer = Answerer.open(business, tell)
     try:
-        answer = answerer.chat(expert, [{"role": "user", "content": text}], sampling, channel=channel)
-        said = ""
+        masked = _hidden(business, [text])
+        answer = answerer.chat(expert, [{"role": "user", "content": masked.texts[0]}], sampling, channel=channel)
+        said, restorer = "", masked.restoring()
         for piece in answer.generation:
-            said += piece.text
+            shown = restorer.feed(piece.text) + (restorer.close() if piece.finish else "")
+            said += shown
             if not as_json:
-                print(piece.text, end="", flush=True)
+                print(shown, end="", flush=True)
         if as_json:
             g = answer.generation
             result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
@@ -213,6 +216,15 @@ def _readable(raw: bytes) -> str:
     return text
 
 
+def _hidden(business: "Business", texts: list[str]) -> "Masked":
+    """Texts as a model may see them. Whoever sits here owns the folder, so that accounts change nothing."""
+    from coterie.privacy.once import mask_once
+    from coterie.privacy.vault import as_it_is
+
+    always = business.config.privacy.mask == "always"
+    return mask_once(business.detector(tell), texts) if always else as_it_is("", texts, {})
+
+
 def _check_who(business: "Business", who: str) -> None:
     """Raises UnknownExpert before a model is loaded in vain."""
     from coterie.experts.library import RESERVED
@@ -241,22 +253,25 @@ def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", a
             if not line.strip():
                 break
             messages.append({"role": "user", "content": _readable(line).strip()})
+            masked = _hidden(business, [m["content"] for m in messages])
+            asked = [{**m, "content": hidden} for m, hidden in zip(messages, masked.texts, strict=True)]
             try:
-                answer = answerer.chat(expert, messages, Sampling(max_tokens=300), channel=channel)
+                answer = answerer.chat(expert, asked, Sampling(max_tokens=300), channel=channel)
             except ContextTooLong as error:
                 if not person:
                     raise
                 tell(f"error: {error}; the conversation starts anew")
                 messages = []
                 continue
-            said = ""
+            said, restorer = "", masked.restoring()
             if not as_json:
                 print(f"{answer.expert or 'base'}> ", end="", flush=True)
             try:
                 for piece in answer.generation:
-                    said += piece.text
+                    shown = restorer.feed(piece.text) + (restorer.close() if piece.finish else "")
+                    said += shown
                     if not as_json:
-                        print(piece.text, end="", flush=True)
+                        print(shown, end="", flush=True)
             except KeyboardInterrupt:
                 answer.generation.cancel()
                 if not person:
