@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from coterie.data.private import Span
 from coterie.errors import CoterieError
 from coterie.model.load import BaseModel
+from coterie.privacy import deidentify
 from coterie.privacy.deidentify import IDENTIFYING, Detector, Mask, MaskingFailed
 from coterie.privacy.known import KnownValues
 from coterie.privacy.pseudonyms import FORM, Pseudonyms, Restorer
@@ -232,3 +233,32 @@ def test_names_are_masked_with_the_tagger_and_come_back_in_a_stream(tagger: Tagg
     assert "[EMAIL_1]" in masked
     restoring = one.restoring()
     assert "".join(map(restoring.feed, masked)) + restoring.close() == text
+
+
+def test_a_text_is_tagged_once_and_none_is_kept() -> None:
+    asked, clock = list[str](), [0.0]
+
+    class Counting:
+        def find(self, texts: list[str]) -> list[list[Span]]:
+            asked.extend(texts)
+            return [[Span(0, 3, "name")] if text.startswith("Ada") else [] for text in texts]
+
+    detector = Detector(Counting())
+    detector._tagged.clock = lambda: clock[0]
+    for _ in range(3):
+        assert detector("Ada is here") == [Span(0, 3, "name")]
+        assert detector("Nobody is here") == []
+    assert asked == ["Ada is here", "Nobody is here"], "also where nothing was found"
+    assert Mask(detector, Pseudonyms()).hide("Ada is here") == "[NAME_1] is here"
+    kept = [*detector._tagged._kept]
+    assert kept
+    assert not any(b"Ada" in key for key in kept)
+    assert set(kept).isdisjoint(_after(Detector(Counting()), "Ada is here")), "nor a digest that another could guess"
+    clock[0] += deidentify.KEPT_S
+    detector("Ada is here")
+    assert asked.count("Ada is here") == 3, "once more for the other detector, and once what was found is old"
+
+
+def _after(detector: Detector, text: str) -> list[bytes]:
+    detector(text)
+    return [*detector._tagged._kept]

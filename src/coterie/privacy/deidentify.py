@@ -9,7 +9,9 @@ masker fails, nothing goes out.
     mask.restore("Thank you, [NAME_1]!")                                     # "Thank you, Anna Müller!"
 """
 
+import hashlib
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Protocol
@@ -18,12 +20,14 @@ from coterie.data.private import IPV4, Span, finder
 from coterie.errors import CoterieError
 from coterie.privacy.known import KnownValues
 from coterie.privacy.pseudonyms import FORM, Pseudonyms, Restorer
+from coterie.recent import Recent
 
 # Kinds that say who somebody is, or reach them. The others that the tagger knows (place, organisation, date, title,
 # nationality, url) are left in, as an answer often turns on them; ask for them by name.
 IDENTIFYING = frozenset(
     {"name", "email", "phone", "card", "iban", "address", "zip", "order", "ssn", "licence", "ip", "age"}
 )
+KEPT, KEPT_S = 8192, 600.0  # texts whose tags are in memory, and for how long
 ROUNDS = 4  # masking brings numbers apart, and may so uncover another
 INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
@@ -58,11 +62,16 @@ class Finds(Protocol):
 
 
 class Detector:
-    """Finds private spans in any text: by rule and checksum first, then by the tagging expert, where there is one."""
+    """Finds private spans in any text: by rule and checksum first, then by the tagging expert, where there is one.
+
+    What the expert found is kept for a while, as each turn of a conversation is masked with all that was said before,
+    and passages are evidence again and again. The texts are not kept, only their digests under a key of this process.
+    """
 
     def __init__(self, tagger: Finds | None = None, region: str = "GB", kinds: Iterable[str] = IDENTIFYING) -> None:
         self.tagger, self.kinds = tagger, frozenset(kinds)
         self._rules = finder(region)
+        self._key, self._tagged = secrets.token_bytes(32), Recent[bytes, tuple[Span, ...]](KEPT, KEPT_S)
 
     def open(self) -> None:
         """Have the tagging expert ready, if there is one: it may have to be trained, or read, at the first text."""
@@ -71,8 +80,15 @@ class Detector:
 
     def __call__(self, text: str) -> list[Span]:
         """The spans of the wanted kinds, in order, none over another."""
-        tagged = self.tagger.find([text])[0] if self.tagger else []
-        return self.united(text, tagged)
+        return self.united(text, self._tags(self.tagger, text) if self.tagger else [])
+
+    def _tags(self, tagger: Finds, text: str) -> list[Span]:
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key, digest_size=16).digest()
+        found = self._tagged.get(digest)
+        if found is None:
+            found = tuple(tagger.find([text])[0])
+            self._tagged.put(digest, found)
+        return list(found)
 
     def united(self, text: str, tagged: list[Span]) -> list[Span]:
         """What the rules find, and what is left of the tagger's spans beside it."""
