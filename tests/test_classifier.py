@@ -22,6 +22,7 @@ from coterie.evaluation.metrics import macro_f1
 from coterie.evaluation.tasks import multidogo
 from coterie.experts import classifier
 from coterie.experts.kinds import labeller, read
+from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel
 from coterie.store.database import open_database
 from coterie.web.app import create_app
@@ -132,6 +133,27 @@ def test_what_is_saved_judges_as_what_was_learned(shop: Business, tiny_base: Bas
     for a, b in zip(found.judge(tiny_base, texts), one_by_one, strict=True):
         assert a.label == b.label
         assert a.confidence == pytest.approx(b.confidence, abs=1e-4)
+
+
+def test_what_all_texts_begin_with_is_computed_once_and_equal_texts_are_read_once(tiny_base: BaseModel) -> None:
+    """Against each text on its own, by the whole forward."""
+    texts, told = ["a lemon", "the deep sea and a lemon", "a lemon", "", "denim"] * 30, list[tuple[int, int]]()
+    words, question, last = classifier.hidden(
+        tiny_base, texts, "a shop", lambda done, total: told.append((done, total))
+    )
+    assert [v.shape for v in (words, question, last)] == [(150, 64)] * 3
+    assert torch.equal(question[0], question[2])
+    assert told == sorted(told)
+    assert told[-1] == (4, 4), "of different texts"
+    start = tiny_base.encode(tiny_base.bos_token or "")
+    before, after = start + tiny_base.encode(classifier.BEFORE.format("a shop")), tiny_base.encode(classifier.AFTER)
+    for n, text in enumerate(texts[:5]):
+        row = before + tiny_base.encode(text) + after
+        state, lengths = tiny_base.decoder.embed(torch.tensor(row)), [len(row)]
+        state = tiny_base.decoder.run(state, packed_positions(lengths), attend_packed(lengths))
+        unit = state / state.pow(2).mean(dim=-1, keepdim=True).sqrt()
+        torch.testing.assert_close(last[n], unit[-1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(question[n], unit[-len(after) :].mean(dim=0), atol=1e-5, rtol=1e-4)  # of 2 layers
 
 
 def test_left_out_scores_are_those_of_a_classifier_that_never_saw_the_row(tiny_base: BaseModel) -> None:

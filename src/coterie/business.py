@@ -176,7 +176,7 @@ def fit(
                 fitted = Fitted(facts, False, business.library.evaluation(name, facts.version))
             else:
                 fitted = (
-                    _fit_classifier(business, name, mark, tell) if business.spec(name).kind == classifier.KIND
+                    _fit_classifier(business, name, mark, tell, count) if business.spec(name).kind == classifier.KIND
                     else _fit_one(business, name, mark, runs / mark, tell, progress, count)
                 )  # fmt: skip
             shutil.rmtree(runs, ignore_errors=True)
@@ -279,7 +279,7 @@ def _fit_one(
     return Fitted(facts, True, evaluation)
 
 
-def _fit_classifier(business: Business, name: str, mark: str, tell: Tell) -> Fitted:
+def _fit_classifier(business: Business, name: str, mark: str, tell: Tell, count: Count) -> Fitted:
     """In closed form: there is nothing to go on with after a stop, and no row need be held out to measure on."""
     spec, base, began = business.spec(name), business.base(tell), time.monotonic()
     tests = [e.asked for e in business.examples(name, spec.test)]
@@ -293,7 +293,7 @@ def _fit_classifier(business: Business, name: str, mark: str, tell: Tell) -> Fit
         tell(f"{name}: {leaked} training rows repeat test rows and were left out")
     tell(f"{name}: {len(rows)} rows to learn from")
     try:
-        found, figures = classify(spec, base, business.config.business.name, rows)
+        found, figures = classify(spec, base, business.config.business.name, rows, partial(count, f"reading {name}"))
     except DataError as error:
         raise DataError(f"{files}: {error}") from error
     if not figures["handled"]:

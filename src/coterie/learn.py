@@ -105,13 +105,14 @@ def prefer(
 
 
 def classify(
-    spec: ExpertSpec, base: BaseModel, business: str, examples: list[Example]
-) -> tuple[classifier.Classifier, dict[str, Any]]:
+    spec: ExpertSpec, base: BaseModel, business: str, examples: list[Example],
+    read: classifier.Read = lambda _d, _t: None,
+) -> tuple[classifier.Classifier, dict[str, Any]]:  # fmt: skip
     """A classifier of the examples, with its confidence and its threshold; and how it did on these rows, each left out
     in turn, which is also what both were set on. Raises DataError for fewer than two labels."""
     texts, labels = [e.question for e in examples], [e.completion for e in examples]
     found, left_out, chosen = classifier.learn(
-        base, business, texts, labels, [e.where for e in examples], spec.training.seed
+        base, business, texts, labels, [e.where for e in examples], spec.training.seed, read
     )
     lead, said = classifier.lead(left_out), [found.names[i] for i in left_out.argmax(axis=1)]
     wanted = [labels[i] for i in chosen]

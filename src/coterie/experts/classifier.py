@@ -35,6 +35,7 @@ GAMMA, RIDGE, HASHED = 1.0, 0.03, 4096  # chosen, with the views, on held-out ro
 MOST = 10_000  # rows learned from: their kernel is a dense matrix of 400 MB
 LONGEST, TOGETHER, NEAREST = 128, 64, 3  # tokens of a message that count; messages read at once; rows shown
 Floats = NDArray[np.float32]
+Read = Callable[[int, int], None]  # how many texts of how many have been read
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,9 @@ def load(folder: Path, width: int) -> Classifier:
 
 
 def learn(
-    base: BaseModel, business: str, texts: Sequence[str], labels: Sequence[str], where: Sequence[str], seed: int = 0
-) -> tuple[Classifier, Floats, list[int]]:
+    base: BaseModel, business: str, texts: Sequence[str], labels: Sequence[str], where: Sequence[str], seed: int = 0,
+    read: Read = lambda _d, _t: None,
+) -> tuple[Classifier, Floats, list[int]]:  # fmt: skip
     """Learn in closed form; of more than MOST rows, from a sample. The classifier, not yet calibrated; the scores
     (rows, labels) of each row it learned from, had that row been left out; and the numbers of these rows.
 
@@ -169,7 +171,7 @@ def learn(
     names = tuple(sorted(set(kept)))
     if len(names) < 2:
         raise DataError(f"a classifier needs rows of at least 2 labels, and there are {len(names)}")
-    states = hidden(base, texts, business)
+    states = hidden(base, texts, business, read)
     centres = torch.stack([torch.stack([h.mean(dim=0), h.std(dim=0, correction=0) + 1e-6]) for h in states])
     views = torch.stack([_unit((h - mean) / spread) for h, (mean, spread) in zip(states, centres, strict=True)])
     counts = grams(texts)
@@ -200,39 +202,51 @@ def lead(scores: Floats) -> Floats:
 
 
 @torch.no_grad()
-def hidden(base: BaseModel, texts: list[str], business: str) -> list[Tensor]:
-    """The three views of hidden states, (texts, width) each."""
+def hidden(base: BaseModel, texts: Sequence[str], business: str, read: Read = lambda _d, _t: None) -> list[Tensor]:
+    """The three views of hidden states, (texts, width) each. Equal texts are read once; `read` hears how far it is."""
+    number = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     decoder, start = base.decoder, base.encode(base.bos_token or base.eos_token)
     before, after = start + base.encode(BEFORE.format(business)), base.encode(AFTER)
     room = min(LONGEST, decoder.config.context - len(before) - len(after))
-    plain = [start + base.encode(base.unmarked(text))[:room] for text in texts]
+    plain = [start + base.encode(base.unmarked(text))[:room] for text in number]
     questions = [before + row[len(start) :] + after for row in plain]
     layers = decoder.config.layers
     quarter, high = max(1, round(layers * 0.26)), max(1, round(layers * 0.87))
     skip, end = len(start), len(after)
-    (words,) = _states(base, plain, [(0, quarter)], lambda x: (x[skip:] if len(x) > skip else x).mean(dim=0))
+    total = len(plain) * (quarter + layers)  # in layers of texts
+    pools = [lambda x: x[-end:].mean(dim=0), lambda x: x[-1]]
+    (words,) = _states(
+        base, plain, 0, [(0, quarter)], [lambda x: (x[skip:] if len(x) > skip else x).mean(dim=0)],
+        lambda done: read(done * quarter // (quarter + layers), len(plain)),
+    )  # fmt: skip
     question, last = _states(
-        base, questions, [(0, high), (high, layers)], lambda x: x[-end:].mean(dim=0), lambda x: x[-1]
-    )
-    return [words, question, last]
+        base, questions, len(before), [(0, high), (high, layers)], pools,
+        lambda done: read((len(plain) * quarter + done * layers) * len(plain) // total, len(plain)),
+    )  # fmt: skip
+    back = torch.tensor([number[text] for text in texts], dtype=torch.long)
+    return [view[back] for view in (words, question, last)]
 
 
 def _states(
-    base: BaseModel, rows: list[list[int]], spans: list[tuple[int, int]], *pools: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Each token scaled to unit root mean square, pooled after each span of layers by the pool of its place."""
+    base: BaseModel, rows: list[list[int]], shared: int, spans: list[tuple[int, int]],
+    pools: list[Callable[[Tensor], Tensor]], read: Callable[[int], None],
+) -> list[Tensor]:  # fmt: skip
+    """Each token scaled to unit root mean square, pooled after each span of layers by the pool of its place. All rows
+    begin with the same `shared` tokens, which are computed once for TOGETHER rows, and not pooled."""
     decoder, out = base.decoder, [torch.zeros(len(rows), base.decoder.config.width) for _ in spans]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # alike in length, as attention pads
     for place in range(0, len(order), TOGETHER):
         chosen = order[place : place + TOGETHER]
-        lengths = [len(rows[i]) for i in chosen]
-        state = decoder.embed(torch.tensor([t for i in chosen for t in rows[i]], device=decoder.device))
-        positions, attend = packed_positions(lengths, decoder.device), attend_packed(lengths)
+        lengths = [len(rows[i]) - shared for i in chosen]
+        tokens = rows[chosen[0]][:shared] + [t for i in chosen for t in rows[i][shared:]]
+        state = decoder.embed(torch.tensor(tokens, device=decoder.device))
+        positions, attend = packed_positions(lengths, decoder.device, shared), attend_packed(lengths, shared)
         for view, (first, end) in enumerate(spans):
             state = decoder.run(state, positions, attend, layers=range(first, end))
             unit = state.float() / state.float().pow(2).mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
-            for i, tokens in zip(chosen, unit.split(lengths), strict=True):
-                out[view][i] = pools[view](tokens).cpu()
+            for i, own in zip(chosen, unit[shared:].split(lengths), strict=True):
+                out[view][i] = pools[view](own).cpu()
+        read(place + len(chosen))
     return out
 
 
