@@ -169,7 +169,7 @@ def generate(
         answer = answerer.chat(expert, [{"role": "user", "content": masked.texts[0]}], sampling, channel=channel)
         said, restorer = "", masked.restoring()
         for piece in answer.generation:
-            shown = restorer.feed(piece.text) + (restorer.close() if piece.finish else "")
+            shown = restorer.take(piece.text, bool(piece.finish))
             said += shown
             if not as_json:
                 print(shown, end="", flush=True)
@@ -268,7 +268,7 @@ def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", a
                 print(f"{answer.expert or 'base'}> ", end="", flush=True)
             try:
                 for piece in answer.generation:
-                    shown = restorer.feed(piece.text) + (restorer.close() if piece.finish else "")
+                    shown = restorer.take(piece.text, bool(piece.finish))
                     said += shown
                     if not as_json:
                         print(shown, end="", flush=True)

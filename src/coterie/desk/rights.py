@@ -28,7 +28,7 @@ from coterie.desk.procedures.runs import Runs
 from coterie.desk.procedures.spec import Procedure, read_procedures
 from coterie.grounding import Grounding
 from coterie.privacy.house import House, open_house
-from coterie.privacy.rights import Noted, Room
+from coterie.privacy.rights import EXPIRED_AT_ONCE, Noted, Room
 from coterie.privacy.tables import PseudonymRow
 from coterie.privacy.vault import PURPOSE, Vault
 from coterie.store.conversation import ConversationRow, MessageRow, RatingRow, newest_entry
@@ -37,8 +37,6 @@ from coterie.store.database import reading, writing
 from coterie.store.mail import OUTWARD, AttachmentRow, MailboxRow, MailRow, OutboxRow
 from coterie.store.procedure import ActionRow, RunRow
 from coterie.store.webhook import HappeningRow, WebhookRow
-
-EXPIRED_AT_ONCE = 200  # conversations deleted in one transaction, which holds up who writes
 
 
 def house_of(business: Business) -> House:

@@ -213,15 +213,15 @@ def hidden(base: BaseModel, texts: Sequence[str], business: str, read: Read = la
     layers = decoder.config.layers
     quarter, high = max(1, round(layers * 0.26)), max(1, round(layers * 0.87))
     skip, end = len(start), len(after)
-    total = len(plain) * (quarter + layers)  # in layers of texts
+    both = quarter + layers  # that a text goes through
     pools = [lambda x: x[-end:].mean(dim=0), lambda x: x[-1]]
     (words,) = _states(
         base, plain, 0, [(0, quarter)], [lambda x: (x[skip:] if len(x) > skip else x).mean(dim=0)],
-        lambda done: read(done * quarter // (quarter + layers), len(plain)),
+        lambda done: read(done * quarter // both, len(plain)),
     )  # fmt: skip
     question, last = _states(
         base, questions, len(before), [(0, high), (high, layers)], pools,
-        lambda done: read((len(plain) * quarter + done * layers) * len(plain) // total, len(plain)),
+        lambda done: read((len(plain) * quarter + done * layers) // both, len(plain)),
     )  # fmt: skip
     back = torch.tensor([number[text] for text in texts], dtype=torch.long)
     return [view[back] for view in (words, question, last)]

@@ -147,18 +147,17 @@ def _read(
         if before and before.sha256 and (before.size, before.changed) == (size, changed):
             return None
         if size > spec.max_mb * (1 << 20):
-            raise DataError(f"{place}: {size / (1 << 20):.0f} MiB; over max_mb = {spec.max_mb:g}, so it is not read")
+            raise DataError(f"{path}: {size / (1 << 20):.0f} MiB; over max_mb = {spec.max_mb:g}, so it is not read")
         content = place.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         if before and before.sha256 == sha256 and not before.error:
             return None
-        parsed = parsing.parse(place, content)
+        parsed = parsing.parse(Path(path), content)  # by this name: readers see no folder of the machine
         title, passages = parsed.title, chunks(parsed)
     except CoterieError as wrong:
         error = str(wrong)
     except OSError as wrong:
-        error = f"{place}: cannot be read ({wrong.strerror})"
-    error = error.replace(str(place), path)  # readers of the page see no folder of the machine
+        error = f"{path}: cannot be read ({wrong.strerror})"
     return File(path, sha256 or "unread", size, changed, title, readers(spec, path), error), passages
 
 

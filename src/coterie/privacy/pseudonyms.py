@@ -113,7 +113,7 @@ class Pseudonyms:
 
 
 class Restorer:
-    """Restores a text that arrives in pieces: `feed` each, then `close`.
+    """Restores a text that arrives in pieces: `feed` each, then `close`; or `take` each, and say which is the last.
 
     What it gives back, joined, is `restore` of the whole; it holds back nothing but the beginning of a pseudonym.
     """
@@ -139,6 +139,10 @@ class Restorer:
                 out.append("[")
                 at = opening + 1
         return "".join([*out, text[at:]])
+
+    def take(self, piece: str, last: bool) -> str:
+        """What can be said so far; after the last piece, all."""
+        return self.feed(piece) + (self.close() if last else "")
 
     def close(self) -> str:
         """What was held back, which has turned out to be no pseudonym."""

@@ -24,7 +24,7 @@ from coterie.privacy.tables import ConsentRow, WordingRow
 from coterie.store.database import reading, writing
 
 DAY_S = 86400.0
-EXPIRED_AT_ONCE = 200  # customers' records of consent, in one transaction
+EXPIRED_AT_ONCE = 200  # that a room deletes in one transaction, which holds up who writes
 
 Noted = Callable[[Session, int], None]
 

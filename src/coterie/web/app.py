@@ -327,7 +327,7 @@ def _restoring(masked: Masked | None) -> Callable[[Piece], str]:
     def restored(piece: Piece) -> str:
         if restorer is None:
             return piece.text
-        return restorer.feed(piece.text) + (restorer.close() if piece.finish else "")
+        return restorer.take(piece.text, bool(piece.finish))
 
     return restored
 
