@@ -2,8 +2,9 @@
 
 Part 1, tau2_banking: 698 documents, 97 tasks; the question is the task's instruction text. Settings were chosen on the
 tasks with an even number (0, 2, ...); figures are given for the odd ones and for all. The lines with judged questions
-let the index know which documents served the tasks of the other half: halves by turns, as questions that recur, and
-the first against the second, as questions that are new (the tasks are in order of subject).
+let the index know which documents served the tasks of the other half: halves by turns, as questions that recur; the
+same without those whose text nearly repeats the question's (NEAR); and the first half against the second, as questions
+that are new (the tasks are in order of subject).
 Part 2: documents of one chunk, made of the real sentences, and the same vectors on both sides, so that only reading,
 cutting, indexing and searching are compared; then one line with embedding. The peer runs in an environment of its own:
 python -m venv DIR; DIR/bin/pip install llama-index-core numpy; give it with --peer DIR/bin/python.
@@ -19,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from coterie.model.pull import pull
 
 Rank = list[list[str]]
 SEEN = 400  # passages asked for: 50 documents are among them
+NEAR = 0.2  # share of stretches of five words in common above which a task nearly repeats another
 
 
 def bm25(documents: dict[str, str], questions: list[str], k: float = 1.5, b: float = 0.75) -> Rank:
@@ -68,6 +70,22 @@ def recall(found: Rank, needed: list[list[str]], which: Sequence[int]) -> tuple[
     return float(np.mean(at10)), float(np.mean(at50)), sum(x == 1 for x in at50)
 
 
+def stretches(text: str) -> set[tuple[str, ...]]:
+    """All stretches of five words."""
+    words = text.lower().split()
+    return set(zip(*(words[i:] for i in range(5)), strict=False))
+
+
+class Known:
+    """An embedder that looks up what was embedded before."""
+
+    def __init__(self, model: MiniLM, vectors: dict[str, np.ndarray]) -> None:
+        self.name, self.width, self.vectors = model.name, model.width, vectors
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self.vectors[t] for t in texts])
+
+
 def quality(report: Report) -> None:
     """Part 1."""
     data = need_data("tau2_banking")
@@ -92,32 +110,33 @@ def quality(report: Report) -> None:
         report.figures["bank_index_bytes_per_document"] = size / done.indexed
         report.figures["bank_index_bytes_per_passage"] = size / done.passages
         vectors = [model.embed([q, *clauses(q)]) for q in questions]
-        halves = {"": [], "recurring": [i % 2 for i in every], "new": [int(i >= len(tasks) // 2) for i in every]}
+        known = Known(model, {q: v[0] for q, v in zip(questions, vectors, strict=True)})
+        said = [stretches(q) for q in questions]
+        near = [[len(a & b) / len(a | b) > NEAR for b in said] for a in said]
+        half = len(tasks) // 2
+        judging: dict[str, Callable[[int, int], bool]] = {  # whether task j's documents are known when i is asked
+            "hybrid, nothing learned": lambda _i, _j: False,
+            "hybrid + judged questions, by turns": lambda i, j: i % 2 != j % 2,
+            "the same, near repeats left out": lambda i, j: i % 2 != j % 2 and not near[i][j],
+            "hybrid + judged questions, other subjects": lambda i, j: (i < half) != (j < half),
+        }  # fmt: skip
+        opened: dict[tuple[int, ...], Documents] = {}
 
-        def ours(split: list[int]) -> Rank:
-            found: Rank = []
-            for i in every:
-                judged = [
-                    {"question": questions[j], "documents": needed[j]} for j in every if split and split[j] != split[i]
-                ]
-                key = json.dumps(split and split[i])
-                if key not in opened:
-                    file = Path(work) / f"judged{len(opened)}.jsonl"
-                    file.write_text("".join(json.dumps(row) + "\n" for row in judged))
-                    asks = spec.model_copy(update={"judged": file.name if split else ""})
-                    opened[key] = Documents("bank", asks, Path(work) / "index", model, Path(work))
-                source = opened[key]
-                gains = source.judged.gains if source.judged else lambda _: {}
-                hits = source.searching.find(questions[i], {EVERYONE}, SEEN, gains, vectors[i])
-                found.append(list(dict.fromkeys(p.path for p, _ in hits)))
-            return found
+        def ours(i: int, judged: tuple[int, ...]) -> list[str]:
+            if judged not in opened:
+                file = Path(work) / f"judged{len(opened)}.jsonl"
+                rows = [{"question": questions[j], "documents": needed[j]} for j in judged]
+                file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                asks = spec.model_copy(update={"judged": file.name if judged else ""})
+                opened[judged] = Documents("bank", asks, Path(work) / "index", known, Path(work))
+            source = opened[judged]
+            gains = source.judged.gains if source.judged else lambda _: {}
+            hits = source.searching.find(questions[i], {EVERYONE}, SEEN, gains, vectors[i])
+            return list(dict.fromkeys(p.path for p, _ in hits))
 
         lines = {"BM25, whole question": bm25(texts, questions)}
-        for name, split in halves.items():
-            opened: dict[str, Documents] = {}
-            label = {"": "hybrid, nothing learned", "recurring": "hybrid + judged questions, by turns",
-                     "new": "hybrid + judged questions, other subjects"}[name]  # fmt: skip
-            lines[label] = ours(split)
+        for label, knows in judging.items():
+            lines[label] = [ours(i, tuple(j for j in every if knows(i, j))) for i in every]
         rows = []
         for label, found in lines.items():
             a, o = recall(found, needed, every), recall(found, needed, odd)
@@ -126,15 +145,19 @@ def quality(report: Report) -> None:
             "tau2_banking: recall of the required documents",
             ["", "all: @10", "@50", "all found @50", "odd tasks: @10", "@50", "all found @50"], rows,
         )  # fmt: skip
-        base, plain, turns, new = (row for row in rows)
+        base, plain, turns, apart, new = rows
         ceiling = np.mean([min(10, len(n)) / len(n) for n in needed])
         report.say(f"A task needs {np.mean([len(n) for n in needed]):.1f} documents; no ranking has more than "
                    f"{ceiling:.3f} @10.")  # fmt: skip
-        for key, row in (("bm25", base), ("hybrid", plain), ("judged", turns), ("judged_new_subjects", new)):
+        for key, row in (("bm25", base), ("hybrid", plain), ("judged", turns), ("judged_no_near_repeats", apart),
+                         ("judged_new_subjects", new)):  # fmt: skip
             report.figures |= {f"recall10_{key}": row[1], f"recall50_{key}": row[2],
                                f"all_found50_{key}": int(row[3].split("/")[0])}  # fmt: skip
         report.ratios["recall10_vs_bm25"] = plain[1] / base[1]
         report.ratios["recall10_judged_vs_bm25"] = turns[1] / base[1]
+        repeated = sum(any(n[j] for j in every if i % 2 != j % 2) for i, n in enumerate(near))
+        report.say(f"{repeated} of {len(tasks)} tasks have a near repeat in the other half: more than {NEAR:.0%} of "
+                   "the stretches of five words of both are the same.")  # fmt: skip
 
 
 def made(
