@@ -8,9 +8,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
 from jinja2 import Template, TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
@@ -18,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 
 from coterie.errors import DataError, ModelError
-from coterie.model import memory
+from coterie.model import gguf_file, memory
 from coterie.model.decoder import Decoder, ModelConfig
 from coterie.model.hf import DENSE, Facts, attention_names, config_of, expert_names, null_shared_expert, router_name
 
@@ -197,13 +195,12 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def gguf_config(path: Path) -> tuple[ModelConfig, Facts, dict[str, Any]]:
+def gguf_config(path: Path) -> tuple[ModelConfig, Facts, dict[str, gguf_file.GgufTensor]]:
     """The decoder that a GGUF file describes, all its facts, and its tensors by name, not read yet."""
     try:
-        reader = GGUFReader(path)
-        meta = Facts({name: f.contents() for name, f in reader.fields.items()}, path)
-        tensors = {t.name: t for t in reader.tensors}
-    except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
+        facts, tensors = gguf_file.read(path)
+        meta = Facts(facts, path)
+    except (ValueError, KeyError, OSError, MemoryError, struct.error) as error:
         raise ModelError(f"{path}: truncated or not GGUF ({error}); pull it again") from error
     family = meta["general.architecture"]
     if family not in DENSE:
@@ -219,7 +216,7 @@ def gguf_config(path: Path) -> tuple[ModelConfig, Facts, dict[str, Any]]:
     if fact("rope.scaling.type", "none") == "linear":
         scaling = {"rope_type": "linear", "factor": fact("rope.scaling.factor")}
     elif "rope_freqs.weight" in tensors:  # how a converter writes Llama 3's stretched positions
-        scaling = {"rope_type": "divided", "by": tensors["rope_freqs.weight"].data.tolist()}
+        scaling = {"rope_type": "divided", "by": tensors["rope_freqs.weight"].numbers().tolist()}
     config = ModelConfig(
         vocab=len(meta["tokenizer.ggml.tokens"]), width=width, layers=fact("block_count"), heads=heads,
         kv_heads=fact("attention.head_count_kv", heads), head_dim=fact("attention.key_length", width // heads),
@@ -242,9 +239,9 @@ def _load_gguf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
         layer = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
         layer, known = (layer + known, "") if layer else (known, "")
         try:
-            value = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
+            value = torch.from_numpy(t.numbers())
         except NotImplementedError as error:
-            raise ModelError(f"{path}: {name} is of type {t.tensor_type.name}, which cannot be read") from error
+            raise ModelError(f"{path}: {name} is of type {t.kind.name}, which cannot be read") from error
         if config.family == "llama" and parts[-1] in ("attn_q", "attn_k"):
             # llama.cpp interleaves the rotary halves of q and k; put them back.
             n = config.heads if parts[-1] == "attn_q" else config.kv_heads
