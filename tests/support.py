@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -98,10 +100,16 @@ def write_gguf(
 
 
 def reference_model(path: Path) -> transformers.PreTrainedModel:
-    """The same model in transformers, in float32: a folder of safetensors, or one with a GGUF file."""
+    """The same model in transformers, in float32: a folder of safetensors, or one with a GGUF file.
+
+    transformers reads the file's head twice, and makes its table of names anew for each of 397 modules; once will do.
+    """
     ggufs = list(path.glob("*.gguf"))
     options = {"gguf_file": ggufs[0].name} if ggufs else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
 
 
 def cache_of(decoder: Decoder, slots: int, length: int) -> Pages:
