@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.engine.engine import Engine
-from coterie.engine.request import Adapter, Generation, Piece, Sampling
+from coterie.engine.request import Adapter, Blend, Generation, Piece, Sampling
+from coterie.engine.shelf import Loaded
 from coterie.errors import Busy, ContextTooLong, CoterieError, ModelError, Stopped, UnknownExpert
 from coterie.experts import lora as loras
 from coterie.experts.adapter import BottleneckConfig
@@ -197,6 +199,118 @@ def test_more_experts_than_are_kept_in_memory_all_answer_as_themselves(tiny_base
             engine.submit(prompt, Sampling(max_tokens=1), (name, 1)).text()
         assert budget / 4 < held() - before < budget
         assert engine._shelf.open(("e0", 1)) is first  # pinned
+    finally:
+        engine.close()
+
+
+def held_tensors(loaded: Loaded) -> int:
+    """Bytes of all tensors that an expert in memory refers to, found by Python's collector."""
+    seen, todo, found = set[int](), list[object]([loaded]), 0
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | types.ModuleType | types.FunctionType):
+            continue
+        seen.add(id(thing))
+        found += thing.nbytes if isinstance(thing, torch.Tensor) else 0
+        todo += gc.get_referents(thing)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(len(SHAPES)))
+def test_the_size_of_an_expert_is_what_it_takes(seed: int, tiny_base: BaseModel, tmp_path: Path) -> None:
+    """In every state: as it was read, laid out for PyTorch, with what Arrow asks of it."""
+    library = Library(tmp_path)
+    publish(library, tiny_base, "e", seed)
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    try:
+        shelf, loaded = engine._shelf, engine.open(("e", 1))
+
+        def agree() -> None:
+            assert held_tensors(loaded) <= loaded.size <= held_tensors(loaded) + (64 << 10)  # tables of pointers
+
+        agree()
+        shelf.laid(loaded)
+        agree()
+        if loaded.expert.config.kind == "lora":
+            shelf.directions(loaded)
+            agree()
+    finally:
+        engine.close()
+
+
+def test_experts_that_arrow_has_asked_leave_memory_too(tiny_base: BaseModel, tmp_path: Path) -> None:
+    library = Library(tmp_path)
+    for i in range(6):
+        publish(library, tiny_base, f"e{i}", 0)
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    try:
+        size = engine.open(("e0", 1)).size
+    finally:
+        engine.close()
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT, expert_memory=7 * size)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(o) is Loaded for o in gc.get_objects())
+
+    try:
+        before = alive()
+        for pair in ((0, 1), (2, 3), (4, 5)):
+            blend = Blend(tuple(((f"e{i}", 1), 0.5) for i in pair), "arrow")
+            assert engine.submit([5, 6, 7], Sampling(max_tokens=2), blend).text() is not None
+        for i in (0, 1):
+            engine.submit([5, 6, 7], Sampling(max_tokens=2), (f"e{i}", 1)).text()
+        assert alive() - before < 6
+        everyone = Blend(tuple(((f"e{i}", 1), 1 / 6) for i in range(6)), "arrow")
+        with pytest.raises(CoterieError, match=r"6 experts together take .* MiB, and expert_memory"):
+            engine.submit([5, 6, 7], Sampling(max_tokens=2), everyone)
+    finally:
+        engine.close()
+
+
+def test_one_copy_of_a_pinned_expert_stays_in_memory(tiny_base: BaseModel, tmp_path: Path) -> None:
+    """Neither what is written beside the weights nor a new version makes another."""
+    library = Library(tmp_path)
+    publish(library, tiny_base, "pin", 0)
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    try:
+        first = engine.open(("pin", 1))
+        library.record("pin", 1, {"accuracy": 1.0})
+        assert engine.open(("pin", 1)) is first
+        size = first.size
+    finally:
+        engine.close()
+    engine = Engine(tiny_base, library, context=CONTEXT, expert_memory=3 * size // 2, pinned=frozenset({"pin"}))
+    try:
+        for version in (1, 2, 3):
+            if version > 1:
+                publish(library, tiny_base, "pin", 0)
+            engine.open(("pin", version))
+        assert [key[0].name for key in engine._shelf._kept] == ["3"]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+@pytest.mark.parametrize("seed", range(len(SHAPES)))
+def test_an_expert_in_memory_is_not_what_its_file_becomes(
+    seed: int, damage: str, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    """Cutting a file that is mapped would end the process; writing other weights into it would change the answer."""
+    library = Library(tmp_path)
+    expert = publish(library, tiny_base, "e", seed)
+    (prompt,) = random_rows(tiny_base, [9], seed=3)
+    wanted = greedy(tiny_base, prompt, 4, expert)[0]
+    engine = Engine(tiny_base, library, slots=2, context=CONTEXT)
+    try:
+        engine.open(("e", 1))
+        for file in library.folder("e").glob("*.safetensors"):
+            content = file.read_bytes()
+            with file.open("r+b") as opened:  # in place, as `cp` does
+                opened.truncate(8) if damage == "cut" else opened.write(content[:-4096] + bytes(4096))
+        done = engine.submit(prompt, Sampling(max_tokens=4), ("e", 1))
+        done.text()
+        assert done.generated == wanted
     finally:
         engine.close()
 

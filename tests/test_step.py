@@ -213,13 +213,19 @@ def shelf(models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory) ->
     return library
 
 
-def test_an_expert_is_worked_out_once_for_both_ways_of_computing(models: dict[str, Model], shelf: Library) -> None:
-    """The norms of DoRA read every matrix of the base: once for each site that the expert changes."""
+def test_an_expert_is_laid_out_for_pytorch_only_where_that_computes(models: dict[str, Model], shelf: Library) -> None:
+    """The norms of DoRA read every matrix of the base: once for each site that the expert changes, and way."""
     decoder = models["Llama"].base.decoder
+    kept = Shelf(shelf, decoder, models["Llama"].step, 2**30, frozenset())
     with patch.object(lora, "_row_norms", wraps=lora._row_norms) as norms:
-        loaded = Shelf(shelf, decoder, models["Llama"].step, 2**30, frozenset()).open(("e1", 1))
-    assert loaded.prepared is not None
-    assert norms.call_count == len(loaded.laid.low_rank) == decoder.config.layers * len(SITES)
+        loaded = kept.open(("e1", 1))
+        before = loaded.size
+        assert norms.call_count == decoder.config.layers * len(SITES)
+        assert loaded.prepared is not None
+        assert loaded.laid is None
+        assert kept.laid(loaded) is kept.laid(loaded)
+    assert norms.call_count == 2 * decoder.config.layers * len(SITES)
+    assert loaded.size > before
 
 
 def test_right_guesses_save_steps(models: dict[str, Model]) -> None:

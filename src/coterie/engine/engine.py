@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,9 +43,8 @@ CHUNK = 256  # prompt tokens that the step in C takes along with everyone's next
 # Rows up to which a step costs hardly more than with one: those free are used for guesses. In float32 half as many.
 SPECULATED = 8
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
-EXPERT_MEMORY = 1 << 30  # bytes: 26 LoRA experts of rank 16 on SmolLM2-135M
+EXPERT_MEMORY = 1 << 30  # bytes: 27 LoRA experts of rank 16 on SmolLM2-135M in float32
 CACHE_MEMORY = 256 << 20  # bytes: 11,600 tokens of SmolLM2-135M
-ARROW_KEPT = 64  # experts whose Arrow prototypes are kept in memory: 0.5 MB each on SmolLM2-135M
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +90,6 @@ class Engine:
         self.pages = Pages(config, slots, self.context, dtype, cache_memory) if self.step else None
         self.cache = self.pages or KVCache(config, slots, self.context, dtype, device)
         self._shelf = Shelf(library, base.decoder, self.step, expert_memory, pinned)
-        self._directions = lru_cache(ARROW_KEPT)(lambda loaded: arrow.prototypes(loaded.expert, config))
         self._arrow: tuple[list[Loaded], set[Loaded], arrow.Arrow] | None = None  # of a batch, and whom it may wake
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
@@ -100,6 +98,10 @@ class Engine:
         give_back_pool()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
+
+    def open(self, adapter: Adapter) -> Loaded:
+        """Read an expert, where it is not in memory. Raises UnknownExpert, ModelError, CoterieError (memory)."""
+        return self._shelf.open(adapter)
 
     def submit(
         self, prompt: list[int], sampling: Sampling, adapter: Adapter | Blend | None = None,
@@ -153,7 +155,8 @@ class Engine:
                 raise CoterieError(f'{name} is of kind {kind}, which cannot be added up; set combine = "logits"')
         if blend.how == "arrow":
             for loaded, _ in experts:
-                self._directions(loaded)
+                self._shelf.directions(loaded)
+        self._shelf.check([loaded for loaded, _ in experts])
         return replace(row, shared=tuple(experts), woken=blend.top_k if blend.how == "arrow" else 0)
 
     @property
@@ -394,7 +397,7 @@ class Engine:
         held = list(dict.fromkeys(loaded for row in rows for loaded in row.experts))
         place = {loaded: i for i, loaded in enumerate(held)}
         owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows]).repeat_interleave(repeats)
-        laid = [loaded.laid for loaded in held]
+        laid = [self._shelf.laid(loaded) for loaded in held]
         if not any(row.shared for row in rows):
             return mixed(laid, self.base.decoder, owners)
         shares = torch.zeros(len(rows), len(held))
@@ -410,7 +413,7 @@ class Engine:
         """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, held)."""
         known = {loaded for row in rows if row.woken for loaded in row.experts}
         if self._arrow is None or self._arrow[0] != held or not known <= self._arrow[1]:
-            directions = [self._directions(loaded) if loaded in known else None for loaded in held]
+            directions = [self._shelf.directions(loaded) if loaded in known else None for loaded in held]
             self._arrow = held, known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
         device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
         return self._arrow[2].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))

@@ -2,19 +2,20 @@
 
 import threading
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from coterie.engine.request import Adapter
 from coterie.engine.step import Prepared, Step
 from coterie.errors import CoterieError, UnknownExpert
-from coterie.experts.expert import Applied, Expert
+from coterie.experts import arrow
+from coterie.experts.expert import CONFIG, Applied, Expert
 from coterie.experts.kinds import apply, read
 from coterie.experts.library import Library
-from coterie.experts.lora import sites_of
 from coterie.experts.mixture import Laid, lay
 from coterie.model.decoder import Decoder
 from coterie.model.threads import give_back_pool
+
+Key = tuple[Path, int]
 
 
 @dataclass(eq=False)
@@ -23,9 +24,10 @@ class Loaded:
 
     expert: Expert
     applied: Applied
-    laid: Laid
     prepared: Prepared | None  # for the step in C, where that runs
-    key: tuple[Path, int]  # tells this version's weights from all others: its folder, and when that was made
+    key: Key  # tells this version's weights from all others: its folder, and when its configuration was written
+    laid: Laid | None = None  # for PyTorch, from when it is first needed
+    directions: arrow.Prototypes | None = None  # for Arrow, likewise
 
     @property
     def first_layer(self) -> int:
@@ -38,11 +40,13 @@ class Loaded:
         soft, prefix = self.applied.soft, self.applied.prefix
         return len(soft) if soft is not None else prefix.shape[2] if prefix is not None else 0
 
-    @cached_property
+    @property
     def size(self) -> int:
-        """Bytes in memory: the weights in float32, and in the base's precision for each way of computing."""
-        weights = sum(w.nbytes for w in self.expert.weights.values())
-        return weights + weights // 2 * (1 + (self.prepared is not None))
+        """Bytes in memory now: the weights in float32, and what was made of them for each way of computing."""
+        held = [w.nbytes for w in self.expert.weights.values()]
+        held += [t.nbytes for t in (self.applied.soft, self.applied.prefix) if t is not None]
+        held += [d.nbytes for d in (self.directions or {}).values()]
+        return sum(held) + sum(made.nbytes for made in (self.prepared, self.laid) if made is not None)
 
 
 class Shelf:
@@ -53,7 +57,7 @@ class Shelf:
     ) -> None:  # fmt: skip
         self._library, self._decoder, self._step = library, decoder, step
         self._budget, self._pinned = budget, pinned
-        self._kept: dict[tuple[Path, int], Loaded] = {}  # the latest used last
+        self._kept: dict[Key, Loaded] = {}  # the latest used last
         self._lock = threading.Lock()  # of what is kept; held for moments
         self._reading = threading.Lock()  # one expert is read at a time, while requests to those in memory go on
 
@@ -65,7 +69,10 @@ class Shelf:
         if self._library is None:
             raise UnknownExpert(f"there is no expert {adapter[0]!r}: this engine serves the base model only")
         folder = self._library.folder(*adapter)
-        key = folder, folder.stat().st_mtime_ns
+        try:
+            key = folder, (folder / CONFIG).stat().st_mtime_ns
+        except OSError:  # damaged, or removed a moment ago: reading says which
+            key = folder, 0
         loaded = self._latest(key)
         if loaded is None:
             with self._reading:
@@ -78,7 +85,30 @@ class Shelf:
                 self._keep(loaded)
         return loaded
 
-    def _latest(self, key: tuple[Path, int]) -> Loaded | None:
+    def laid(self, loaded: Loaded) -> Laid:
+        """An expert as PyTorch wants it."""
+        if loaded.laid is None:
+            loaded.laid = lay(loaded.expert, self._decoder)
+            self._make_room(loaded)
+        return loaded.laid
+
+    def directions(self, loaded: Loaded) -> arrow.Prototypes:
+        """What Arrow asks of a LoRA expert."""
+        if loaded.directions is None:
+            loaded.directions = arrow.prototypes(loaded.expert, self._decoder.config)
+            self._make_room(loaded)
+        return loaded.directions
+
+    def check(self, together: list[Loaded]) -> None:
+        """Raises CoterieError where experts that are to answer together are beyond the budget."""
+        size = sum(loaded.size for loaded in together)
+        if size > self._budget:
+            raise CoterieError(
+                f"{len(together)} experts together take {size / 2**20:.0f} MiB, and expert_memory under [business] "
+                f"allows {self._budget / 2**20:.0f}: raise it, or ask fewer"
+            )
+
+    def _latest(self, key: Key) -> Loaded | None:
         """What is kept under `key`, from now on the latest used."""
         with self._lock:
             loaded = self._kept.pop(key, None)
@@ -88,19 +118,27 @@ class Shelf:
 
     def _keep(self, loaded: Loaded) -> None:
         with self._lock:
+            for key in [k for k in self._kept if k[0] == loaded.key[0]]:  # its numbers were given to another since
+                del self._kept[key]
             self._kept[loaded.key] = loaded
-            # Those that answer at the moment stay in memory until they end, whatever leaves the shelf.
-            idle = [k for k in self._kept if k != loaded.key and k[0].parent.name not in self._pinned]
-            while idle and sum(each.size for each in self._kept.values()) > self._budget:
-                del self._kept[idle.pop(0)]
+        self._make_room(loaded)
 
-    def _load(self, adapter: Adapter, key: tuple[Path, int]) -> Loaded:
+    def _make_room(self, latest: Loaded) -> None:
+        """Drop the longest idle beyond the budget: not `latest`, and not the version of a pinned expert that was asked
+        last. Those that answer at the moment stay in memory until they end, whatever leaves the shelf."""
+        with self._lock:
+            pinned = {k[0].parent.name: k for k in self._kept if k[0].parent.name in self._pinned}
+            idle = [k for k in self._kept if k != latest.key and k not in pinned.values()]
+            sizes = {k: each.size for k, each in self._kept.items()}
+            while idle and sum(sizes.values()) > self._budget:
+                key = idle.pop(0)
+                del self._kept[key], sizes[key]
+
+    def _load(self, adapter: Adapter, key: Key) -> Loaded:
         assert self._library, "open has asked"
         expert = read(self._library, *adapter, self._decoder)
         before = expert.config.kind in ("prompt", "prefix")
-        sites = sites_of(expert, self._decoder)  # once for both ways: norms of DoRA read the base's matrices
-        prepared = self._step.prepare(expert, sites) if self._step else None
-        applied = apply(expert, self._decoder) if before else Applied()
-        loaded = Loaded(expert, applied, lay(expert, self._decoder, sites), prepared, key)
+        prepared = self._step.prepare(expert) if self._step else None
+        loaded = Loaded(expert, apply(expert, self._decoder) if before else Applied(), prepared, key)
         give_back_pool()
         return loaded

@@ -26,7 +26,6 @@ from coterie.engine.pages import PAGE, Pages
 from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
-from coterie.experts.mixture import Sites
 from coterie.model.decoder import BLOCKS, SITES, Decoder
 from coterie.model.native import built
 
@@ -130,6 +129,11 @@ class Prepared:
     struct: ctypes.Structure
     keep: list[Any] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(x.nbytes if isinstance(x, Tensor) else ctypes.sizeof(x) for x in self.keep if x is not None)
+
 
 class Step:
     """The step of one base model."""
@@ -230,18 +234,15 @@ class Step:
     def _wide(self, weight: Tensor | None) -> int | None:
         return None if weight is None else self._kept(weight.float().contiguous())
 
-    def prepare(self, expert: Expert, sites: Sites | None = None) -> Prepared:
-        """`expert` as `run` wants it. Soft prompts and prefixes change no product: theirs is empty.
-
-        sites: of `lora.sites_of`, where the caller has them.
-        """
+    def prepare(self, expert: Expert) -> Prepared:
+        """`expert` as `run` wants it. Soft prompts and prefixes change no product: theirs is empty."""
         config, model = expert.config, self.decoder.config
         updates = (_LowRank * (model.layers * len(PROJECTIONS)))()
         bottlenecks = (_Bottleneck * (model.layers * len(BLOCKS)))()
         ready = Prepared(
             _Expert(ctypes.addressof(updates), ctypes.addressof(bottlenecks), LANES), [updates, bottlenecks]
         )
-        for (layer, site), found in (lora.sites_of(expert, self.decoder) if sites is None else sites).items():
+        for (layer, site), found in lora.sites_of(expert, self.decoder).items():
             self._prepare_site(config, layer, site, found, updates, ready)
         for layer in range(config.first_layer, model.layers) if config.kind == "adapter" else ():
             for block in adapter.PLACES[config.placement]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from coterie.errors import ModelError
@@ -61,7 +61,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The tensors of `file` in float32, if they are those that `expected` names. Raises ModelError."""
     try:
-        weights = {rename(name): w for name, w in load_file(file).items()}
+        # Not mapped: whoever writes into the file later would change, or end, what answers.
+        weights = {rename(name): w for name, w in safetensors.load(file.read_bytes()).items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: truncated or not safetensors: {error}") from error
     for name, shape in expected.items():
@@ -77,5 +78,5 @@ def read_weights(
 
 def write(folder: Path, file: str, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Weights and adapter_config.json into `folder`."""
-    save_file({k: v.detach().float().contiguous() for k, v in weights.items()}, folder / file)
+    safetensors.save_file({k: v.detach().float().contiguous() for k, v in weights.items()}, folder / file)
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")

@@ -18,7 +18,6 @@ from coterie.model.decoder import BLOCKS, Change, Decoder
 
 # layer, site, x (N, in), shares (N, R), expert and projection of each column (R) -> shares (N, R)
 Gates = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], Tensor]
-Sites = dict[tuple[int, str], lora.Site]
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,18 @@ class Laid:
     low_rank: dict[tuple[int, str], LowRank]
     bottlenecks: dict[tuple[int, str], Bottleneck]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        held = [t for x in self.low_rank.values() for t in (x.down, x.up, x.gain, x.parts)]
+        held += [t for b in self.bottlenecks.values() for t in (b.down, b.down_bias, b.up, b.up_bias)]
+        return sum(t.nbytes for t in held if t is not None)
 
-def lay(expert: Expert, decoder: Decoder, sites: Sites | None = None) -> Laid:
-    """`expert` in the base's precision, its matrices packed. Soft prompts and prefixes have none.
 
-    sites: of `lora.sites_of`, where the caller has them.
-    """
+def lay(expert: Expert, decoder: Decoder) -> Laid:
+    """`expert` in the base's precision, its matrices packed. Soft prompts and prefixes have none."""
     laid, config = Laid({}, {}), expert.config
-    for (layer, site), found in (lora.sites_of(expert, decoder) if sites is None else sites).items():
+    for (layer, site), found in lora.sites_of(expert, decoder).items():
         parts = torch.tensor(lora.columns(config, decoder.config, site), device=decoder.device)
         laid.low_rank[layer, site] = LowRank(decoder.pack(found.down), decoder.pack(found.up), found.gain, parts)
     for layer in range(config.first_layer, decoder.config.layers) if config.kind == "adapter" else ():

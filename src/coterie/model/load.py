@@ -146,6 +146,8 @@ def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packe
             weights[f"{n}.experts.down"] = torch.stack([take(down, config.width, inner) for *_, down in names])
             router = take(router_name(config.family, n), config.experts, config.width, kind=torch.float32)
             weights[f"{n}.router"] = router
+    mapped = {w.data_ptr() for w in raw.values()}  # a file that changes later must not change what answers
+    weights = {name: w.clone() if w.data_ptr() in mapped else w for name, w in weights.items()}
     return Decoder(config, weights, packed)
 
 
