@@ -686,6 +686,9 @@ def test_one_damaged_expert_takes_nobody_else_down(
         for model in ("greet", "auto"):
             done = served.openai.chat.completions.create(model=model, messages=hello, max_tokens=2)
             assert done.coterie["expert"] == "greet"
+        together = served.openai.chat.completions.create(model="arrow", messages=hello, max_tokens=2).coterie["experts"]
+        whole = file == "1/" + statistics.FILE
+        assert [e["name"] for e in together] == (["colors", "greet"] if whole else ["greet"])
         if file != "1/" + statistics.FILE:  # without it the expert answers those who ask for it by name
             with pytest.raises((openai.InternalServerError, openai.NotFoundError), match="colors"):
                 served.openai.chat.completions.create(model="colors", messages=ASK)

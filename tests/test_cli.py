@@ -160,6 +160,8 @@ def test_generate_streams_text_or_gives_json(coterie: Run, fitted_shop: Path) ->
     assert done["prompt_tokens"] > done["completion_tokens"] > 0
     plain = coterie("generate", "-", "-f", fitted_shop, "-e", "colors", stdin=b"Which color has the sky?")
     assert (plain.code, plain.out) == (0, done["text"] + "\n")
+    said = coterie("generate", "Which color has the moss?", "-f", fitted_shop)
+    assert "answered by colors, version 1 (100%)" in said.err
     routed = coterie("generate", "Which color has the moss?", "-f", fitted_shop, "--json").json()
     assert routed["expert"] == "colors"
 
@@ -204,6 +206,7 @@ def test_chat_answers_line_by_line_from_a_pipe(coterie: Run, fitted_shop: Path) 
         for line in coterie("chat", fitted_shop, "-e", "colors", "--json", stdin=lines).out.splitlines()
     ]
     assert [f"colors> {a['text']}" for a in answers] == done.out.splitlines()
+    assert answers[0]["experts"] == [{"name": "colors", "version": 1, "weight": 1.0}]
 
 
 def test_serve_says_where_it_is(coterie: Run, fitted_shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`coterie moe`: a business's trained experts become one model that the engine serves and `coterie eval` measures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 from coterie.business import Business
 from coterie.cli.main import app, main
 from coterie.data.encode import encode
+from coterie.errors import ModelError
 from coterie.experts import lora as loras
 from coterie.experts.mix import merged, mix, router_of, token_sums
+from coterie.mixture import mix_to
 from coterie.model.load import BaseModel, load
 from support import logits_of, logits_with, random_rows, reference_model
 from test_anatomy import run
@@ -21,8 +24,6 @@ from test_anatomy import run
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, fitted_shop: Path) -> Path:
     """The fitted shop, its two experts pushed further from the base so that mixing them shows."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("trained") / "shop"
     shutil.copytree(fitted_shop, folder)
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +152,16 @@ def test_a_business_on_a_mixture_is_fitted_evaluated_and_measured(mixed: Path, t
     assert alone["colors"]["rows"] == 1
     said = json.loads(CliRunner().invoke(app, ["generate", "Hello", "-f", str(shop), "-e", "base", "--json"]).stdout)
     assert said["finish"] in ("stop", "length")
+
+
+def test_an_expert_of_another_base_model_is_not_mixed(fitted_shop: Path, tmp_path: Path) -> None:
+    """Of the same shapes: only the mark tells."""
+    shutil.copytree(fitted_shop, tmp_path / "shop")
+    file = tmp_path / "shop" / "experts" / "colors" / "1" / "expert.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_mark": "0123456789abcdef"}))
+    with pytest.raises(ModelError, match=r"colors, version 1: made for .* weights 0123456789abcdef"):
+        mix_to(Business.open(tmp_path / "shop"), tmp_path / "out", [], 2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_upcycling_from_the_command_line(tiny: Path, tmp_path: Path) -> None:

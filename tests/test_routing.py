@@ -1,10 +1,12 @@
 """The router: whose subject a question is, or nobody's; experts come and go without touching each other."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from coterie.choose import Chooser, question
 from coterie.cli.main import main
 from coterie.errors import CoterieError, DataError, ModelError
 from coterie.experts import lora as loras
-from coterie.experts.library import ExpertFacts
+from coterie.experts.library import ExpertFacts, Library
 from coterie.model.load import BaseModel
 from coterie.routing.router import FITTED, POOLED, SHORTLIST, Router, rank
 from coterie.routing.rules import Rule, rule
@@ -523,6 +525,8 @@ def test_the_api_names_the_experts_that_answered(
         arrow = ask("arrow").json()
         assert arrow["model"] == "arrow"
         assert [e["name"] for e in arrow["coterie"]["experts"]] == ["colors", "greet", "stranger"]
+        ruled = ask("arrow", **{"X-Coterie-Channel": "phone"}).json()
+        assert [e["name"] for e in ruled["coterie"]["experts"]] == ["greet", "stranger"]
         streamed = client.post("/v1/completions", json={"model": "auto", "prompt": "Hello, I am Kim.", "stream": True})
         assert streamed.headers["X-Coterie-Experts"].startswith('"greet";version=1')
     finally:
@@ -572,6 +576,29 @@ def test_the_api_explains_its_decision_as_the_command_line_does(
         assert TestClient(create_app(answerer)).post("/v1/route", json={"text": "x"}).status_code == 401
     finally:
         answerer.close()
+
+
+def test_a_version_that_becomes_current_is_seen_at_once(
+    fitted_shop: Path, tmp_path: Path, tiny_base: BaseModel
+) -> None:
+    """Also within one tick of the file system's clock; a folder that has not changed for long is not read again."""
+    shutil.copytree(fitted_shop, tmp_path / "shop")
+    business = Business.open(tmp_path / "shop")
+    chooser, library = Chooser(business, tiny_base), business.library
+    folder = library.folder("colors")
+    for version in range(2, 6):
+        shutil.copytree(folder, folder.parent / str(version))
+        library.promote("colors", version)
+        chooser.choose("Which color has the grass?")
+        assert chooser._versions["colors"][0] == version
+    library.promote("colors", 1)
+    for name in library.names():
+        os.utime(library.root / name, ns=(0, 0))  # long ago
+    chooser.choose("Which color has the grass?")
+    library.touch()
+    with patch.object(Library, "current", side_effect=AssertionError):
+        chooser.choose("Which color has the grass?")
+    assert chooser._versions["colors"][0] == 1
 
 
 def test_an_imported_expert_can_be_learned_and_forgotten(

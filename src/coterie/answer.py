@@ -1,5 +1,6 @@
 """The second flow of the house on one page: request -> route -> generate."""
 
+import logging
 import math
 import threading
 import time
@@ -11,7 +12,7 @@ from coterie.choose import Choice, Chooser, question
 from coterie.data.read import Message, last_said
 from coterie.engine.engine import Engine
 from coterie.engine.request import Blend, Callback, Combine, Generation, Piece, Sampling, TokenChoice
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, UnknownExpert
 from coterie.experts.classifier import KIND, Verdict
 from coterie.experts.instruction import frame, weights_of
 from coterie.experts.kinds import Labeller, adds_up, has_voice, labeller
@@ -21,6 +22,7 @@ from coterie.own import OwnEngines
 
 ARROW_MOST = 64  # experts that Arrow may choose among
 LABELLERS = 8  # classifiers in memory: one of 10,000 rows takes 90 MB
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,31 @@ class Answerer:
         if who in ("base", config.business.base):
             return _Chosen()
         if who == "arrow":
-            facts = tuple(f for f in library.shelf() if adds_up(library, f))
+            refused = self.chooser.refused(text, channel)
+            facts = tuple(f for f in library.shelf() if f.name not in refused and adds_up(library, f))
+            if len(facts) <= ARROW_MOST:
+                facts = tuple(f for f in facts if self._opens(f))
             if not 1 <= len(facts) <= ARROW_MOST:
                 raise CoterieError(
-                    f"arrow chooses among 1 to {ARROW_MOST} LoRA experts (without DoRA) for each token; the library "
-                    f'has {len(facts)}: ask "auto", with combine = "arrow" under [routing]'
+                    f"arrow chooses among 1 to {ARROW_MOST} LoRA experts (without DoRA) for each token; here are "
+                    f'{len(facts)}: ask "auto", with combine = "arrow" under [routing]'
                 )
             return _Chosen(facts, (1 / len(facts),) * len(facts), "arrow", leads=False)
         if who != "auto":
             return _Chosen((library.facts(who),), (1.0,))
-        return self._chosen(self.chooser.choose(text, channel))
+        try:
+            return self._chosen(self.chooser.choose(text, channel))
+        except UnknownExpert:  # removed since it was chosen
+            return self._chosen(self.chooser.choose(text, channel))
+
+    def _opens(self, facts: ExpertFacts) -> bool:
+        """Whether an expert can answer beside others; why not is logged, and told when it is asked alone."""
+        try:
+            self.engine.open((facts.name, facts.version))
+        except CoterieError as error:
+            log.warning("left out: %s", error)
+            return False
+        return True
 
     def _chosen(self, choice: Choice) -> _Chosen:
         """The nearest of the experts chosen, and those of the others that can answer together with it."""
@@ -163,8 +180,9 @@ class Answerer:
         found = [(library.facts(name), share) for name, share in choice.decision.chosen]
         if len(found) > 1:
             able = has_voice if how == "logits" else partial(adds_up, library)
-            joined = [part for part in found if able(part[0])] if able(found[0][0]) else found[:1]
-            found = joined[: self.engine.slots] if how == "logits" else joined  # a voice takes a slot
+            others = [part for part in found[1:] if able(part[0]) and self._opens(part[0])] if able(found[0][0]) else []
+            found = [found[0], *others]
+            found = found[: self.engine.slots] if how == "logits" else found  # a voice takes a slot
         total = sum(share for _, share in found)
         return _Chosen(
             tuple(f for f, _ in found), tuple(share / total for _, share in found), how, routed=True,

@@ -5,6 +5,7 @@ Notable: one look at a time stamp tells whether an expert came, went or changed 
 
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from coterie.experts.library import Library
 from coterie.model.load import BaseModel
 from coterie.model.threads import give_back_pool
 from coterie.routing.router import Decision, Router, rank
-from coterie.routing.rules import Rule, rule
+from coterie.routing.rules import Rule, Ruling, rule
 from coterie.routing.space import background, locate
 from coterie.routing.statistics import Summary, load_statistics, load_summary, made_at
 
@@ -59,16 +60,16 @@ class Chooser:
         self._lock = threading.Lock()
         self._router: Router | None = None
         self._versions: dict[str, tuple[int, int]] = {}  # and when their statistics were made
+        self._marks: dict[str, int] = {}  # of those whose current version is known for sure
         self._left_out: dict[str, str] = {}
         self._stamp: int | None = None
 
     def choose(self, text: str, channel: str = "") -> Choice:
         """The experts for `text` and their shares. Raises CoterieError for a rule that cannot be kept."""
         settings = self.business.config.routing
-        rules = [Rule(r.channel, tuple(r.words), tuple(r.use), tuple(r.forbid)) for r in settings.rules]
         with self._lock:
             router = self._in_step()
-            ruling = rule(rules, channel, text, self._versions.keys())
+            ruling = self._ruling(text, channel)
             allowed = self._versions.keys() - ruling.refused.keys() if ruling.refused else None
             vector = locate(self.base, [text], self._step)[0] if len(router) else router.background.centre
             give_back_pool()
@@ -78,6 +79,17 @@ class Chooser:
             chosen = dict(decision.chosen)
             refused = {n: why for n, why in (self._left_out | router.lost | ruling.refused).items() if n not in chosen}
         return Choice(text, decision, bool(ruling.use), refused)
+
+    def refused(self, text: str, channel: str = "") -> dict[str, str]:
+        """The experts that the rules keep from answering `text`, and why. Raises CoterieError as `choose` does."""
+        with self._lock:
+            self._in_step()
+            return self._ruling(text, channel).refused
+
+    def _ruling(self, text: str, channel: str) -> Ruling:
+        rules = self.business.config.routing.rules
+        known = [Rule(r.channel, tuple(r.words), tuple(r.use), tuple(r.forbid)) for r in rules]
+        return rule(known, channel, text, self._versions.keys())
 
     def _in_step(self) -> Router:
         """The router, after the library's changes since the last request."""
@@ -89,19 +101,23 @@ class Chooser:
             return self._router
         self._left_out.clear()
         now: dict[str, tuple[int, int]] = {}
-        for name in library.names():
+        marks, sure = library.marks(), time.time_ns() - 10**9  # a clock's tick may pass before a change shows
+        for name, mark in marks.items():
             try:
-                version = library.current(name) or 0
-                now[name] = version, made_at(library.root / name / str(version))
+                same = self._marks.get(name) == mark and name in self._versions
+                version = self._versions[name][0] if same else library.current(name)
+                if version is not None:
+                    now[name] = version, made_at(f"{library.root}/{name}/{version}")
             except ModelError as error:
                 self._left_out[name] = str(error)
         for name in self._versions.keys() - now.keys():
             self._drop(name)
-        for name in sorted(now, key=rank):  # so that who is pooled stays so
-            if self._versions.get(name) != now[name] or name not in self._router:
-                self._drop(name)
-                self._take(library, name, now[name][0])
+        anew = [n for n in now if self._versions.get(n) != now[n] or n not in self._router]
+        for name in sorted(anew, key=rank):  # so that who is pooled stays so
+            self._drop(name)
+            self._take(library, name, now[name][0])
         self._versions, self._stamp = now, stamp
+        self._marks = {name: mark for name, mark in marks.items() if mark < sure}
         return self._router
 
     def _drop(self, name: str) -> None:

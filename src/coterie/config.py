@@ -162,7 +162,7 @@ class RoutingSpec(Strict):
         "merge", description="how they do: weighted sum of updates, mean of scores, or token by token (Arrow)"
     )
     abstain: float = Field(
-        0.05, ge=0, lt=1, description="an expert turns away what is farther off than this share of its own inputs"
+        0.03, ge=0, lt=1, description="an expert turns away what is farther off than this share of its own inputs"
     )
     rules: list[RuleSpec] = Field([], description="experts forced or forbidden for a channel or for words")
 

@@ -21,7 +21,7 @@ from coterie.data.split import hold_out, normalise
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, DataError
 from coterie.evaluation.run import evaluate
-from coterie.experts import lora as loras
+from coterie.experts.kinds import read as read_expert
 from coterie.experts.mix import mix, token_sums
 from coterie.files import check_free
 from coterie.model.load import BaseModel, load
@@ -60,13 +60,14 @@ def mix_to(
         raise CoterieError(f"{len(names)} expert(s) to mix; name 2 or more, or train them first with `coterie fit`")
     if len(set(names)) < len(names):
         raise CoterieError("an expert is named twice")
-    folders = [business.library.folder(name) for name in names]  # an unknown name fails here, before any work
+    for name in names:
+        business.library.folder(name)  # an unknown name fails here, before any work
     base = business.base(tell)
     found, sums = [], []
-    for name, folder in zip(names, folders, strict=True):
+    for name in names:
         if business.library.facts(name).kind != "lora":
             raise CoterieError(f"{name} is a {business.library.facts(name).kind} expert; only LoRA experts are mixed")
-        found.append(loras.load(folder, base.decoder.config))
+        found.append(read_expert(business.library, name, None, base.decoder))
         tell(f"{name}: reading its training data for the routers")
         rows = [encode(e, base)[0] for e in _spread(business, name)]
         sums.append(token_sums(base, [row[: base.decoder.config.context] for row in rows]))

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from coterie.files import check_free, write_atomic
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED = ("base", "auto", "arrow")
+SHOWN = 20  # names that an error lists
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +68,11 @@ class Library:
         """Names of the experts that have a current version."""
         return sorted(p.parent.name for p in self.root.glob("*/current"))
 
+    def marks(self) -> dict[str, int]:
+        """By name, when an expert last got a version or another one became its current: one look at each folder."""
+        with os.scandir(self.root) if self.root.exists() else nullcontext(()) as found:
+            return {e.name: e.stat().st_mtime_ns for e in found if e.is_dir() and NAME.fullmatch(e.name)}
+
     def versions(self, name: str) -> list[int]:
         """Version numbers of an expert, oldest first."""
         return sorted(int(p.name) for p in (self.root / name).glob("*") if p.name.isdigit())
@@ -87,7 +94,9 @@ class Library:
         version = self.current(name) if version is None else version
         folder = self.root / name / str(version)
         if version is None or not NAME.fullmatch(name) or not folder.is_dir():
-            known = ", ".join(self.names()) or "none yet; `coterie fit` trains them"
+            names = self.names()
+            known = ", ".join(names[:SHOWN]) or "none yet; `coterie fit` trains them"
+            known += f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             what = f"{name!r}" if version is None else f"version {version} of {name!r}"
             raise UnknownExpert(f"there is no expert {what}; in the library: {known}")
         return folder

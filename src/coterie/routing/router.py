@@ -165,7 +165,7 @@ class Router:
             self._forget_pooled()
 
     def route(
-        self, vector: Floats, top_k: int = 1, abstain: float = 0.05, only: Collection[str] | None = None,
+        self, vector: Floats, top_k: int = 1, abstain: float = 0.03, only: Collection[str] | None = None,
         sure: bool = False,
     ) -> Decision:  # fmt: skip
         """The experts for a text with this vector (width).
