@@ -59,6 +59,7 @@ KINDS = (loras.LoraConfig(), loras.LoraConfig(8, 16), BottleneckConfig(), Prompt
 COLUMNS = {"prompt": "text", "completion": "category"}
 OURS, LLAMA = "Coterie", "llama.cpp"
 Found = dict[tuple[str, int | tuple[int, int]], list[dict[str, Any]]]  # of a side at a level, or one of SPREADS
+Figures = dict[tuple[str, int | tuple[int, int]], float]
 Job = dict[str, Any]  # "requests": each with prompt (ids), text, expert ("" for the base); "tokens" to generate
 
 
@@ -330,11 +331,12 @@ def tell(report: common.Report, found: Found, tokens: int, rounds: int, threads:
         "faster peer (`mixed16_vs_best_peer`)."
     )
     if (OURS, SPREADS[0]) in found:
-        tell_spreads(report, pace)
+        full = {name: max(run["peak_mib"] for run in runs) for (name, level), runs in found.items() if level in SPREADS}
+        tell_spreads(report, pace, {"p50": first, "p99": last}, full)
 
 
-def tell_spreads(report: common.Report, pace: dict[tuple[str, int | tuple[int, int]], float]) -> None:
-    """How the number of experts in a batch counts."""
+def tell_spreads(report: common.Report, pace: Figures, waits: dict[str, Figures], peaks: dict[str, float]) -> None:
+    """How the number of experts in a batch counts. waits: by share, as in "p50"; peaks: by name."""
     names = list(dict.fromkeys(name for name, level in pace if level in SPREADS))
     for spot in SPREADS:
         best = max(pace[name, spot] for name in names if not name.startswith(OURS))
@@ -348,6 +350,10 @@ def tell_spreads(report: common.Report, pace: dict[tuple[str, int | tuple[int, i
     )
     head = ["", *(f"{level} over {experts}" for level, experts in SPREADS)]
     report.table("Tokens per second, requests over experts", head, [[n, *(pace[n, s] for s in SPREADS)] for n in names])
+    for share, ms in waits.items():
+        rows = [[name, *(ms[name, spot] for spot in SPREADS)] for name in names]
+        report.table(f"Time to the first token, {share}, ms, requests over experts", [share, *head[1:]], rows)
+    report.table(f"Memory with {MANY} experts", ["", "peak MiB"], [[name, peaks[name]] for name in names])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from coterie.errors import ContextTooLong, CoterieError
 from coterie.experts.card import in_words, percent
 
 if TYPE_CHECKING:  # what loads torch is imported when a command needs it
+    from coterie.answer import Answer
     from coterie.business import Business
     from coterie.model.constrain import Constraint
     from coterie.privacy.vault import Masked
@@ -176,13 +177,20 @@ def generate(
         if as_json:
             g = answer.generation
             result({"text": said, "expert": answer.expert, "version": answer.version, "finish": g.finish,
-                    "experts": [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts],
-                    "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated),
+                    "experts": _shares(answer), "prompt_tokens": len(g.prompt), "completion_tokens": len(g.generated),
                     **(answer.verdict.json() if answer.verdict else {})}, True, "")  # fmt: skip
         else:
             print()
+            if answer.routed:
+                shares = (f"{n}, version {v} ({w:.0%})" for n, v, w in answer.experts)
+                tell(f"answered by {' and '.join(shares) or 'the base model'}")
     finally:
         answerer.close()
+
+
+def _shares(answer: "Answer") -> list[dict[str, Any]]:
+    """Who answered, as the API says it."""
+    return [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts]
 
 
 def _constraint(choice: list[str], regex: str, schema: Path | None) -> "Constraint | None":
@@ -277,7 +285,8 @@ def chat(folder: Folder = Path(), expert: Who = "auto", channel: Channel = "", a
                 if not person:
                     raise
             if as_json:
-                result({"expert": answer.expert, "version": answer.version, "text": said}, True, "")
+                result({"expert": answer.expert, "version": answer.version, "experts": _shares(answer),
+                        "text": said}, True, "")  # fmt: skip
             else:
                 print()
             messages.append({"role": "assistant", "content": said})
