@@ -26,6 +26,7 @@ from coterie.experts.lora import LoraConfig
 from coterie.experts.mixture import lay, mixed
 from coterie.model.decoder import SITES, Decoder, KVCache, attend_packed
 from coterie.model.load import BaseModel, load
+from coterie.model.upcycle import upcycle
 from support import cache_of, random_rows, train_tokenizer, trained
 from test_experts import ALL, CONFIGS, ROWS
 
@@ -38,6 +39,11 @@ FAMILIES: dict[str, Any] = {
     "Llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),  # biases
     "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {}),  # normed queries and keys
+    "Mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "wide": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"head_dim": 96, "tie_word_embeddings": False}),
 }
 TOKENS = 22  # more than the 16 that a vector holds
@@ -68,12 +74,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
                 torch.nn.init.normal_(weight, float(name.endswith("norm.weight")), 0.2)
         model.save_pretrained(folder)
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
-        base = load(folder, DTYPE, packed=True)
-        step = Step.open(base.decoder)
-        assert step is not None
-        wide = {name: weight.float() for name, weight in base.decoder.weights.items()}
-        out[family] = Model(base, Decoder(base.decoder.config, wide), step)
+        out[family] = stepping(load(folder, DTYPE, packed=True))
+    once = upcycle(out["Llama"].base, 3, "1", 1, 0)  # one layer of two, one expert for each token, gates below 1
+    for name in ("1.experts.gate_up", "1.experts.down"):
+        once.decoder.weights[name] += torch.randn_like(once.decoder.weights[name]) * 0.1  # they were copies
+    config = replace(once.decoder.config, gate_normed=False)
+    out["upcycled"] = stepping(replace(once, decoder=Decoder(config, once.decoder.weights, packed=True)))
     return out
+
+
+def stepping(base: BaseModel) -> Model:
+    step = Step.open(base.decoder)
+    assert step is not None
+    wide = {name: weight.float() for name, weight in base.decoder.weights.items()}
+    return Model(base, Decoder(base.decoder.config, wide), step)
 
 
 def experts_of(model: Model) -> list[Expert]:
@@ -106,7 +120,7 @@ def wanted(
     return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "upcycled"])
 def test_every_kind_of_expert_and_the_base_get_the_scores_that_pytorch_gives(
     family: str, models: dict[str, Model]
 ) -> None:
@@ -148,9 +162,13 @@ def test_a_rows_scores_are_the_same_bit_for_bit_alone_and_in_any_batch(
         assert torch.equal(a[row], b[0])
 
 
-@given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_a_prompt_read_in_any_stretches_gives_the_same_bits(cuts: list[int], models: dict[str, Model]) -> None:
-    model = models["Qwen3"]
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6), family=st.sampled_from(("Qwen3", "Mixtral", "upcycled"))
+)  # fmt: skip
+def test_a_prompt_read_in_any_stretches_gives_the_same_bits(
+    cuts: list[int], family: str, models: dict[str, Model]
+) -> None:
+    model = models[family]
     length = sum(cuts)
     rows = random_rows(model.base, [length] * 2)
     one_by_one = scores(model, rows, [])
@@ -169,19 +187,19 @@ def test_a_prompt_read_in_any_stretches_gives_the_same_bits(cuts: list[int], mod
 
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9), chunk=st.integers(1, 40),
-    guessed=st.sampled_from((0, 8, 64)), repeats=st.integers(1, 6),
+    guessed=st.sampled_from((0, 8, 64)), repeats=st.integers(1, 6), family=st.sampled_from(("Llama", "Mixtral")),
 )  # fmt: skip
-@settings(max_examples=15)
+@settings(max_examples=20)
 def test_the_engine_writes_the_same_alone_in_any_batch_in_any_chunks_and_with_any_guesses(
-    lengths: list[int], chunk: int, guessed: int, repeats: int, models: dict[str, Model], shelf: Library
+    lengths: list[int], chunk: int, guessed: int, repeats: int, family: str, models: dict[str, Model], shelf: Library
 ) -> None:
-    """Bit for bit: the log-probabilities too, of those that ask for them."""
-    prompts = [(row * repeats)[:40] for row in random_rows(models["Llama"].base, lengths)]
-    adapters = [None, *[(name, 1) for name in sorted(shelf.names())]]
+    """Bit for bit: the log-probabilities too, of those that ask for them. A mixture has no experts beside its own."""
+    prompts = [(row * repeats)[:40] for row in random_rows(models[family].base, lengths)]
+    adapters = [None, *[(name, 1) for name in sorted(shelf.names()) if family == "Llama"]]
 
     def answers(together: bool, chunk: int, guessed: int) -> list[tuple[list[int], list[float | None]]]:
         with patch("coterie.engine.engine.CHUNK", chunk), patch("coterie.engine.engine.SPECULATED", guessed):
-            engine = Engine(replace(models["Llama"].base, eos=frozenset()), shelf, slots=5, context=64)
+            engine = Engine(replace(models[family].base, eos=frozenset()), shelf, slots=5, context=64)
             try:
                 out, waiting = [], []
                 for n, prompt in enumerate(prompts):

@@ -34,14 +34,18 @@ typedef struct {
     const float *scales;
 } Matrix;
 
-// Of one layer. Biases, q_norm and k_norm may be NULL. Norm weights and biases are float32.
+// Of one layer. Biases, q_norm and k_norm may be NULL. Norm weights, biases and router are float32. Where there is a
+// router (experts, width), the feed-forward is a mixture: gate_ups and downs have a matrix for each expert.
 typedef struct {
     const float *attn_norm, *ffn_norm, *q_norm, *k_norm, *qkv_bias, *o_bias;
     Matrix qkv, o, gate_up, down;
+    const float *router;
+    const Matrix *gate_ups, *downs;
 } Layer;
 
 typedef struct {
     int64_t layers, width, heads, kv_heads, head_dim, ffn, vocab;
+    int64_t experts, per_token, inner, gate_normed;  // of mixtures: how many, that a token wakes, width of each
     float eps;
     const Layer *layer;
     const float *final_norm, *cos, *sin;  // tables (context, head_dim / 2)
@@ -253,6 +257,11 @@ typedef struct {
     float *hidden, *qkv, *added;           // added: a block's output
     num *x, *mixed, *fed, *low;            // low: (groups, PROJECTIONS, rows, widest) x A^T
     float *scores;                         // (threads, longest)
+    // Of a mixture. Choices are (rows, per_token): `chosen` expert and `gate`, and `place` in the order of experts, in
+    // which lie `choice` (back again), `sorted` (normed rows) and `inner`; `ends`: where each expert's choices end.
+    int64_t *chosen, *place, *choice, *ends;
+    float *gate;
+    num *sorted, *inner;
 } Step;
 
 static void share_of(int64_t n, int thread, int threads, int64_t *first, int64_t *end) {
@@ -508,6 +517,90 @@ static void close_block(const Step *s, int64_t layer, int projection, const Matr
     meet(s->meeting, threads);
 }
 
+// Each row's best experts and their gates: softmax over all experts, or over those chosen.
+static void choose(const Step *s, const float *router, int thread, int threads) {
+    const Model *m = s->model;
+    int64_t first, end, k = m->per_token;
+    share_of(s->rows, thread, threads, &first, &end);
+    for (int64_t n = first; n < end; n++) {
+        float logit[m->experts], most = -INFINITY, total = 0, taken = 0;
+        for (int64_t e = 0; e < m->experts; e++) {
+            Wide sum = set16(0);
+            for (int64_t i = 0; i < m->width; i += 16)
+                sum = fma16(widen(s->x + n * m->width + i), load16(router + e * m->width + i), sum);
+            logit[e] = sum16(sum);
+            most = logit[e] > most ? logit[e] : most;
+        }
+        for (int64_t e = 0; e < m->experts; e++) total += expf(logit[e] - most);
+        char gone[m->experts];
+        memset(gone, 0, sizeof gone);
+        for (int64_t j = n * k; j < (n + 1) * k; j++) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < m->experts; e++)
+                if (!gone[e] && (best < 0 || logit[e] > logit[best])) best = e;
+            gone[best] = 1;
+            s->chosen[j] = best;
+            s->gate[j] = expf(logit[best] - most) / total;
+            taken += s->gate[j];
+        }
+        for (int64_t j = n * k; m->gate_normed && j < (n + 1) * k; j++) s->gate[j] /= taken;
+    }
+}
+
+// All choices in the order of their experts.
+static void sort_choices(const Step *s) {
+    int64_t choices = s->rows * s->model->per_token, at = 0;
+    for (int64_t e = 0; e < s->model->experts; e++) {
+        for (int64_t j = 0; j < choices; j++)
+            if (s->chosen[j] == e) s->choice[s->place[j] = at++] = j;
+        s->ends[e] = at;
+    }
+}
+
+// A mixture's feed-forward, from normed rows into the residual stream, or into `added`. A row's experts are added up in
+// their order, whoever else is in the batch.
+static void mix(const Step *s, int64_t layer, int thread, int threads) {
+    const Model *m = s->model;
+    const Layer *l = m->layer + layer;
+    int64_t width = m->width, inner = m->inner, k = m->per_token, first, end;
+    choose(s, l->router, thread, threads);
+    meet(s->meeting, threads);
+    if (!thread) sort_choices(s);
+    meet(s->meeting, threads);
+    for (int64_t j = thread; j < s->rows * k; j += threads)
+        memcpy(s->sorted + s->place[j] * width, s->x + j / k * width, width * sizeof(num));
+    meet(s->meeting, threads);
+    float out[s->rows * 16], up[s->rows * 16];
+    share_of(inner / 16, thread, threads, &first, &end);
+    for (int64_t e = 0, from = 0; e < m->experts; from = s->ends[e++]) {
+        int64_t rows = s->ends[e] - from;
+        for (int64_t c = first * 16; c < end * 16 && rows; c += 16) {
+            columns_of(l->gate_ups + e, c, rows, out, s->sorted + from * width, width);
+            columns_of(l->gate_ups + e, inner + c, rows, up, s->sorted + from * width, width);
+            for (int64_t n = 0; n < rows; n++)
+                narrow(s->inner + (from + n) * inner + c, mul16(silu16(load16(out + n * 16)), load16(up + n * 16)));
+        }
+    }
+    meet(s->meeting, threads);
+    int more = adapted(s, layer, FFN);
+    float *into = more ? s->added : s->hidden;
+    share_of(width / 16, thread, threads, &first, &end);
+    for (int64_t n = 0; n < s->rows && more; n++) memset(into + n * width + first * 16, 0, (end - first) * 16 * 4);
+    for (int64_t e = 0, from = 0; e < m->experts; from = s->ends[e++]) {
+        int64_t rows = s->ends[e] - from;
+        for (int64_t c = first * 16; c < end * 16 && rows; c += 16) {
+            columns_of(l->downs + e, c, rows, out, s->inner + from * inner, inner);
+            for (int64_t n = 0; n < rows; n++) {
+                int64_t j = s->choice[from + n];
+                float *to = into + j / k * width + c;
+                store16(to, fma16(load16(out + n * 16), set16(s->gate[j]), load16(to)));
+            }
+        }
+    }
+    if (more) adapt(s, layer, FFN, thread, threads);
+    meet(s->meeting, threads);
+}
+
 static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     const Model *m = s->model;
     const Layer *l = m->layer + layer;
@@ -539,6 +632,10 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
 
     norm_rows(s, l->ffn_norm, s->rows, NULL, thread, threads);
     meet(s->meeting, threads);
+    if (l->router) {
+        mix(s, layer, thread, threads);
+        return;
+    }
     lower(s, layer, GATE, UP, s->x, width, thread, threads);
     float up[s->rows * 16];
     share_of(m->ffn / 16, thread, threads, &first, &end);
@@ -565,7 +662,7 @@ static void run_rows(const Step *all, int64_t rows, int64_t layer, int64_t layer
     }
 }
 
-static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+static void *room(size_t bytes) { return aligned_alloc(64, bytes / 64 * 64 + 64); }
 
 // Round a matrix w (out, in), in a multiple of GROUP, to whole numbers in 8 bits as `Matrix` has them. A group is rounded
 // in the better of two ways: evenly about zero, or evenly from its least to its largest number, as GGUF's Q8_0 and Q4_1
@@ -643,11 +740,15 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const num *em
     for (int64_t n = 0; n < rows; n++)
         if (positions[n] + 1 > s.longest) s.longest = positions[n] + 1;
     s.longest = (s.longest + 15) / 16 * 16;
+    int64_t choices = rows * m->per_token;
     void *rooms[] = {
         s.hidden = room(rows * width * 4), s.qkv = room(rows * all * 4), s.added = room(rows * width * 4),
         s.x = room(rows * width * sizeof(num)), s.mixed = room(rows * q * sizeof(num)),
         s.fed = room(rows * m->ffn * sizeof(num)),
         s.low = room((n_groups + 1) * PROJECTIONS * rows * s.widest * sizeof(num)), s.scores = room(threads * s.longest * 4),
+        s.chosen = room(choices * 8), s.place = room(choices * 8), s.choice = room(choices * 8), s.ends = room(m->experts * 8),
+        s.gate = room(choices * 4), s.sorted = room(choices * width * sizeof(num)),
+        s.inner = room(choices * m->inner * sizeof(num)),
     };
     int failed = 0, count = sizeof rooms / sizeof *rooms;
     for (int i = 0; i < count; i++) failed |= !rooms[i];

@@ -26,7 +26,7 @@ from coterie.engine.pages import PAGE, Pages
 from coterie.experts import adapter, lora
 from coterie.experts.adapter import BottleneckConfig
 from coterie.experts.expert import Expert
-from coterie.model.decoder import BLOCKS, SITES, Decoder
+from coterie.model.decoder import BLOCKS, Decoder
 from coterie.model.native import built
 
 SOURCE = Path(__file__).with_name("step.c")
@@ -49,9 +49,10 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _Matrix = _struct("Matrix", exact=_P, in8=_P, scales=_P)
 _Layer = _struct("Layer", attn_norm=_P, ffn_norm=_P, q_norm=_P, k_norm=_P, qkv_bias=_P, o_bias=_P, qkv=_Matrix,
-                 o=_Matrix, gate_up=_Matrix, down=_Matrix)  # fmt: skip
-_Model = _struct("Model", layers=_N, width=_N, heads=_N, kv_heads=_N, head_dim=_N, ffn=_N, vocab=_N,
-                 eps=ctypes.c_float, layer=_P, final_norm=_P, cos=_P, sin=_P, head=_Matrix)  # fmt: skip
+                 o=_Matrix, gate_up=_Matrix, down=_Matrix, router=_P, gate_ups=_P, downs=_P)  # fmt: skip
+_Model = _struct("Model", layers=_N, width=_N, heads=_N, kv_heads=_N, head_dim=_N, ffn=_N, vocab=_N, experts=_N,
+                 per_token=_N, inner=_N, gate_normed=_N, eps=ctypes.c_float, layer=_P, final_norm=_P, cos=_P, sin=_P,
+                 head=_Matrix)  # fmt: skip
 _LowRank = _struct("LowRank", a=_P, b=_P, gain=_P, rank=_N)
 _Bottleneck = _struct("Bottleneck", down=_P, up=_P, down_bias=_P, up_bias=_P, size=_N, activation=_N, reads_sum=_N)
 _Expert = _struct("Expert", low_rank=_P, bottleneck=_P, widest=_N)
@@ -142,20 +143,25 @@ class Step:
         self.decoder, self._library = decoder, library
         self._keep: list[Any] = []
         c, w = decoder.config, decoder.weights
-        names = [*(f"{n}.{site}" for n in range(c.layers) for site in SITES), c.head]
+        sites = [w[f"{n}.{site}"] for n in range(c.layers) for site in c.dense_sites(n)]
         self._lossy = weights == "int8"
-        self._rounds = decoder.dtype == torch.float32 and self._gains(names, slots)
+        self._rounds = decoder.dtype == torch.float32 and self._gains([*sites, w[c.head]], slots)
         layers = (_Layer * c.layers)()
         for n, layer in enumerate(layers):
             for name in ("attn_norm", "ffn_norm", "q_norm", "k_norm"):
                 setattr(layer, name, self._wide(w.get(f"{n}.{name}")))
             layer.qkv_bias, layer.o_bias = self._wide(w.get(f"{n}.qkv.bias")), self._wide(w.get(f"{n}.o.bias"))
-            for site in SITES:
-                setattr(layer, site, self._matrix(f"{n}.{site}"))
+            for site in c.dense_sites(n):
+                setattr(layer, site, self._matrix(w[f"{n}.{site}"]))
+            if n in c.sparse:
+                layer.router = self._wide(w[f"{n}.router"])
+                layer.gate_ups, layer.downs = (self._matrices(w[f"{n}.experts.{x}"]) for x in ("gate_up", "down"))
         self._layers = layers
+        experts, per_token = (c.experts, c.experts_per_token) if c.sparse else (0, 0)
         self._model = _Model(
-            c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.eps, ctypes.addressof(layers),
-            self._wide(w["final_norm"]), self._wide(decoder.cos), self._wide(decoder.sin), self._matrix(c.head),
+            c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, experts, per_token,
+            c.expert_ffn or c.ffn, c.gate_normed, c.eps, ctypes.addressof(layers), self._wide(w["final_norm"]),
+            self._wide(decoder.cos), self._wide(decoder.sin), self._matrix(w[c.head]),
         )  # fmt: skip
 
     @classmethod
@@ -165,7 +171,7 @@ class Step:
         weights: what the base's matrices may be held in; slots: up to how many rows decode at once.
         """
         c = decoder.config
-        fits = all(n % 32 == 0 for n in (c.width, c.head_dim, c.ffn)) and not c.sparse
+        fits = all(n % 32 == 0 for n in (c.width, c.head_dim, c.ffn, c.expert_ffn)) and not c.capacity
         if not fits or decoder.device.type != "cpu" or decoder.dtype != dtype():
             return None
         return cls(decoder, _library(), weights, slots)
@@ -175,14 +181,13 @@ class Step:
         """Bytes of the matrices that are held in 8 bits."""
         return sum(kept.nbytes for kept in self._keep if isinstance(kept, In8))
 
-    def _gains(self, names: list[str], slots: int) -> bool:
+    def _gains(self, weights: list[Tensor], slots: int) -> bool:
         """Whether products by matrices in 8 bits are clearly slower than by the exact ones for no number of rows."""
         pairs: list[tuple[Any, Any, torch.Size]] = []  # a matrix in both ways, and its shape
         keep, self._keep, read = self._keep, [], 0
         try:
-            for name in names:
+            for weight in weights:
                 if read < SAMPLE:
-                    weight = self.decoder.weights[name]
                     exact, light = self._exact(weight), self._light(weight)
                     if light is None:
                         return False
@@ -211,8 +216,13 @@ class Step:
         )
         return y
 
-    def _matrix(self, name: str) -> Any:
-        weight = self.decoder.weights[name]
+    def _matrices(self, experts: Tensor) -> int:
+        """A mixture's, of weights (experts, out, in)."""
+        made = (_Matrix * len(experts))(*(self._matrix(weight) for weight in experts))
+        self._keep.append(made)
+        return ctypes.addressof(made)
+
+    def _matrix(self, weight: Tensor) -> Any:
         light = self._light(weight) if self._rounds else None
         return self._exact(weight) if light is None else light
 
