@@ -367,6 +367,7 @@ def test_a_reader_sees_their_own_rows(owned: Database) -> None:
     assert owned.run("SELECT note FROM notes", Reader("ada")).rows == (("own",),)
     assert owned.run("SELECT note FROM notes", Reader("' OR '1'='1")).rows == ()
     assert owned.run("SELECT note FROM notes", Reader("'")).rows == (("quote",),)
+    assert owned.run("SELECT note FROM notes", Reader()).rows == ()  # a stranger owns no row, not those without owner
 
 
 def test_samples_are_of_rows_that_the_reader_may_see(shop: Database) -> None:

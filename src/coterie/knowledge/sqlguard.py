@@ -88,7 +88,7 @@ def _condition(table: str, text: str, known: Mapping[str, str], reader: Reader, 
     for place in list(tree.find_all(exp.Placeholder)):
         if place.name != "reader":
             raise CoterieError(f"table {table}: rows: {text!r} has :{place.name}; only :reader is known")
-        name = exp.Literal.string(reader.name)
+        name = exp.Literal.string(reader.name) if reader.name else exp.Null()  # a stranger is nobody, not ''
         tree = name if place is tree else tree
         place.replace(name)
     return tree.sql(dialect=dialect, comments=False)
