@@ -243,6 +243,11 @@ INJECTIONS = {
     "very long": "SELECT '" + "x" * 10_000 + "'",
     "very wide": "SELECT " + ", ".join("1" for _ in range(2500)),
     "many tables": "SELECT 1 FROM " + ", ".join(f"customers c{i}" for i in range(20)),
+    "joins without ON, read twice each": "SELECT 1 FROM customers" + " JOIN customers" * 11,
+    "joins without ON, many": "SELECT 1 FROM customers" + " LEFT JOIN customers" * 200,
+    "types called as functions, read twice each": "SELECT " + "date(" * 10 + "'2024-01-01'" + ")" * 10,
+    "types called as functions, many": "SELECT " + "decimal(" * 55 + "1" + ")" * 55,
+    "functions written twice each": "SELECT " + "strpos(" * 10 + "name" + ", 'a', 2)" * 10 + " FROM customers",
 }  # fmt: skip
 
 
@@ -462,6 +467,19 @@ def test_more_rows_than_the_limit_are_cut_and_said_so(tmp_path: Path) -> None:
     spec = DatabaseSpec.model_validate({"url": "sqlite:///shop.db", "tables": {"orders": {}}, "rows": 2})
     answer = open_database("shop", spec, tmp_path).run("SELECT id FROM orders LIMIT 1000000", ANYONE)
     assert (len(answer.rows), answer.cut) == (2, True)
+
+
+def test_a_database_is_asked_for_no_more_rows_than_the_limit(shop: Database) -> None:
+    """PostgreSQL's driver takes all rows that come, however many are read of them."""
+    most = f" LIMIT {shop.rows + 1}"
+    plain = ["SELECT id FROM orders", "SELECT id FROM orders UNION SELECT id FROM customers"]
+    for sql in [*plain, *(f"{p} LIMIT 999999999" for p in plain)]:
+        assert shop.run(sql, BOSS).ran.endswith(most)
+    assert len(shop.run("SELECT id FROM orders LIMIT 2", BOSS).rows) == 2
+    assert shop.run("SELECT id FROM orders ORDER BY id LIMIT 999999999 OFFSET 1", BOSS).rows == ((2,), (3,))
+    for number in ("-1", "(SELECT 5)", "1 + 1", "NULL"):
+        with pytest.raises(QueryRefused, match="LIMIT takes a whole number"):
+            shop.run(f"SELECT id FROM orders LIMIT {number}", BOSS)
 
 
 def test_the_database_itself_refuses_to_write(tmp_path: Path, postgres: str) -> None:
