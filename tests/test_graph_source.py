@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sqlalchemy import create_engine, text
 
-from coterie.errors import DataError, SourceError
+from coterie.errors import CoterieError, DataError, SourceError
 from coterie.knowledge import entities, graph_source
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Entities, plain
@@ -196,6 +197,36 @@ def test_other_shapes_are_held_against_files_that_have_not_changed(music: tuple[
         assert list(learn_graph(spec, root, root / "graph").problems) == ["deals.ttl"]
     (root / "shapes.ttl").write_text(text % 1000)
     assert learn_graph(spec, root, root / "graph").problems == {}
+
+
+WAREHOUSE = {
+    "base": "urn:m:", "database": "sqlite:///none.db",
+    "tables": [{"table": "album", "id": "album/{id}", "type": "album", "label": "{title}"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["nonsense", "mysql+nothing://x/y", "oracle://x/y"])
+def test_a_database_that_cannot_be_used_is_said_in_one_sentence(tmp_path: Path, address: str) -> None:
+    with pytest.raises(CoterieError, match="database: cannot be used"):
+        learn_graph(GraphSpec.model_validate({**WAREHOUSE, "database": address}), tmp_path, tmp_path / "graph")
+
+
+def test_a_database_that_is_not_there_is_named_and_not_made(tmp_path: Path) -> None:
+    learned = learn_graph(GraphSpec.model_validate(WAREHOUSE), tmp_path, tmp_path / "graph")
+    assert "none.db: no such file" in learned.problems["album"]
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_tables_of_postgresql_become_triples(tmp_path: Path, new_postgres: Callable[..., str]) -> None:
+    url = new_postgres()
+    engine = create_engine(url)
+    with engine.begin() as c:
+        c.execute(text("CREATE TABLE album (id INTEGER, title TEXT)"))
+        c.execute(text("INSERT INTO album SELECT n, 'Album ' || n FROM generate_series(1, 2500) AS n"))
+    engine.dispose()
+    spec = GraphSpec.model_validate({**WAREHOUSE, "database": url.replace("+psycopg", "")})
+    assert learn_graph(spec, tmp_path, tmp_path / "graph").problems == {}
+    assert [s.triples for s in Graph(tmp_path / "graph").sources()] == [2 * 2500 + 1]
 
 
 TRAINED = [Asked(mask(f"{how} of entity's {word}", 2, 3), path, COUNT if "many" in how else "=list")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from hypothesis import given, settings
@@ -558,6 +559,17 @@ def test_every_cell_of_a_sheet_stays_under_its_own_heading(
     found = db.run("SELECT * FROM a", ANYONE)
     assert not loaded.problems
     assert [dict(zip(found.columns, row, strict=True)) for row in found.rows] == rows
+
+
+def test_an_account_number_of_twenty_digits_in_a_sheet_is_text(tmp_path: Path) -> None:
+    """Excel itself writes no such number, other programs do."""
+    openpyxl_of([["account", "n"], [77777, 1.5], [8, 2]]).save(tmp_path / "7.xlsx")
+    with ZipFile(tmp_path / "7.xlsx") as plain, ZipFile(tmp_path / "a.xlsx", "w") as large:
+        for name in plain.namelist():
+            large.writestr(name, plain.read(name).replace(b"77777", b"12345678901234567890"))
+    db, loaded = open_tables("t", TablesSpec.model_validate({"files": {"a": "a.xlsx"}}), tmp_path)
+    assert db.run("SELECT account, n FROM a", ANYONE).rows == (("12345678901234567890", 1.5), ("8", 2))
+    assert not loaded.problems
 
 
 def wide(file: Path, columns: int) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pyoxigraph as ox
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from coterie.data.read import Row, read_objects
-from coterie.errors import CoterieError, DataError, SourceError
+from coterie.errors import CoterieError, DataError, SourceError, first_line
+from coterie.knowledge.database import postgresql_engine, sqlite_engine
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.evidence import Reader
@@ -104,7 +107,7 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
                     seen.add(name)
                     yield _Wanted(name, tuple(part.readers), lambda f=file: _digest(f),  # type: ignore[misc]
                                   lambda f=file: read_rdf(f, spec.base))  # type: ignore[misc]  # fmt: skip
-    engine = create_engine(located(spec.database, root)) if spec.database else None
+    engine = _engine(spec, root) if spec.database else None
     for table in spec.tables:
         rows = _rows(engine, table.table, root / table.file)
         made: Triples = lambda t=table, r=rows: map_rows(t, r(), spec.base)  # type: ignore[misc]  # noqa: E731
@@ -112,6 +115,19 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
         yield _Wanted(
             table.table or table.file, tuple(table.readers), lambda a=about, m=made: _hash(a, m()), made  # type: ignore[misc]
         )  # fmt: skip
+
+
+def _engine(spec: GraphSpec, root: Path) -> Engine:
+    """The database that `tables` names tables of; SQLite and PostgreSQL are only read. Raises CoterieError."""
+    try:
+        url = make_url(located(spec.database, root))
+        if url.get_backend_name() == "sqlite" and url.database:
+            return sqlite_engine(Path(url.database))
+        if url.get_backend_name() == "postgresql":
+            return postgresql_engine("database", url, spec.timeout_s)
+        return create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise CoterieError(f"database: cannot be used ({first_line(error)})") from error
 
 
 def _rows(engine: Engine | None, table: str, file: Path) -> Callable[[], Iterator[Any]]:
