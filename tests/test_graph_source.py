@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,14 +161,38 @@ def test_learning_again_takes_what_changed_and_drops_what_is_gone(music: tuple[P
 
 
 def test_a_source_that_breaks_keeps_what_it_said_but_not_who_may_read_it(music: tuple[Path, GraphSource]) -> None:
-    root, source = music
+    root, _ = music
     (root / "deals.ttl").write_text("this is no turtle")
-    narrowed = {**SPEC, "parts": [{"files": ["deals.ttl"], "readers": ["boss"]}]}
-    learned = learn_graph(GraphSpec.model_validate(narrowed), root, root / "graph")
+    narrowed = GraphSpec.model_validate({**SPEC, "parts": [{"files": ["deals.ttl"], "readers": ["boss"]}]})
+    learned = learn_graph(narrowed, root, root / "graph")
     assert "deals.ttl:1: not valid" in learned.problems["deals.ttl"]
+    source = open_graph("music", narrowed, root / "graph")
     assert "900" not in str(source.search("What is the fee of Ella Fitzgerald?", STAFF))
     boss = Reader("b", frozenset({"boss"}))
     assert source.answers("What is the fee of Ella Fitzgerald?", boss)[0].values[0].value == "900"
+    source.graph.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", [
+    {"parts": [{"files": ["deals.ttl"], "readers": ["board"]}]},
+    {"tables": [SPEC["tables"][0], {**SPEC["tables"][1], "readers": ["board"]}]},  # type: ignore[dict-item]
+])  # fmt: skip
+def test_changed_readers_hold_before_anything_is_asked(music: tuple[Path, GraphSource], change: dict[str, Any]) -> None:
+    root, before = music
+    board = Reader("cyd", frozenset({"staff", "board"}))
+    spec = GraphSpec.model_validate({**SPEC, **change})
+    source = open_graph("music", spec, root / "graph")
+    question = "What is the price of Satchmo?"
+    for ask, what in ((source.search, question), (source.answers, question), (source.around, "urn:m:album/2")):
+        with pytest.raises(CoterieError, match="its readers have changed since it was learned; run `coterie learn`"):
+            ask(what, board)
+    assert before.answers(question, STAFF)  # who does not know of the change yet
+    assert learn_graph(spec, root, root / "graph").problems == {}
+    assert source.answers(question, board)[0].values[0].value == "8"
+    assert bool(source.answers(question, STAFF)) is ("parts" in change)
+    with pytest.raises(CoterieError, match="its readers have changed"):
+        before.search(question, STAFF)
+    source.graph.close()  # type: ignore[attr-defined]
 
 
 def test_shapes_keep_a_file_out(music: tuple[Path, GraphSource]) -> None:

@@ -75,8 +75,9 @@ class Graph:
 
     fresh_s = math.inf  # a graph's IRI says what its content is
 
-    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
-        self.folder, self.timeout_s = folder, timeout_s
+    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S, permissions: str | None = None) -> None:
+        """`permissions`: a mark of who may read what, as it is declared now; see `permit`. None: that is not asked."""
+        self.folder, self.timeout_s, self.permissions = folder, timeout_s, permissions
         self._idle: list[_Worker] = []
         self._room = threading.BoundedSemaphore(WORKERS)
 
@@ -89,7 +90,22 @@ class Graph:
         return [Source(**{**s, "readers": frozenset(s["readers"])}) for s in listed]
 
     def seen(self, reader: Reader) -> frozenset[str]:
+        """Raises CoterieError where other readers are declared than those that the graph was learned with."""
+        if self.permissions is not None and self._snapshot() and self._permitted() != self.permissions:
+            raise CoterieError(
+                f"{self.folder.name}: its readers have changed since it was learned; run `coterie learn`"
+            )
         return frozenset(s.graph for s in self.sources() if s.readers & reader.may)
+
+    def permit(self, permissions: str) -> None:
+        """Say that what is published has the readers that `permissions` stands for; "" for none that are declared."""
+        write_atomic(self.folder / "permissions", permissions)
+
+    def _permitted(self) -> str:
+        try:
+            return (self.folder / "permissions").read_text()
+        except FileNotFoundError:
+            return ""
 
     def select(self, query: str, reader: Reader, limit: int = LIMIT) -> Rows:
         check(query)

@@ -1,6 +1,7 @@
 """`coterie learn` of a graph: its files and tables as named graphs, only what changed, and the path finder."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,20 +78,28 @@ def learn_graph(spec: GraphSpec, root: Path, folder: Path) -> Learned:
             if not name.startswith(EXTRACTED):  # those go with their documents
                 writer.remove(name)
                 done.removed.append(name)
+    graph.permit(permissions_mark(spec))  # after what it speaks of: a run that is killed in between leaves it closed
     _learn_paths(spec, root, folder, done)
     if "examples" in done.problems:  # a line of them may speak of anything that is known here
         done.told["examples"] = [source.readers for source in wanted]
     return done
 
 
+def permissions_mark(spec: GraphSpec) -> str:
+    """Of what decides who may read: a graph that was learned with another is not asked."""
+    held = [*((p.files, p.readers) for p in spec.parts), *((t.table or t.file, t.readers) for t in spec.tables)]
+    return json.dumps(held) if held else ""
+
+
 def open_graph(name: str, spec: GraphSpec, folder: Path, embed: Embed | None = None) -> GraphSource:
-    """The source that `learn_graph` made, or the endpoint."""
+    """The source that `learn_graph` made, or the endpoint. It raises CoterieError when it is asked, and other readers
+    are declared than those it was learned with."""
     file = folder / "finder.safetensors"
     finder = Finder.load(file) if file.exists() else None
     if spec.endpoint:
         endpoint = Endpoint(spec.endpoint, spec.endpoint_graphs, spec.readers, spec.timeout_s)
         return GraphSource(name, endpoint, finder, embed, named=bool(spec.endpoint_graphs))
-    return GraphSource(name, Graph(folder, spec.timeout_s), finder, embed)
+    return GraphSource(name, Graph(folder, spec.timeout_s, permissions_mark(spec)), finder, embed)
 
 
 def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
