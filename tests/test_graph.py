@@ -191,6 +191,19 @@ def test_a_query_that_takes_too_long_is_stopped_and_the_next_answers(tmp_path: P
     graph.close()
 
 
+def test_a_query_that_takes_too_much_memory_ends_and_the_next_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.knowledge.graph.MEMORY", 200 << 20)
+    graph = Graph(tmp_path, timeout_s=60)
+    with graph.writing() as writer:
+        writer.put("many", (triple(str(i), "p", str(i + 1)) for i in range(100)), ["*"], "1")
+    with pytest.raises(SourceError, match="ended, as over too much memory"):
+        graph.select("SELECT * { ?a ?b ?c . ?d ?e ?f . ?g ?h ?i } ORDER BY ?i ?f LIMIT 5", ANYONE)
+    assert len(graph.select(ALL, ANYONE, limit=10).rows) == 10
+    graph.close()
+
+
 READ = {
     "a.ttl": "@prefix e: <urn:> . e:x e:p e:y , [ e:q 1 ] .",
     "a.nt": "<urn:x> <urn:p> <urn:y> .\n_:b <urn:q> \"1\" .\n<urn:x> <urn:p> _:b .\n",

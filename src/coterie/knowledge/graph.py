@@ -32,6 +32,7 @@ from coterie.knowledge.sparql import Rows, check, read_answer
 LIMIT = 1000  # rows of one answer
 TIMEOUT_S = 5.0
 WORKERS = 4  # queries at once
+MEMORY = 1 << 30  # bytes that each may take; large graphs need some hundred million for what comes within the time
 BATCH = 50_000  # triples written together
 PREFIX = "urn:coterie:graph:"
 EXTRACTED = "extracted from "  # how a source is named whose triples were read from a document; see proposals.py
@@ -259,7 +260,7 @@ class _Worker:
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "coterie.knowledge.graph_worker"], text=True, env=environment,
+            [sys.executable, "-m", "coterie.knowledge.graph_worker", str(MEMORY)], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -281,7 +282,7 @@ class _Worker:
         except OSError:
             line = ""
         if not line:
-            raise SourceError("the process that asks the graph ended; try again")
+            raise SourceError("the process that asks the graph ended, as over too much memory; ask for less at once")
         out: dict[str, Any] = json.loads(line)
         return out
 
