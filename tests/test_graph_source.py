@@ -100,6 +100,27 @@ def test_linking_takes_any_text_and_names_each_word_once(names: list[tuple[str, 
     assert all(0 < m.score <= 1 and m.iris for m in found)
 
 
+def test_a_long_question_costs_no_more_guesses_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, embedded = list[str](), list[str]()
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        embedded.extend(texts)
+        return np.eye(8, dtype=np.float32)[[1 + i % 7 if t in keys else 0 for i, t in enumerate(texts)]]
+
+    keys = {plain(n) for n, _ in NAMES}
+    many = Entities(NAMES, embed)
+    monkeypatch.setattr(entities, "ratio", lambda a, b, **_: compared.append(a) or 0)
+    assert many.link("henri the eighth of england in word " * 6) == []
+    once = len(compared), len(embedded)
+    assert min(once) > 0
+    compared.clear()
+    embedded.clear()
+    for _ in range(3):  # as one question is, by one search
+        assert many.link("henri the eighth of england in word " * 200) == []
+    assert (len(compared), len(embedded)) <= once
+    assert many.link("henri the eighth of england in word " * 100 + "Satchmo")[0].name == "satchmo"
+
+
 ASKED = [
     ("What is the birth year of Ella Fitzgerald?", {"1917"}),
     ("What is the price of Satchmo?", {"8"}),
