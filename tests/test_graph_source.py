@@ -319,6 +319,23 @@ def test_declared_examples_train_the_finder(music: tuple[Path, GraphSource]) -> 
     source.graph.close()  # type: ignore[attr-defined]
 
 
+def test_examples_that_cannot_be_read_leave_the_graph_learned(music: tuple[Path, GraphSource]) -> None:
+    root, source = music
+    (root / "folder.jsonl").mkdir()
+    for examples in ("none*.jsonl", "folder.jsonl"):
+        learned = learn_graph(GraphSpec.model_validate({**SPEC, "examples": [examples]}), root, root / "graph")
+        assert examples in learned.problems["examples"]
+        assert learned.told["examples"]
+    assert source.answers("What is the price of Satchmo?", ANYONE)[0].values[0].value == "8"
+
+
+@pytest.mark.parametrize("pattern", ["none.ttl", "*.nt", "/etc/hosts", "."])
+def test_a_pattern_that_fits_no_file_is_named(tmp_path: Path, pattern: str) -> None:
+    spec = GraphSpec.model_validate({"parts": [{"files": [pattern]}]})
+    learned = learn_graph(spec, tmp_path, tmp_path / "graph")
+    assert learned.problems == {pattern: f"{pattern}: no such file in {tmp_path}"}
+
+
 class Words(WordEmbedder):
     """Keeps the texts that it was given."""
 

@@ -107,9 +107,9 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
     seen: set[str] = set()
     for part in spec.parts:
         for pattern in part.files:
-            files = sorted(f for f in root.glob(pattern) if f.is_file())
+            files = _files(root, pattern)
             if not files:
-                done.problems[pattern], done.told[pattern] = f"{root / pattern}: no such file", [tuple(part.readers)]
+                done.problems[pattern], done.told[pattern] = f"{pattern}: no such file in {root}", [tuple(part.readers)]
             for file in files:
                 name = str(file.relative_to(root))
                 if name not in seen:
@@ -124,6 +124,13 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
         yield _Wanted(
             table.table or table.file, tuple(table.readers), lambda a=about, m=made: _hash(a, m()), made  # type: ignore[misc]
         )  # fmt: skip
+
+
+def _files(root: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(f for f in root.glob(pattern) if f.is_file())
+    except (NotImplementedError, ValueError, IndexError):  # of pathlib: a pattern that begins at the root, or is none
+        return []
 
 
 def _engine(spec: GraphSpec, root: Path) -> Engine:
@@ -167,11 +174,11 @@ def _learn_paths(spec: GraphSpec, root: Path, folder: Path, done: Learned) -> No
     if not spec.examples:
         file.unlink(missing_ok=True)
         return
-    files = [f for p in spec.examples for f in sorted(root.glob(p))]
-    now = ",".join(_digest(f) for f in files)
-    if file.exists() and mark.exists() and mark.read_text() == now:
-        return
+    files = [f for p in spec.examples for f in _files(root, p) or [root / p]]
     try:
+        now = ",".join(_digest(f) for f in files)
+        if file.exists() and mark.exists() and mark.read_text() == now:
+            return
         rows = [asked for f in files for asked in read_asked(f, spec.base)]
         finder = Finder(_all_labels(spec, folder))
         finder.learn(rows)
