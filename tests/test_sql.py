@@ -387,6 +387,25 @@ def test_samples_are_of_rows_that_the_reader_may_see(shop: Database) -> None:
     assert describe(shop.schema(ANYONE)) == ""
 
 
+def test_comments_of_postgresql_are_read_and_a_description_goes_before_them(new_postgres: Callable[..., str]) -> None:
+    url = new_postgres()
+    fill(url)
+    engine = create_engine(url)
+    with engine.begin() as c:
+        c.execute(text("COMMENT ON TABLE orders IS 'what was bought'"))
+        c.execute(text("COMMENT ON TABLE customers IS 'who is known'"))
+        c.execute(text("COMMENT ON COLUMN orders.total IS 'in pounds'"))
+        c.execute(text("COMMENT ON COLUMN customers.secret IS 'for nobody'"))
+    engine.dispose()
+    tables = {"orders": {}, "customers": {"columns": ["id", "name"], "description": "who buys"}}
+    db = open_database("shop", DatabaseSpec.model_validate({"url": url, "tables": tables}), Path())
+    assert describe(db.schema(ANYONE), samples=False).splitlines() == [
+        "orders (id, customer = customers.id, total -- in pounds, day): what was bought",
+        "customers (id, name): who buys",
+    ]
+    assert db.tables()["orders"].columns[0].key
+
+
 @pytest.fixture(params=["sqlite", "sqlite, WAL", "duckdb"])
 def changing(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Database, Callable[[str, list[str]], None]]:
     """A table `t`, and what writes it anew: its columns, and one value of the first in each row."""
