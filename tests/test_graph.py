@@ -191,6 +191,19 @@ def test_a_query_that_takes_too_long_is_stopped_and_the_next_answers(tmp_path: P
     graph.close()
 
 
+def test_a_query_that_takes_too_much_memory_ends_and_the_next_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coterie.knowledge.graph.MEMORY", 200 << 20)
+    graph = Graph(tmp_path, timeout_s=60)
+    with graph.writing() as writer:
+        writer.put("many", (triple(str(i), "p", str(i + 1)) for i in range(100)), ["*"], "1")
+    with pytest.raises(SourceError, match="ended, as over too much memory"):
+        graph.select("SELECT * { ?a ?b ?c . ?d ?e ?f . ?g ?h ?i } ORDER BY ?i ?f LIMIT 5", ANYONE)
+    assert len(graph.select(ALL, ANYONE, limit=10).rows) == 10
+    graph.close()
+
+
 READ = {
     "a.ttl": "@prefix e: <urn:> . e:x e:p e:y , [ e:q 1 ] .",
     "a.nt": "<urn:x> <urn:p> <urn:y> .\n_:b <urn:q> \"1\" .\n<urn:x> <urn:p> _:b .\n",
@@ -242,6 +255,18 @@ def test_shapes_name_what_does_not_fit(tmp_path: Path) -> None:
         check_shapes(fits, shapes)
 
 
+@pytest.mark.parametrize("wrong", [
+    'sh:path e:manages ; sh:pattern "("', "sh:maxCount 1", 'sh:path e:manages ; sh:minCount "many"',
+])  # fmt: skip
+def test_shapes_that_cannot_be_used_are_named(tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "shapes.ttl").write_text(
+        "@prefix sh: <http://www.w3.org/ns/shacl#> . @prefix e: <urn:> .\n"
+        f"e:S a sh:NodeShape ; sh:targetSubjectsOf e:manages ; sh:property [ {wrong} ] ."
+    )
+    with pytest.raises(SourceError, match=r"shapes\.ttl: the shapes cannot be used"):
+        check_shapes([triple("ada", "manages", "bob")], tmp_path / "shapes.ttl")
+
+
 ALBUMS = MappingSpec(
     table="album", id="album/{id}", type="album", label="{title}", properties={"price": "price"},
     links={"artist": "artist/{artist}"},
@@ -267,8 +292,22 @@ def test_a_table_and_a_file_become_the_same_kind_of_triples(tmp_path: Path) -> N
     bad = ALBUMS.model_copy(update={"properties": {"cost": "cost"}})
     with pytest.raises(SourceError, match="no column 'cost'; there are id, title"):
         list(map_rows(bad, table_rows(engine, "album"), "urn:"))
-    with pytest.raises(SourceError, match="table nothing"):
+    with pytest.raises(SourceError, match="table nothing: there is no such table"):
         list(table_rows(engine, "nothing"))
+    with pytest.raises(SourceError, match="album: cannot be mapped"):
+        list(map_rows(ALBUMS, table_rows(engine, "album"), "no address"))
+    with engine.begin() as c:
+        c.execute(text("CREATE TABLE diary (day DATE)"))
+        c.execute(text("INSERT INTO diary VALUES ('soon')"))
+    with pytest.raises(SourceError, match="table diary: cannot be read"):
+        list(table_rows(engine, "diary"))
+
+
+def test_a_column_that_is_not_among_many_is_named_in_a_short_message(tmp_path: Path) -> None:
+    row = {f"column {n}": "" for n in range(100_000)}
+    with pytest.raises(SourceError, match="there is no column 'id'; there are column 0, column 1") as said:
+        list(map_rows(ALBUMS, [row], "urn:"))
+    assert len(str(said.value)) < 1000
 
 
 class _Server(http.server.BaseHTTPRequestHandler):
@@ -279,7 +318,8 @@ class _Server(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.asked.append(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()))
         good = {"head": {"vars": ["x"]}, "results": {"bindings": [{"x": {"type": "uri", "value": "urn:1"}}] * 3}}
-        body = {"/good": json.dumps(good), "/html": "<html>", "/other": "[1]"}.get(self.path, "")
+        bodies = {"/good": json.dumps(good), "/html": "<html>", "/other": "[1]", "/deep": "[" * 100_000}
+        body = bodies.get(self.path, "")
         self.send_response(503 if self.path == "/busy" else 200)
         self.end_headers()
         for _ in range(30 if self.path == "/slow" else 0):
@@ -317,7 +357,8 @@ def test_an_endpoint_gets_the_readers_graphs_as_the_data_set(server: str) -> Non
 
 
 @pytest.mark.parametrize(("path", "said"), [
-    ("/slow", "no answer in 0.5 s"), ("/busy", "answered 503"), ("/html", "not JSON"), ("/other", "not SPARQL results"),
+    ("/slow", "no answer in 0.5 s"), ("/busy", "answered 503"), ("/html", "not JSON"), ("/deep", "not JSON"),
+    ("/other", "not SPARQL results"),
 ])  # fmt: skip
 def test_an_endpoint_that_fails_is_named(server: str, path: str, said: str) -> None:
     with pytest.raises(SourceError, match=said):

@@ -3,16 +3,18 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sqlalchemy import create_engine, text
 
-from coterie.errors import DataError, SourceError
+from coterie.errors import CoterieError, DataError, SourceError
 from coterie.knowledge import entities, graph_source
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Entities, plain
@@ -98,6 +100,27 @@ def test_linking_takes_any_text_and_names_each_word_once(names: list[tuple[str, 
     assert all(0 < m.score <= 1 and m.iris for m in found)
 
 
+def test_a_long_question_costs_no_more_guesses_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, embedded = list[str](), list[str]()
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        embedded.extend(texts)
+        return np.eye(8, dtype=np.float32)[[1 + i % 7 if t in keys else 0 for i, t in enumerate(texts)]]
+
+    keys = {plain(n) for n, _ in NAMES}
+    many = Entities(NAMES, embed)
+    monkeypatch.setattr(entities, "ratio", lambda a, b, **_: compared.append(a) or 0)
+    assert many.link("henri the eighth of england in word " * 6) == []
+    once = len(compared), len(embedded)
+    assert min(once) > 0
+    compared.clear()
+    embedded.clear()
+    for _ in range(3):  # as one question is, by one search
+        assert many.link("henri the eighth of england in word " * 200) == []
+    assert (len(compared), len(embedded)) <= once
+    assert many.link("henri the eighth of england in word " * 100 + "Satchmo")[0].name == "satchmo"
+
+
 ASKED = [
     ("What is the birth year of Ella Fitzgerald?", {"1917"}),
     ("What is the price of Satchmo?", {"8"}),
@@ -159,14 +182,38 @@ def test_learning_again_takes_what_changed_and_drops_what_is_gone(music: tuple[P
 
 
 def test_a_source_that_breaks_keeps_what_it_said_but_not_who_may_read_it(music: tuple[Path, GraphSource]) -> None:
-    root, source = music
+    root, _ = music
     (root / "deals.ttl").write_text("this is no turtle")
-    narrowed = {**SPEC, "parts": [{"files": ["deals.ttl"], "readers": ["boss"]}]}
-    learned = learn_graph(GraphSpec.model_validate(narrowed), root, root / "graph")
+    narrowed = GraphSpec.model_validate({**SPEC, "parts": [{"files": ["deals.ttl"], "readers": ["boss"]}]})
+    learned = learn_graph(narrowed, root, root / "graph")
     assert "deals.ttl:1: not valid" in learned.problems["deals.ttl"]
+    source = open_graph("music", narrowed, root / "graph")
     assert "900" not in str(source.search("What is the fee of Ella Fitzgerald?", STAFF))
     boss = Reader("b", frozenset({"boss"}))
     assert source.answers("What is the fee of Ella Fitzgerald?", boss)[0].values[0].value == "900"
+    source.graph.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", [
+    {"parts": [{"files": ["deals.ttl"], "readers": ["board"]}]},
+    {"tables": [SPEC["tables"][0], {**SPEC["tables"][1], "readers": ["board"]}]},  # type: ignore[dict-item]
+])  # fmt: skip
+def test_changed_readers_hold_before_anything_is_asked(music: tuple[Path, GraphSource], change: dict[str, Any]) -> None:
+    root, before = music
+    board = Reader("cyd", frozenset({"staff", "board"}))
+    spec = GraphSpec.model_validate({**SPEC, **change})
+    source = open_graph("music", spec, root / "graph")
+    question = "What is the price of Satchmo?"
+    for ask, what in ((source.search, question), (source.answers, question), (source.around, "urn:m:album/2")):
+        with pytest.raises(CoterieError, match="its readers have changed since it was learned; run `coterie learn`"):
+            ask(what, board)
+    assert before.answers(question, STAFF)  # who does not know of the change yet
+    assert learn_graph(spec, root, root / "graph").problems == {}
+    assert source.answers(question, board)[0].values[0].value == "8"
+    assert bool(source.answers(question, STAFF)) is ("parts" in change)
+    with pytest.raises(CoterieError, match="its readers have changed"):
+        before.search(question, STAFF)
+    source.graph.close()  # type: ignore[attr-defined]
 
 
 def test_shapes_keep_a_file_out(music: tuple[Path, GraphSource]) -> None:
@@ -196,6 +243,36 @@ def test_other_shapes_are_held_against_files_that_have_not_changed(music: tuple[
         assert list(learn_graph(spec, root, root / "graph").problems) == ["deals.ttl"]
     (root / "shapes.ttl").write_text(text % 1000)
     assert learn_graph(spec, root, root / "graph").problems == {}
+
+
+WAREHOUSE = {
+    "base": "urn:m:", "database": "sqlite:///none.db",
+    "tables": [{"table": "album", "id": "album/{id}", "type": "album", "label": "{title}"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["nonsense", "mysql+nothing://x/y", "oracle://x/y"])
+def test_a_database_that_cannot_be_used_is_said_in_one_sentence(tmp_path: Path, address: str) -> None:
+    with pytest.raises(CoterieError, match="database: cannot be used"):
+        learn_graph(GraphSpec.model_validate({**WAREHOUSE, "database": address}), tmp_path, tmp_path / "graph")
+
+
+def test_a_database_that_is_not_there_is_named_and_not_made(tmp_path: Path) -> None:
+    learned = learn_graph(GraphSpec.model_validate(WAREHOUSE), tmp_path, tmp_path / "graph")
+    assert "none.db: no such file" in learned.problems["album"]
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_tables_of_postgresql_become_triples(tmp_path: Path, new_postgres: Callable[..., str]) -> None:
+    url = new_postgres()
+    engine = create_engine(url)
+    with engine.begin() as c:
+        c.execute(text("CREATE TABLE album (id INTEGER, title TEXT)"))
+        c.execute(text("INSERT INTO album SELECT n, 'Album ' || n FROM generate_series(1, 2500) AS n"))
+    engine.dispose()
+    spec = GraphSpec.model_validate({**WAREHOUSE, "database": url.replace("+psycopg", "")})
+    assert learn_graph(spec, tmp_path, tmp_path / "graph").problems == {}
+    assert [s.triples for s in Graph(tmp_path / "graph").sources()] == [2 * 2500 + 1]
 
 
 TRAINED = [Asked(mask(f"{how} of entity's {word}", 2, 3), path, COUNT if "many" in how else "=list")
@@ -240,6 +317,23 @@ def test_declared_examples_train_the_finder(music: tuple[Path, GraphSource]) -> 
     source = open_graph("music", spec, root / "graph")
     assert source.answers("How dear is Ella and Louis?", ANYONE)[0].values[0].value == "9.5"
     source.graph.close()  # type: ignore[attr-defined]
+
+
+def test_examples_that_cannot_be_read_leave_the_graph_learned(music: tuple[Path, GraphSource]) -> None:
+    root, source = music
+    (root / "folder.jsonl").mkdir()
+    for examples in ("none*.jsonl", "folder.jsonl"):
+        learned = learn_graph(GraphSpec.model_validate({**SPEC, "examples": [examples]}), root, root / "graph")
+        assert examples in learned.problems["examples"]
+        assert learned.told["examples"]
+    assert source.answers("What is the price of Satchmo?", ANYONE)[0].values[0].value == "8"
+
+
+@pytest.mark.parametrize("pattern", ["none.ttl", "*.nt", "/etc/hosts", "."])
+def test_a_pattern_that_fits_no_file_is_named(tmp_path: Path, pattern: str) -> None:
+    spec = GraphSpec.model_validate({"parts": [{"files": [pattern]}]})
+    learned = learn_graph(spec, tmp_path, tmp_path / "graph")
+    assert learned.problems == {pattern: f"{pattern}: no such file in {tmp_path}"}
 
 
 class Words(WordEmbedder):

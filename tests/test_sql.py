@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from hypothesis import given, settings
@@ -243,6 +244,11 @@ INJECTIONS = {
     "very long": "SELECT '" + "x" * 10_000 + "'",
     "very wide": "SELECT " + ", ".join("1" for _ in range(2500)),
     "many tables": "SELECT 1 FROM " + ", ".join(f"customers c{i}" for i in range(20)),
+    "joins without ON, read twice each": "SELECT 1 FROM customers" + " JOIN customers" * 11,
+    "joins without ON, many": "SELECT 1 FROM customers" + " LEFT JOIN customers" * 200,
+    "types called as functions, read twice each": "SELECT " + "date(" * 10 + "'2024-01-01'" + ")" * 10,
+    "types called as functions, many": "SELECT " + "decimal(" * 55 + "1" + ")" * 55,
+    "functions written twice each": "SELECT " + "strpos(" * 10 + "name" + ", 'a', 2)" * 10 + " FROM customers",
 }  # fmt: skip
 
 
@@ -367,6 +373,7 @@ def test_a_reader_sees_their_own_rows(owned: Database) -> None:
     assert owned.run("SELECT note FROM notes", Reader("ada")).rows == (("own",),)
     assert owned.run("SELECT note FROM notes", Reader("' OR '1'='1")).rows == ()
     assert owned.run("SELECT note FROM notes", Reader("'")).rows == (("quote",),)
+    assert owned.run("SELECT note FROM notes", Reader()).rows == ()  # a stranger owns no row, not those without owner
 
 
 def test_samples_are_of_rows_that_the_reader_may_see(shop: Database) -> None:
@@ -378,6 +385,25 @@ def test_samples_are_of_rows_that_the_reader_may_see(shop: Database) -> None:
     assert "customers (id" in north
     assert "who buys" in north
     assert describe(shop.schema(ANYONE)) == ""
+
+
+def test_comments_of_postgresql_are_read_and_a_description_goes_before_them(new_postgres: Callable[..., str]) -> None:
+    url = new_postgres()
+    fill(url)
+    engine = create_engine(url)
+    with engine.begin() as c:
+        c.execute(text("COMMENT ON TABLE orders IS 'what was bought'"))
+        c.execute(text("COMMENT ON TABLE customers IS 'who is known'"))
+        c.execute(text("COMMENT ON COLUMN orders.total IS 'in pounds'"))
+        c.execute(text("COMMENT ON COLUMN customers.secret IS 'for nobody'"))
+    engine.dispose()
+    tables = {"orders": {}, "customers": {"columns": ["id", "name"], "description": "who buys"}}
+    db = open_database("shop", DatabaseSpec.model_validate({"url": url, "tables": tables}), Path())
+    assert describe(db.schema(ANYONE), samples=False).splitlines() == [
+        "orders (id, customer = customers.id, total -- in pounds, day): what was bought",
+        "customers (id, name): who buys",
+    ]
+    assert db.tables()["orders"].columns[0].key
 
 
 @pytest.fixture(params=["sqlite", "sqlite, WAL", "duckdb"])
@@ -463,6 +489,19 @@ def test_more_rows_than_the_limit_are_cut_and_said_so(tmp_path: Path) -> None:
     assert (len(answer.rows), answer.cut) == (2, True)
 
 
+def test_a_database_is_asked_for_no_more_rows_than_the_limit(shop: Database) -> None:
+    """PostgreSQL's driver takes all rows that come, however many are read of them."""
+    most = f" LIMIT {shop.rows + 1}"
+    plain = ["SELECT id FROM orders", "SELECT id FROM orders UNION SELECT id FROM customers"]
+    for sql in [*plain, *(f"{p} LIMIT 999999999" for p in plain)]:
+        assert shop.run(sql, BOSS).ran.endswith(most)
+    assert len(shop.run("SELECT id FROM orders LIMIT 2", BOSS).rows) == 2
+    assert shop.run("SELECT id FROM orders ORDER BY id LIMIT 999999999 OFFSET 1", BOSS).rows == ((2,), (3,))
+    for number in ("-1", "(SELECT 5)", "1 + 1", "NULL"):
+        with pytest.raises(QueryRefused, match="LIMIT takes a whole number"):
+            shop.run(f"SELECT id FROM orders LIMIT {number}", BOSS)
+
+
 def test_the_database_itself_refuses_to_write(tmp_path: Path, postgres: str) -> None:
     """The walls behind the guard, tried without it."""
     fill(f"sqlite:///{tmp_path}/shop.db")
@@ -539,6 +578,17 @@ def test_every_cell_of_a_sheet_stays_under_its_own_heading(
     found = db.run("SELECT * FROM a", ANYONE)
     assert not loaded.problems
     assert [dict(zip(found.columns, row, strict=True)) for row in found.rows] == rows
+
+
+def test_an_account_number_of_twenty_digits_in_a_sheet_is_text(tmp_path: Path) -> None:
+    """Excel itself writes no such number, other programs do."""
+    openpyxl_of([["account", "n"], [77777, 1.5], [8, 2]]).save(tmp_path / "7.xlsx")
+    with ZipFile(tmp_path / "7.xlsx") as plain, ZipFile(tmp_path / "a.xlsx", "w") as large:
+        for name in plain.namelist():
+            large.writestr(name, plain.read(name).replace(b"77777", b"12345678901234567890"))
+    db, loaded = open_tables("t", TablesSpec.model_validate({"files": {"a": "a.xlsx"}}), tmp_path)
+    assert db.run("SELECT account, n FROM a", ANYONE).rows == (("12345678901234567890", 1.5), ("8", 2))
+    assert not loaded.problems
 
 
 def wide(file: Path, columns: int) -> None:

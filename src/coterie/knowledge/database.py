@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -140,10 +140,11 @@ def open_database(name: str, spec: DatabaseSpec, root: Path) -> Database:
         file = root / (url.database or "")
         if not url.database or url.query:
             raise CoterieError(f"knowledge.{name}.url: name a file: sqlite:///shop.db")
-        engine, run = _sqlite(file), _run_sqlite
+        engine, run = sqlite_engine(file), _run_sqlite
         marks = [lambda: (stamp(file), stamp(Path(f"{file}-wal")))]
     elif backend == "postgresql":
-        engine, run, gone = _postgresql(name, spec), _run_postgresql, Unreachable
+        engine, run, gone = postgresql_engine(f"knowledge.{name}", url, spec.timeout_s), _run_postgresql, Unreachable
+        engine = engine.execution_options(isolation_level="AUTOCOMMIT")  # each statement begins its own transaction
     else:
         raise CoterieError(f"knowledge.{name}.url: {backend} is not known; sqlite and postgresql are")
     wanted = {table: rows.description for table, rows in spec.tables.items()}
@@ -180,8 +181,12 @@ def stamp(file: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _sqlite(file: Path) -> Engine:
+def sqlite_engine(file: Path) -> Engine:
+    """Of a file that is only read, and not made where it is missing."""
+
     def connect() -> sqlite3.Connection:
+        if not file.is_file():
+            raise sqlite3.OperationalError(f"{file.name}: no such file")
         return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
 
     return create_engine("sqlite://", creator=connect, poolclass=NullPool)
@@ -201,17 +206,13 @@ def _run_sqlite(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[list[s
         raise SourceError(str(error)) from error
 
 
-def _postgresql(name: str, spec: DatabaseSpec) -> Engine:
+def postgresql_engine(where: str, url: URL, timeout_s: float) -> Engine:
+    """Of a PostgreSQL that is only read. Raises CoterieError, naming `where` it is declared."""
+    how = {"connect_timeout": max(2, round(timeout_s)), "options": "-c default_transaction_read_only=on"}
     try:
-        url = make_url(spec.url).set(drivername="postgresql+psycopg")
-        return create_engine(
-            url, poolclass=NullPool, isolation_level="AUTOCOMMIT",
-            connect_args={
-                "connect_timeout": max(2, round(spec.timeout_s)), "options": "-c default_transaction_read_only=on",
-            },
-        )  # fmt: skip
+        return create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool, connect_args=how)
     except ImportError as error:
-        raise CoterieError(f"knowledge.{name}: pip install 'coterie[postgres]' to read it") from error
+        raise CoterieError(f"{where}: pip install 'coterie[postgres]' to read it") from error
 
 
 def _run_postgresql(raw: Any, sql: str, most: int, timeout_s: float) -> tuple[list[str], list[Any]]:

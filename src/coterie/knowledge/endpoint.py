@@ -56,9 +56,9 @@ class Endpoint:
             return read_answer(json.loads(body), limit)
         except httpx.TimeoutException as error:
             raise Unreachable(f"{self.address}: no answer in {self.timeout_s:g} s") from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(f"{self.address}: cannot be reached ({error})") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{self.address}: its answer is not JSON ({error})") from error
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from rapidfuzz.fuzz import ratio
 from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import Askable
 from coterie.knowledge.sparql import Term
+from coterie.recent import Recent
 
 NAMES = (
     "http://www.w3.org/2000/01/rdf-schema#label", "http://www.w3.org/2004/02/skos/core#prefLabel",
@@ -27,9 +28,11 @@ PAGE = 20_000  # names read by one query: half a million at once do not come in 
 WAITED_FOR = 2_000  # vectors computed while a question waits, about 2 s; more are computed beside
 MEANT = 100_000  # names that are found by meaning as well, where there are no more: 150 MB
 LONGEST = 12  # words of a name
+READ, GUESSED = 1_000, 40  # words of a question in which names are found, and other spellings and wordings of them
 NEAR = 86.0  # rapidfuzz's ratio, of 100, from which another spelling counts
 ALIKE = 0.7  # cosine from which another wording counts
 TRIED = 200  # names that share most letters with a word, compared letter by letter
+LINKED = 8  # questions whose mentions are kept for a minute: one question is linked several times
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]  # texts to unit vectors (texts, width)
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class Entities:
         for number, key in enumerate(self.keys):
             for piece in _pieces(key):
                 self._pieces[piece].append(number)
+        self._linked = Recent[tuple[str, bool], tuple[Mention, ...]](LINKED, 60)
         self.embed = embed
         self.vectors: NDArray[np.float32] | None = None  # (names, width), once they are computed
         if embed and 0 < len(self.keys) <= MEANT:
@@ -117,7 +121,14 @@ class Entities:
 
     def link(self, question: str) -> list[Mention]:
         """What the question names, longest names first and no word used twice; near spellings where no name fits."""
-        words = plain(question).split()
+        key = question, self.vectors is not None
+        found = self._linked.get(key)
+        if found is None:
+            self._linked.put(key, found := tuple(self._link(question)))
+        return list(found)
+
+    def _link(self, question: str) -> list[Mention]:
+        words = plain(question).split()[:READ]
         spans = [
             (i, i + n)
             for n in range(min(self.longest + 1, len(words)), 0, -1) for i in range(len(words) - n + 1)
@@ -129,6 +140,7 @@ class Entities:
             if key in self.iris and not taken & set(range(start, end)):
                 taken |= set(range(start, end))
                 out.append(Mention(start, end, key, self.iris[key], 1.0, "name"))
+        spans = [(start, end) for start, end in spans if end <= GUESSED]
         near = self._spelled(words, spans, out)
         if near and (not out or any(near.holds(m) for m in out)):
             out = [near, *(m for m in out if not near.holds(m))]

@@ -32,6 +32,7 @@ from coterie.knowledge.sparql import Rows, check, read_answer
 LIMIT = 1000  # rows of one answer
 TIMEOUT_S = 5.0
 WORKERS = 4  # queries at once
+MEMORY = 1 << 30  # bytes that each may take; large graphs need some hundred million for what comes within the time
 BATCH = 50_000  # triples written together
 PREFIX = "urn:coterie:graph:"
 EXTRACTED = "extracted from "  # how a source is named whose triples were read from a document; see proposals.py
@@ -75,8 +76,9 @@ class Graph:
 
     fresh_s = math.inf  # a graph's IRI says what its content is
 
-    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
-        self.folder, self.timeout_s = folder, timeout_s
+    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S, permissions: str | None = None) -> None:
+        """`permissions`: a mark of who may read what, as it is declared now; see `permit`. None: that is not asked."""
+        self.folder, self.timeout_s, self.permissions = folder, timeout_s, permissions
         self._idle: list[_Worker] = []
         self._room = threading.BoundedSemaphore(WORKERS)
 
@@ -89,7 +91,22 @@ class Graph:
         return [Source(**{**s, "readers": frozenset(s["readers"])}) for s in listed]
 
     def seen(self, reader: Reader) -> frozenset[str]:
+        """Raises CoterieError where other readers are declared than those that the graph was learned with."""
+        if self.permissions is not None and self._snapshot() and self._permitted() != self.permissions:
+            raise CoterieError(
+                f"{self.folder.name}: its readers have changed since it was learned; run `coterie learn`"
+            )
         return frozenset(s.graph for s in self.sources() if s.readers & reader.may)
+
+    def permit(self, permissions: str) -> None:
+        """Say that what is published has the readers that `permissions` stands for; "" for none that are declared."""
+        write_atomic(self.folder / "permissions", permissions)
+
+    def _permitted(self) -> str:
+        try:
+            return (self.folder / "permissions").read_text()
+        except FileNotFoundError:
+            return ""
 
     def select(self, query: str, reader: Reader, limit: int = LIMIT) -> Rows:
         check(query)
@@ -243,7 +260,7 @@ class _Worker:
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "coterie.knowledge.graph_worker"], text=True, env=environment,
+            [sys.executable, "-m", "coterie.knowledge.graph_worker", str(MEMORY)], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -265,7 +282,7 @@ class _Worker:
         except OSError:
             line = ""
         if not line:
-            raise SourceError("the process that asks the graph ended; try again")
+            raise SourceError("the process that asks the graph ended, as over too much memory; ask for less at once")
         out: dict[str, Any] = json.loads(line)
         return out
 

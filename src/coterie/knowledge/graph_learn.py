@@ -1,6 +1,7 @@
 """`coterie learn` of a graph: its files and tables as named graphs, only what changed, and the path finder."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 
 import pyoxigraph as ox
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from coterie.data.read import Row, read_objects
-from coterie.errors import CoterieError, DataError, SourceError
+from coterie.errors import CoterieError, DataError, SourceError, first_line
+from coterie.knowledge.database import postgresql_engine, sqlite_engine
 from coterie.knowledge.endpoint import Endpoint
 from coterie.knowledge.entities import Embed, plain
 from coterie.knowledge.evidence import Reader
@@ -74,20 +78,28 @@ def learn_graph(spec: GraphSpec, root: Path, folder: Path) -> Learned:
             if not name.startswith(EXTRACTED):  # those go with their documents
                 writer.remove(name)
                 done.removed.append(name)
+    graph.permit(permissions_mark(spec))  # after what it speaks of: a run that is killed in between leaves it closed
     _learn_paths(spec, root, folder, done)
     if "examples" in done.problems:  # a line of them may speak of anything that is known here
         done.told["examples"] = [source.readers for source in wanted]
     return done
 
 
+def permissions_mark(spec: GraphSpec) -> str:
+    """Of what decides who may read: a graph that was learned with another is not asked."""
+    held = [*((p.files, p.readers) for p in spec.parts), *((t.table or t.file, t.readers) for t in spec.tables)]
+    return json.dumps(held) if held else ""
+
+
 def open_graph(name: str, spec: GraphSpec, folder: Path, embed: Embed | None = None) -> GraphSource:
-    """The source that `learn_graph` made, or the endpoint."""
+    """The source that `learn_graph` made, or the endpoint. It raises CoterieError when it is asked, and other readers
+    are declared than those it was learned with."""
     file = folder / "finder.safetensors"
     finder = Finder.load(file) if file.exists() else None
     if spec.endpoint:
         endpoint = Endpoint(spec.endpoint, spec.endpoint_graphs, spec.readers, spec.timeout_s)
         return GraphSource(name, endpoint, finder, embed, named=bool(spec.endpoint_graphs))
-    return GraphSource(name, Graph(folder, spec.timeout_s), finder, embed)
+    return GraphSource(name, Graph(folder, spec.timeout_s, permissions_mark(spec)), finder, embed)
 
 
 def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
@@ -95,16 +107,16 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
     seen: set[str] = set()
     for part in spec.parts:
         for pattern in part.files:
-            files = sorted(f for f in root.glob(pattern) if f.is_file())
+            files = _files(root, pattern)
             if not files:
-                done.problems[pattern], done.told[pattern] = f"{root / pattern}: no such file", [tuple(part.readers)]
+                done.problems[pattern], done.told[pattern] = f"{pattern}: no such file in {root}", [tuple(part.readers)]
             for file in files:
                 name = str(file.relative_to(root))
                 if name not in seen:
                     seen.add(name)
                     yield _Wanted(name, tuple(part.readers), lambda f=file: _digest(f),  # type: ignore[misc]
                                   lambda f=file: read_rdf(f, spec.base))  # type: ignore[misc]  # fmt: skip
-    engine = create_engine(located(spec.database, root)) if spec.database else None
+    engine = _engine(spec, root) if spec.database else None
     for table in spec.tables:
         rows = _rows(engine, table.table, root / table.file)
         made: Triples = lambda t=table, r=rows: map_rows(t, r(), spec.base)  # type: ignore[misc]  # noqa: E731
@@ -112,6 +124,26 @@ def _wanted(spec: GraphSpec, root: Path, done: Learned) -> Iterator[_Wanted]:
         yield _Wanted(
             table.table or table.file, tuple(table.readers), lambda a=about, m=made: _hash(a, m()), made  # type: ignore[misc]
         )  # fmt: skip
+
+
+def _files(root: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(f for f in root.glob(pattern) if f.is_file())
+    except (NotImplementedError, ValueError, IndexError):  # of pathlib: a pattern that begins at the root, or is none
+        return []
+
+
+def _engine(spec: GraphSpec, root: Path) -> Engine:
+    """The database that `tables` names tables of; SQLite and PostgreSQL are only read. Raises CoterieError."""
+    try:
+        url = make_url(located(spec.database, root))
+        if url.get_backend_name() == "sqlite" and url.database:
+            return sqlite_engine(Path(url.database))
+        if url.get_backend_name() == "postgresql":
+            return postgresql_engine("database", url, spec.timeout_s)
+        return create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise CoterieError(f"database: cannot be used ({first_line(error)})") from error
 
 
 def _rows(engine: Engine | None, table: str, file: Path) -> Callable[[], Iterator[Any]]:
@@ -142,11 +174,11 @@ def _learn_paths(spec: GraphSpec, root: Path, folder: Path, done: Learned) -> No
     if not spec.examples:
         file.unlink(missing_ok=True)
         return
-    files = [f for p in spec.examples for f in sorted(root.glob(p))]
-    now = ",".join(_digest(f) for f in files)
-    if file.exists() and mark.exists() and mark.read_text() == now:
-        return
+    files = [f for p in spec.examples for f in _files(root, p) or [root / p]]
     try:
+        now = ",".join(_digest(f) for f in files)
+        if file.exists() and mark.exists() and mark.read_text() == now:
+            return
         rows = [asked for f in files for asked in read_asked(f, spec.base)]
         finder = Finder(_all_labels(spec, folder))
         finder.learn(rows)

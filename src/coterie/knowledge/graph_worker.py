@@ -1,10 +1,12 @@
-"""A process of its own that asks a graph: `python -m coterie.knowledge.graph_worker`, a question a line, as JSON.
+"""A process of its own that asks a graph: `python -m coterie.knowledge.graph_worker BYTES`, a question a line, as JSON.
 
-Apart, because a SPARQL query cannot be stopped inside a process; this one can be killed. It opens a snapshot, which
-nobody writes, and keeps it open until another is asked for. It imports nothing heavy, to start in a tenth of a second.
+Apart, because a SPARQL query cannot be stopped inside a process; this one can be killed, and ends by itself where a
+query needs more memory than BYTES. It opens a snapshot, which nobody writes, and keeps it open until another is asked
+for. It imports nothing heavy, to start in a tenth of a second.
 """
 
 import json
+import resource
 import sys
 from typing import Any
 
@@ -42,6 +44,8 @@ def term(value: Any) -> dict[str, str]:
 
 
 def main() -> None:
+    memory = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # of its own; the files of the graph are mapped beside
     opened, store = "", None
     for line in sys.stdin:
         job = json.loads(line)

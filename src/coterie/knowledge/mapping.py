@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pyoxigraph as ox
 from sqlalchemy import Engine, MetaData, Table, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import NoSuchTableError, SQLAlchemyError
 
 from coterie.errors import SourceError, first_line
 from coterie.knowledge.specs import MappingSpec
@@ -31,9 +31,16 @@ def relation(base: str, name: str) -> ox.NamedNode:
 def map_rows(spec: MappingSpec, rows: Iterable[Row], base: str) -> Iterator[ox.Triple]:
     """The triples of `rows`. An empty cell says nothing; a row whose address lacks a cell is left out.
 
-    Raises SourceError where the declaration names a column that is not there.
+    Raises SourceError where the declaration names a column that is not there, or makes an address that is no IRI.
     """
     where = spec.table or spec.file
+    try:
+        yield from _map_rows(spec, rows, base, where)
+    except ValueError as error:
+        raise SourceError(f"{where}: cannot be mapped ({first_line(error)})") from error
+
+
+def _map_rows(spec: MappingSpec, rows: Iterable[Row], base: str, where: str) -> Iterator[ox.Triple]:
     kind = relation(base, spec.type[:1].upper() + spec.type[1:])  # a relation of the same name is another thing
     words = {kind: spec.type, **{relation(base, n): n for n in (*spec.properties, *spec.links)}}
     yield from (ox.Triple(node, LABEL, ox.Literal(name)) for node, name in words.items())
@@ -56,7 +63,7 @@ def map_rows(spec: MappingSpec, rows: Iterable[Row], base: str) -> Iterator[ox.T
 
 def _cell(row: Row, column: str, where: str) -> Any:
     if column not in row:
-        raise SourceError(f"{where}: there is no column {column!r}; there are {', '.join(map(str, row))}")
+        raise SourceError(f"{where}: there is no column {column!r}; there are {', '.join(map(str, row))[:500]}")
     return row[column]
 
 
@@ -100,5 +107,7 @@ def table_rows(engine: Engine, name: str) -> Iterator[Row]:
         table = Table(name, MetaData(), autoload_with=engine)
         with engine.connect().execution_options(stream_results=True, yield_per=1000) as connection:
             yield from map(dict, connection.execute(select(table)).mappings())
-    except SQLAlchemyError as error:
+    except NoSuchTableError as error:
+        raise SourceError(f"table {name}: there is no such table") from error
+    except (SQLAlchemyError, ValueError, TypeError, ArithmeticError) as error:  # a text where the type says a date
         raise SourceError(f"table {name}: cannot be read ({first_line(error)})") from error

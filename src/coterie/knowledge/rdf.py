@@ -6,7 +6,7 @@ from typing import Any
 
 import pyoxigraph as ox
 
-from coterie.errors import CoterieError, SourceError
+from coterie.errors import CoterieError, SourceError, first_line
 
 FORMATS = {".ttl": ox.RdfFormat.TURTLE, ".nt": ox.RdfFormat.N_TRIPLES, ".jsonld": ox.RdfFormat.JSON_LD}
 STRING = ox.NamedNode("http://www.w3.org/2001/XMLSchema#string")
@@ -57,7 +57,10 @@ def check_shapes(triples: Iterable[ox.Triple | ox.Quad], shapes: Path) -> None:
         wanted.parse(str(shapes), format=kinds[shapes.suffix.lower()])
     except Exception as error:  # rdflib has no error of its own for a file it cannot parse
         raise SourceError(f"{shapes}: the shapes cannot be read ({str(error)[:200]})") from error
-    fits, report, _ = validate(data, shacl_graph=wanted, advanced=False, meta_shacl=False)
+    try:
+        fits, report, _ = validate(data, shacl_graph=wanted, advanced=False, meta_shacl=False)
+    except Exception as error:  # pyshacl has many errors for shapes that are none, and lets those of `re` through
+        raise SourceError(f"{shapes}: the shapes cannot be used ({first_line(error)})") from error
     if fits:
         return
     shacl = rdflib.Namespace("http://www.w3.org/ns/shacl#")

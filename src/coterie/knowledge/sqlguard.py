@@ -3,14 +3,19 @@
 Notable: the statement is parsed, checked node by node against lists of what is allowed (whatever is not listed is
 refused), rewritten, and written out again from the tree: the database never gets the text that was asked. Each table
 becomes a subquery of its allowed columns and rows, so that a hidden column or row is not there to be asked for,
-wherever in the statement the table stands. Comments go, and a second statement is refused.
+wherever in the statement the table stands. Comments go, and a second statement is refused. sqlglot reads some short
+statements again and again (joins without ON, types called as functions), and writes some functions several times over,
+each time twice as much: the steps of both are counted, and it is stopped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import sqlglot
 from sqlglot import exp
+from sqlglot.dialects.dialect import Dialect
 from sqlglot.errors import SqlglotError
 
 from coterie.errors import CoterieError, QueryRefused
@@ -21,6 +26,9 @@ LONGEST = 8_000  # characters of a statement
 PARTS = 2_000  # nodes of its tree
 TABLES = 12  # tables it may name, counting repeats
 DEEPEST = 60  # brackets inside one another: the parser descends
+STEPS = 10  # of reading for each token, and of writing for each part, beside FREE: plain SQL takes up to 2, and up to 4
+FREE = 1_000
+INVOLVED = "the SQL is too involved; write it in a plainer way"
 
 NODES: frozenset[type[exp.Expression]] = frozenset({
     exp.Select, exp.Union, exp.Intersect, exp.Except, exp.Subquery, exp.With, exp.CTE, exp.From, exp.Join, exp.Where,
@@ -88,7 +96,7 @@ def _condition(table: str, text: str, known: Mapping[str, str], reader: Reader, 
     for place in list(tree.find_all(exp.Placeholder)):
         if place.name != "reader":
             raise CoterieError(f"table {table}: rows: {text!r} has :{place.name}; only :reader is known")
-        name = exp.Literal.string(reader.name)
+        name = exp.Literal.string(reader.name) if reader.name else exp.Null()  # a stranger is nobody, not ''
         tree = name if place is tree else tree
         place.replace(name)
     return tree.sql(dialect=dialect, comments=False)
@@ -111,9 +119,37 @@ def guard(sql: str, views: Mapping[str, View], dialect: str, limit: int) -> str:
         raise QueryRefused(f"the SQL names {len(tables)} tables; the most is {TABLES}")
     for table in tables:
         table.replace(_subquery(table, views[table.name.lower()], dialect))
-    if not tree.args.get("limit"):
-        tree = tree.limit(limit, copy=False)  # type: ignore[attr-defined]
-    return tree.sql(dialect=dialect, comments=False)
+    if asked := tree.args.get("limit"):
+        if not isinstance(asked.expression, exp.Literal) or not asked.expression.is_int:
+            raise QueryRefused("LIMIT takes a whole number")
+        limit = min(limit, int(asked.expression.name))
+    tree = tree.limit(limit, copy=False)  # type: ignore[attr-defined]
+    return _write(tree, dialect)
+
+
+def _write(tree: exp.Expression, dialect: str) -> str:
+    known = Dialect.get_or_raise(dialect)
+    writer = _counted(known.generator_class, "sql")(dialect=known, comments=False)
+    writer.left = FREE + STEPS * sum(1 for _ in tree.walk())
+    try:
+        written: str = writer.generate(tree, copy=False)
+    except RecursionError as error:
+        raise QueryRefused(INVOLVED) from error
+    return written
+
+
+@cache
+def _counted(kind: type, method: str) -> type[Any]:
+    """`kind`, of which `method` may be called `left` times; then it raises QueryRefused."""
+    once = getattr(kind, method)
+
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise QueryRefused(INVOLVED)
+        return once(self, *args, **more)
+
+    return type(kind.__name__, (kind,), {method: counted})
 
 
 def _parse(sql: str, dialect: str) -> exp.Expression:
@@ -128,7 +164,10 @@ def _parse(sql: str, dialect: str) -> exp.Expression:
     if deepest > DEEPEST or sql.lower().count("not ") > 200 or sql.count("-") > 400:
         raise QueryRefused(f"the SQL nests more than {DEEPEST} deep")
     try:
-        found = [s for s in sqlglot.parse(sql, dialect=dialect) if s is not None]
+        known = Dialect.get_or_raise(dialect)
+        tokens, parser = known.tokenize(sql), _counted(known.parser_class, "_advance")(dialect=known)
+        parser.left = FREE + STEPS * len(tokens)
+        found = [s for s in parser.parse(tokens, sql) if s is not None]
     except (SqlglotError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise QueryRefused(f"this is no SQL that can be run: {(str(error).splitlines() or [''])[0][:200]}") from error
     if len(found) != 1:

@@ -182,11 +182,22 @@ def _load_excel(connection: duckdb.DuckDBPyConnection, name: str, file: Path) ->
         column = [row[i] if i < len(row) else None for row in cells]
         if (i >= len(first) or first[i] is None) and all(c is None for c in column):
             continue  # a gap between two columns
-        kinds = {type(c) for c in column if c is not None}
-        mixed = len(kinds) > 1 and not kinds <= {int, float}
-        if kinds == {int, float}:
-            column = [None if c is None else float(c) for c in column]
-        columns[title] = pa.array([None if c is None else str(c) if mixed else c for c in column])
+        columns[title] = _array(column)
     connection.register("incoming", pa.table(columns))
     connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
     connection.unregister("incoming")
+
+
+def _array(cells: list[Any]) -> Any:
+    """A column of a sheet for DuckDB; as text where its cells are of several kinds, or its numbers too large."""
+    import pyarrow as pa
+
+    kinds = {type(c) for c in cells if c is not None}
+    try:
+        if kinds == {int, float}:
+            return pa.array([None if c is None else float(c) for c in cells])
+        if len(kinds) <= 1:
+            return pa.array(cells)
+    except (OverflowError, pa.ArrowException):
+        pass
+    return pa.array([None if c is None else str(c) for c in cells])
