@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from coterie.errors import CoterieError, DataError, StorageError
 from coterie.knowledge import documents, parse_worker
-from coterie.knowledge.chunk import SIZE, chunks, pieces
+from coterie.knowledge.chunk import SIZE, Chunk, chunks, pieces
 from coterie.knowledge.documents import Documents, Learned, learn, listed, overview
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import EVERYONE, Reader
@@ -172,6 +172,129 @@ def test_a_file_that_breaks_later_is_reported_and_the_others_stay(source: Source
     assert "b.txt" in source.ask("door blue")
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, call: str, name: str) -> None:
+    """Let a call of the system fail for what is called `name`."""
+    owner, _, attribute = call.rpartition(".")
+    asked = {"pathlib.Path": Path, "os": os}[owner]
+    real = getattr(asked, attribute)
+
+    def called(path: object, *more: object, **named: object) -> object:
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(asked, attribute, called)
+
+
+def test_what_the_limit_refused_is_read_once_the_limit_is_raised(source: Source) -> None:
+    source.declare(max_mb=0.001)
+    source.write("a.md", "# A\nThe lamp is red.\n" + "word " * 1000)
+    assert "over max_mb" in source.learn().errors[0][1]
+    assert source.learn().indexed == 0, "and told again"
+    source.declare(max_mb=1)
+    done = source.learn()
+    assert (done.errors, done.indexed) == ((), 1)
+    assert source.ask("lamp red")[0].startswith("a.md")
+
+
+@pytest.mark.parametrize("call", ["pathlib.Path.read_bytes", "pathlib.Path.stat", "pathlib.Path.is_file"])
+def test_a_file_that_cannot_be_read_for_a_while_keeps_what_it_said_and_is_tried_again(
+    source: Source, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    source.write("a.md", "# A\nThe lamp is red.")
+    source.write("b.md", "# B\nThe door is green.")
+    source.learn()
+    os.utime(source.root / "a.md")
+    for _ in range(2):
+        with monkeypatch.context() as failing:
+            refuse(failing, call, "a.md")
+            done = source.learn()
+        assert done.errors == (("a.md", "a.md: cannot be read (Permission denied)"),)
+        assert (done.indexed, done.dropped, done.passages) == (0, 0, 2)
+        assert "a.md" in source.ask("lamp red")
+    asked = source.embedder.asked
+    done = source.learn()
+    assert (done.errors, done.indexed, source.embedder.asked) == ((), 0, asked), "the same as before: no work"
+    assert "a.md" in source.ask("lamp red")
+    with monkeypatch.context() as failing:
+        refuse(failing, call, "c.md")
+        source.write("c.md", "# C\nThe roof is flat.")
+        assert [path for path, _ in source.learn().errors] == ["c.md"]
+    assert source.learn().indexed == 1
+    assert source.ask("roof flat")[0] == "c.md"
+
+
+def test_what_lies_in_a_folder_that_cannot_be_listed_is_not_gone(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.declare(permissions=[{"files": "hr/*.md", "readers": ["hr"]}])
+    source.write("a.md", "# A\nThe lamp is red.")
+    source.write("hr/pay.md", "# Pay\nThe pay is 900 pounds.")
+    source.write("hr-not.md", "# Not\nThe roof is flat.")
+    source.learn()
+    (source.root / "hr-not.md").unlink()
+    with monkeypatch.context() as failing:
+        refuse(failing, "os.scandir", "files/hr")
+        done = source.learn()
+    assert done.errors == (("hr/", "hr/: cannot be listed (Permission denied)"),)
+    assert done.dropped == 1
+    assert source.ask("pay pounds", ["hr"])[0] == "hr/pay.md"
+    seen = [overview("s", source.spec, source.folder, Reader("x", g)) for g in (frozenset({"hr"}), frozenset[str]())]
+    assert [s["errors"] for s in seen] == [[done.errors[0][1]], []], "told to those who may read what is in it"
+    (source.root / "hr" / "pay.md").unlink()
+    done = source.learn()
+    assert (done.errors, done.dropped) == ((), 1)
+    assert source.ask("pay pounds", ["hr"]) == ["a.md"]
+    with monkeypatch.context() as failing:
+        refuse(failing, "os.scandir", "files")
+        with pytest.raises(DataError, match="files: cannot be listed"):
+            source.learn()
+    assert source.ask("lamp") == ["a.md"]
+
+
+def test_a_repeat_that_cannot_be_read_when_the_first_goes_is_read_later(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "# Guarantee\nOur guarantee covers every part for 2 years after the day of delivery, whoever fitted it."
+    source.write("a.md", text)
+    source.write("b.md", text)
+    source.learn()
+    (source.root / "a.md").unlink()
+    with monkeypatch.context() as failing:
+        refuse(failing, "pathlib.Path.read_bytes", "b.md")
+        assert [path for path, _ in source.learn().errors] == ["b.md"]
+    assert source.learn().errors == ()
+    assert source.ask("guarantee") == ["b.md"]
+
+
+def test_a_name_that_is_no_text_is_reported_and_the_rest_is_found(source: Source) -> None:
+    source.write("a.md", "# A\nThe lamp is red.")
+    with open(os.fsencode(source.root) + b"/caf\xe9.md", "wb") as file:
+        file.write(b"# Coffee\nIt is hot.")
+    for _ in range(2):
+        assert source.learn().errors == ((r"caf\xe9.md", r"caf\xe9.md: its name is not UTF-8; rename it"),)
+        assert source.ask("lamp") == ["a.md"]
+    os.rename(os.fsencode(source.root) + b"/caf\xe9.md", source.root / "coffee.md")
+    assert source.learn().errors == ()
+    assert source.ask("hot coffee")[0] == "coffee.md"
+
+
+def test_what_nobody_foresaw_in_a_file_takes_one_file_along(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write("a.md", "# A\nThe lamp is red.")
+    source.write("b.md", "# B\nThe door is green.")
+
+    def breaks(parsed: Parsed) -> list[Chunk]:
+        if parsed.title == "A":
+            raise ValueError("of no use to a user")
+        return chunks(parsed)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(documents, "chunks", breaks)
+        assert source.learn().errors == (("a.md", "a.md: cannot be read (ValueError)"),)
+    assert source.learn().errors == ()
+    assert sorted(source.ask("lamp door")) == ["a.md", "b.md"]
+
+
 def test_headings_are_kept_and_a_citation_opens_its_passage(source: Source) -> None:
     long = " ".join(["The courier comes before noon."] * 40)
     source.write("rules.md", f"# Rules\n\n## Delivery\n{long}\n\n### Abroad\nIreland takes 6 days.\n" + "x " * 500)
@@ -310,7 +433,7 @@ def test_a_link_out_of_the_folder_is_not_followed(source: Source, tmp_path: Path
     (tmp_path / "secret.md").write_text("# Secret\nThe code is 1234.")
     (source.root / "link.md").symlink_to(tmp_path / "secret.md")
     source.write("a.md", "# A\nThe lamp is red.")
-    assert [name for name, _ in listed(source.root, source.spec)] == ["a.md"]
+    assert [name for name, _ in listed(source.root, source.spec)[0]] == ["a.md"]
 
 
 KILLED = """

@@ -226,6 +226,15 @@ class Store:
                 title, named = f"{file.title} {passage.place}".strip(), f"{file.title} {file.path}"
                 self._new.append((chunk, access, title, passage.text, named))
 
+    def note(self, file: File) -> None:
+        """What is known of a file itself; the passages that it has stay."""
+        known = self.db.execute(
+            "update documents set sha256 = ?, size = ?, changed = ?, error = ? where path = ?",
+            (file.sha256, file.size, file.changed, file.error, file.path),
+        ).rowcount
+        if not known:
+            self.put(file, ())
+
     def _access_class(self, groups: tuple[str, ...]) -> int:
         """The number of a set of groups, made where it is new."""
         if groups not in self._classes:
