@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import CoterieError, DataError, StorageError
-from coterie.knowledge import documents, parse_worker
+from coterie.knowledge import documents, parse_worker, store
 from coterie.knowledge.chunk import SIZE, Chunk, chunks, pieces
 from coterie.knowledge.documents import Documents, Learned, learn, listed, overview
 from coterie.knowledge.documents_spec import DocumentsSpec
@@ -27,6 +27,7 @@ from coterie.knowledge.evidence import EVERYONE, Reader
 from coterie.knowledge.parse import OLE, Parsed, Section, parse
 from coterie.knowledge.parse_worker import Parsing
 from coterie.knowledge.store import Store
+from coterie.knowledge.vectors import Mapped
 from knowledge_support import PAGE, POLICY, WordEmbedder, docx_of, pdf_of
 
 ANYONE = Reader()
@@ -490,9 +491,133 @@ def test_words_and_rows_that_no_commit_knows_are_put_right(source: Source) -> No
     assert source.ask("lamp door") == ["a.md"]
     assert source.learn().indexed == 1
     assert sorted(source.ask("lamp door")) == ["a.md", "b.md"]
-    store = Store(source.folder, source.embedder.width, source.embedder.name)
-    assert (source.folder / "vectors.i8").stat().st_size == store.rows * source.embedder.width
-    store.close()
+    writer = Store(source.folder, source.embedder.width, source.embedder.name)
+    assert (source.folder / "vectors.i8").stat().st_size == writer.rows * source.embedder.width
+    writer.close()
+
+
+# ---- packing
+
+
+def many(count: int) -> str:
+    """A document of so many passages."""
+    shelves = [" ".join(f"Thing {n}{k} is kept on shelf {n * 7 + k}." for k in range(20)) for n in range(count)]
+    return "".join(f"# Item {n}\n{text}\n" for n, text in enumerate(shelves))
+
+
+@pytest.fixture
+def shrunk(source: Source, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """An index of 2 + 40 passages, of which the 40 have just been deleted from the folder."""
+    monkeypatch.setattr(store, "SPARE", 8)
+    source.write("a.md", many(40))
+    source.learn()
+    source.write("b.md", "# Lamp\nThe lamp is red.")
+    source.write("c.md", "# Door\nThe door is green.")
+    source.learn()
+    (source.root / "a.md").unlink()
+    return source
+
+
+def rows_of(source: Source) -> list[int]:
+    """How many rows each of the files of vectors has."""
+    return [file.stat().st_size // source.embedder.width for file in source.folder.glob("vectors*.i8")]
+
+
+def test_rows_of_the_vectors_that_nobody_has_are_given_back(shrunk: Source) -> None:
+    before = {question: shrunk.ask(question)[0] for question in ("red lamp", "green door")}
+    opened = Documents("source", shrunk.spec, shrunk.folder, shrunk.embedder)
+    opened.searching.refresh()
+    shrunk.learn()
+    assert rows_of(shrunk) == [2]
+    assert len(list(shrunk.folder.glob("scales*.f32"))) == 1
+    search = opened.searching
+    old = search._vectors.of(np.array([40, 41]))  # the files that are deleted are still open here
+    for question, where in before.items():
+        assert [opened.search(question, ANYONE, 1)[0].where, shrunk.ask(question)[0]] == [where] * 2
+    assert (search._vectors.of(np.arange(2)) == old).all(), "bit for bit as they were"
+    shrunk.write("d.md", "# Roof\nThe roof is flat.")
+    shrunk.learn()
+    assert opened.search("flat roof", ANYONE)[0].where == "d.md"
+    shrunk.write("a.md", many(40))
+    shrunk.learn()
+    for file in shrunk.root.iterdir():
+        file.unlink()
+    shrunk.learn()
+    assert (rows_of(shrunk), opened.search("red lamp", ANYONE)) == ([0], [])
+    opened.close()
+
+
+def test_a_few_rows_that_nobody_has_are_left(shrunk: Source) -> None:
+    shrunk.write("a.md", many(41))
+    shrunk.learn()
+    assert rows_of(shrunk) == [83], "under half of them"
+    shrunk.write("a.md", many(5))
+    shrunk.learn()
+    assert rows_of(shrunk) == [7]
+    shrunk.write("a.md", many(2))
+    shrunk.learn()
+    assert rows_of(shrunk) == [9], "fewer than it pays to"
+
+
+class Killed(BaseException):
+    """Ends a writer where it stands."""
+
+
+@pytest.mark.parametrize("where", ["Mapped.packed", "Mapped.commit", "Store.set", "Mapped.tidy"])
+def test_killed_while_packing_nothing_is_lost(shrunk: Source, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    kind = {"Mapped": Mapped, "Store": Store}[where.split(".")[0]]
+    real, packing = getattr(kind, where.split(".")[1]), []
+
+    def killed(self: object, *args: object) -> object:
+        if packing and (where != "Store.set" or args[0] == "packed") and (where != "Mapped.tidy" or len(packing) > 1):
+            raise Killed
+        return real(self, *args)
+
+    pack, begun = Store.pack, Mapped.packed
+    opened = Documents("source", shrunk.spec, shrunk.folder, shrunk.embedder)
+    with monkeypatch.context() as dying:
+        dying.setattr(Store, "pack", lambda self: (packing.append(1), pack(self)))
+        if where == "Mapped.tidy":
+            dying.setattr(Mapped, "packed", lambda self, *args: (packing.append(1), begun(self, *args))[1])
+        dying.setattr(kind, where.split(".")[1], killed)
+        with pytest.raises(Killed):
+            shrunk.learn()
+    for _ in range(2):
+        assert opened.search("red lamp", ANYONE)[0].where == shrunk.ask("red lamp")[0] == "b.md"
+        assert shrunk.ask("green door")[0] == "c.md"
+        assert shrunk.learn().errors == ()
+        assert rows_of(shrunk) == [2]
+    opened.close()
+
+
+def test_who_asks_while_it_is_packed_gets_an_answer(shrunk: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Documents("source", shrunk.spec, shrunk.folder, shrunk.embedder)
+    real, tried = Mapped.open, []
+
+    def late(self: Mapped, rows: int, mark: str) -> None:
+        tried.append(rows)
+        if len(tried) == 1:
+            shrunk.learn()  # between what the reader has read of the database and the files that it named
+        real(self, rows, mark)
+
+    monkeypatch.setattr(Mapped, "open", late)
+    assert opened.search("red lamp", ANYONE)[0].where == "b.md"
+    assert tried == [42, 2]
+    opened.close()
+    (shrunk.folder / "vectors-1.i8").unlink()
+    with pytest.raises(StorageError, match="vectors are missing"):
+        shrunk.ask("red lamp")
+
+
+def test_a_disk_without_room_for_packing_leaves_it_as_it_is(shrunk: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Mapped, *_: object) -> None:
+        (self.folder / "vectors-1.i8").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Mapped, "packed", full)
+    assert shrunk.learn().errors == ()
+    assert rows_of(shrunk) == [42]
+    assert shrunk.ask("red lamp")[0] == "b.md"
 
 
 # ---- permissions

@@ -153,6 +153,7 @@ def learn(
                     count(f"indexing {name}", at, len(work))
                 known = {f.path: f for f in store.files()}
                 again = [(p, f) for p, f in todo if p in known and not known[p].sha256]  # had repeated what is gone
+            store.pack()
             total = sum(f.passages for f in known.values())
             found = tuple((f.path, f.error) for f in known.values() if f.error)
         finally:

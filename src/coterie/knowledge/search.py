@@ -20,7 +20,7 @@ import numpy as np
 import tantivy
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, StorageError
 from coterie.knowledge.embed import ByWords, Embedder
 from coterie.knowledge.links import lend
 from coterie.knowledge.names import FUNCTION_WORDS, pairs
@@ -91,12 +91,16 @@ class Search:
         self.db.close()
 
     def refresh(self) -> None:
-        """See what a writer has committed since."""
-        self.db.execute("begin")  # one state of the database for all that is read here
-        try:
-            self._read()
-        finally:
-            self.db.execute("commit")
+        """See what a writer has committed since. Raises StorageError where the vectors are missing."""
+        for _ in range(3):
+            self.db.execute("begin")  # one state of the database for all that is read here
+            try:
+                return self._read()
+            except FileNotFoundError:  # packed meanwhile: the state after that names other files
+                pass
+            finally:
+                self.db.execute("commit")
+        raise StorageError(f"{self.folder}: its vectors are missing; delete it and run `coterie learn`")
 
     def _read(self) -> None:
         mark = meta(self.db, "stamp"), int(meta(self.db, "rows") or 0), _version(self.db)
@@ -117,7 +121,7 @@ class Search:
         files = np.array(found.fetchall(), np.int64).reshape(-1, 4)
         self._files, self._document = files, np.searchsorted(files[:, 0], table[:, 3])  # the place in it of each id's
         self._series: dict[tuple[int, ...], Series] = {}
-        self._vectors.open(rows)
+        self._vectors.open(rows, meta(self.db, "packed"))
         self._seen = mark
 
     def by_words(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
