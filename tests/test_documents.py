@@ -19,14 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import CoterieError, DataError, StorageError
-from coterie.knowledge import documents, parse_worker
-from coterie.knowledge.chunk import SIZE, chunks, pieces
+from coterie.knowledge import documents, parse_worker, store
+from coterie.knowledge.chunk import SIZE, Chunk, chunks, pieces
 from coterie.knowledge.documents import Documents, Learned, learn, listed, overview
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import EVERYONE, Reader
 from coterie.knowledge.parse import OLE, Parsed, Section, parse
 from coterie.knowledge.parse_worker import Parsing
 from coterie.knowledge.store import Store
+from coterie.knowledge.vectors import Mapped
 from knowledge_support import PAGE, POLICY, WordEmbedder, docx_of, pdf_of
 
 ANYONE = Reader()
@@ -172,6 +173,129 @@ def test_a_file_that_breaks_later_is_reported_and_the_others_stay(source: Source
     assert "b.txt" in source.ask("door blue")
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, call: str, name: str) -> None:
+    """Let a call of the system fail for what is called `name`."""
+    owner, _, attribute = call.rpartition(".")
+    asked = {"pathlib.Path": Path, "os": os}[owner]
+    real = getattr(asked, attribute)
+
+    def called(path: object, *more: object, **named: object) -> object:
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(asked, attribute, called)
+
+
+def test_what_the_limit_refused_is_read_once_the_limit_is_raised(source: Source) -> None:
+    source.declare(max_mb=0.001)
+    source.write("a.md", "# A\nThe lamp is red.\n" + "word " * 1000)
+    assert "over max_mb" in source.learn().errors[0][1]
+    assert source.learn().indexed == 0, "and told again"
+    source.declare(max_mb=1)
+    done = source.learn()
+    assert (done.errors, done.indexed) == ((), 1)
+    assert source.ask("lamp red")[0].startswith("a.md")
+
+
+@pytest.mark.parametrize("call", ["pathlib.Path.read_bytes", "pathlib.Path.stat", "pathlib.Path.is_file"])
+def test_a_file_that_cannot_be_read_for_a_while_keeps_what_it_said_and_is_tried_again(
+    source: Source, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    source.write("a.md", "# A\nThe lamp is red.")
+    source.write("b.md", "# B\nThe door is green.")
+    source.learn()
+    os.utime(source.root / "a.md")
+    for _ in range(2):
+        with monkeypatch.context() as failing:
+            refuse(failing, call, "a.md")
+            done = source.learn()
+        assert done.errors == (("a.md", "a.md: cannot be read (Permission denied)"),)
+        assert (done.indexed, done.dropped, done.passages) == (0, 0, 2)
+        assert "a.md" in source.ask("lamp red")
+    asked = source.embedder.asked
+    done = source.learn()
+    assert (done.errors, done.indexed, source.embedder.asked) == ((), 0, asked), "the same as before: no work"
+    assert "a.md" in source.ask("lamp red")
+    with monkeypatch.context() as failing:
+        refuse(failing, call, "c.md")
+        source.write("c.md", "# C\nThe roof is flat.")
+        assert [path for path, _ in source.learn().errors] == ["c.md"]
+    assert source.learn().indexed == 1
+    assert source.ask("roof flat")[0] == "c.md"
+
+
+def test_what_lies_in_a_folder_that_cannot_be_listed_is_not_gone(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.declare(permissions=[{"files": "hr/*.md", "readers": ["hr"]}])
+    source.write("a.md", "# A\nThe lamp is red.")
+    source.write("hr/pay.md", "# Pay\nThe pay is 900 pounds.")
+    source.write("hr-not.md", "# Not\nThe roof is flat.")
+    source.learn()
+    (source.root / "hr-not.md").unlink()
+    with monkeypatch.context() as failing:
+        refuse(failing, "os.scandir", "files/hr")
+        done = source.learn()
+    assert done.errors == (("hr/", "hr/: cannot be listed (Permission denied)"),)
+    assert done.dropped == 1
+    assert source.ask("pay pounds", ["hr"])[0] == "hr/pay.md"
+    seen = [overview("s", source.spec, source.folder, Reader("x", g)) for g in (frozenset({"hr"}), frozenset[str]())]
+    assert [s["errors"] for s in seen] == [[done.errors[0][1]], []], "told to those who may read what is in it"
+    (source.root / "hr" / "pay.md").unlink()
+    done = source.learn()
+    assert (done.errors, done.dropped) == ((), 1)
+    assert source.ask("pay pounds", ["hr"]) == ["a.md"]
+    with monkeypatch.context() as failing:
+        refuse(failing, "os.scandir", "files")
+        with pytest.raises(DataError, match="files: cannot be listed"):
+            source.learn()
+    assert source.ask("lamp") == ["a.md"]
+
+
+def test_a_repeat_that_cannot_be_read_when_the_first_goes_is_read_later(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "# Guarantee\nOur guarantee covers every part for 2 years after the day of delivery, whoever fitted it."
+    source.write("a.md", text)
+    source.write("b.md", text)
+    source.learn()
+    (source.root / "a.md").unlink()
+    with monkeypatch.context() as failing:
+        refuse(failing, "pathlib.Path.read_bytes", "b.md")
+        assert [path for path, _ in source.learn().errors] == ["b.md"]
+    assert source.learn().errors == ()
+    assert source.ask("guarantee") == ["b.md"]
+
+
+def test_a_name_that_is_no_text_is_reported_and_the_rest_is_found(source: Source) -> None:
+    source.write("a.md", "# A\nThe lamp is red.")
+    with open(os.fsencode(source.root) + b"/caf\xe9.md", "wb") as file:
+        file.write(b"# Coffee\nIt is hot.")
+    for _ in range(2):
+        assert source.learn().errors == ((r"caf\xe9.md", r"caf\xe9.md: its name is not UTF-8; rename it"),)
+        assert source.ask("lamp") == ["a.md"]
+    os.rename(os.fsencode(source.root) + b"/caf\xe9.md", source.root / "coffee.md")
+    assert source.learn().errors == ()
+    assert source.ask("hot coffee")[0] == "coffee.md"
+
+
+def test_what_nobody_foresaw_in_a_file_takes_one_file_along(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write("a.md", "# A\nThe lamp is red.")
+    source.write("b.md", "# B\nThe door is green.")
+
+    def breaks(parsed: Parsed) -> list[Chunk]:
+        if parsed.title == "A":
+            raise ValueError("of no use to a user")
+        return chunks(parsed)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(documents, "chunks", breaks)
+        assert source.learn().errors == (("a.md", "a.md: cannot be read (ValueError)"),)
+    assert source.learn().errors == ()
+    assert sorted(source.ask("lamp door")) == ["a.md", "b.md"]
+
+
 def test_headings_are_kept_and_a_citation_opens_its_passage(source: Source) -> None:
     long = " ".join(["The courier comes before noon."] * 40)
     source.write("rules.md", f"# Rules\n\n## Delivery\n{long}\n\n### Abroad\nIreland takes 6 days.\n" + "x " * 500)
@@ -310,7 +434,7 @@ def test_a_link_out_of_the_folder_is_not_followed(source: Source, tmp_path: Path
     (tmp_path / "secret.md").write_text("# Secret\nThe code is 1234.")
     (source.root / "link.md").symlink_to(tmp_path / "secret.md")
     source.write("a.md", "# A\nThe lamp is red.")
-    assert [name for name, _ in listed(source.root, source.spec)] == ["a.md"]
+    assert [name for name, _ in listed(source.root, source.spec)[0]] == ["a.md"]
 
 
 KILLED = """
@@ -367,9 +491,133 @@ def test_words_and_rows_that_no_commit_knows_are_put_right(source: Source) -> No
     assert source.ask("lamp door") == ["a.md"]
     assert source.learn().indexed == 1
     assert sorted(source.ask("lamp door")) == ["a.md", "b.md"]
-    store = Store(source.folder, source.embedder.width, source.embedder.name)
-    assert (source.folder / "vectors.i8").stat().st_size == store.rows * source.embedder.width
-    store.close()
+    writer = Store(source.folder, source.embedder.width, source.embedder.name)
+    assert (source.folder / "vectors.i8").stat().st_size == writer.rows * source.embedder.width
+    writer.close()
+
+
+# ---- packing
+
+
+def many(count: int) -> str:
+    """A document of so many passages."""
+    shelves = [" ".join(f"Thing {n}{k} is kept on shelf {n * 7 + k}." for k in range(20)) for n in range(count)]
+    return "".join(f"# Item {n}\n{text}\n" for n, text in enumerate(shelves))
+
+
+@pytest.fixture
+def shrunk(source: Source, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """An index of 2 + 40 passages, of which the 40 have just been deleted from the folder."""
+    monkeypatch.setattr(store, "SPARE", 8)
+    source.write("a.md", many(40))
+    source.learn()
+    source.write("b.md", "# Lamp\nThe lamp is red.")
+    source.write("c.md", "# Door\nThe door is green.")
+    source.learn()
+    (source.root / "a.md").unlink()
+    return source
+
+
+def rows_of(source: Source) -> list[int]:
+    """How many rows each of the files of vectors has."""
+    return [file.stat().st_size // source.embedder.width for file in source.folder.glob("vectors*.i8")]
+
+
+def test_rows_of_the_vectors_that_nobody_has_are_given_back(shrunk: Source) -> None:
+    before = {question: shrunk.ask(question)[0] for question in ("red lamp", "green door")}
+    opened = Documents("source", shrunk.spec, shrunk.folder, shrunk.embedder)
+    opened.searching.refresh()
+    shrunk.learn()
+    assert rows_of(shrunk) == [2]
+    assert len(list(shrunk.folder.glob("scales*.f32"))) == 1
+    search = opened.searching
+    old = search._vectors.of(np.array([40, 41]))  # the files that are deleted are still open here
+    for question, where in before.items():
+        assert [opened.search(question, ANYONE, 1)[0].where, shrunk.ask(question)[0]] == [where] * 2
+    assert (search._vectors.of(np.arange(2)) == old).all(), "bit for bit as they were"
+    shrunk.write("d.md", "# Roof\nThe roof is flat.")
+    shrunk.learn()
+    assert opened.search("flat roof", ANYONE)[0].where == "d.md"
+    shrunk.write("a.md", many(40))
+    shrunk.learn()
+    for file in shrunk.root.iterdir():
+        file.unlink()
+    shrunk.learn()
+    assert (rows_of(shrunk), opened.search("red lamp", ANYONE)) == ([0], [])
+    opened.close()
+
+
+def test_a_few_rows_that_nobody_has_are_left(shrunk: Source) -> None:
+    shrunk.write("a.md", many(41))
+    shrunk.learn()
+    assert rows_of(shrunk) == [83], "under half of them"
+    shrunk.write("a.md", many(5))
+    shrunk.learn()
+    assert rows_of(shrunk) == [7]
+    shrunk.write("a.md", many(2))
+    shrunk.learn()
+    assert rows_of(shrunk) == [9], "fewer than it pays to"
+
+
+class Killed(BaseException):
+    """Ends a writer where it stands."""
+
+
+@pytest.mark.parametrize("where", ["Mapped.packed", "Mapped.commit", "Store.set", "Mapped.tidy"])
+def test_killed_while_packing_nothing_is_lost(shrunk: Source, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    kind = {"Mapped": Mapped, "Store": Store}[where.split(".")[0]]
+    real, packing = getattr(kind, where.split(".")[1]), []
+
+    def killed(self: object, *args: object) -> object:
+        if packing and (where != "Store.set" or args[0] == "packed") and (where != "Mapped.tidy" or len(packing) > 1):
+            raise Killed
+        return real(self, *args)
+
+    pack, begun = Store.pack, Mapped.packed
+    opened = Documents("source", shrunk.spec, shrunk.folder, shrunk.embedder)
+    with monkeypatch.context() as dying:
+        dying.setattr(Store, "pack", lambda self: (packing.append(1), pack(self)))
+        if where == "Mapped.tidy":
+            dying.setattr(Mapped, "packed", lambda self, *args: (packing.append(1), begun(self, *args))[1])
+        dying.setattr(kind, where.split(".")[1], killed)
+        with pytest.raises(Killed):
+            shrunk.learn()
+    for _ in range(2):
+        assert opened.search("red lamp", ANYONE)[0].where == shrunk.ask("red lamp")[0] == "b.md"
+        assert shrunk.ask("green door")[0] == "c.md"
+        assert shrunk.learn().errors == ()
+        assert rows_of(shrunk) == [2]
+    opened.close()
+
+
+def test_who_asks_while_it_is_packed_gets_an_answer(shrunk: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Documents("source", shrunk.spec, shrunk.folder, shrunk.embedder)
+    real, tried = Mapped.open, []
+
+    def late(self: Mapped, rows: int, mark: str) -> None:
+        tried.append(rows)
+        if len(tried) == 1:
+            shrunk.learn()  # between what the reader has read of the database and the files that it named
+        real(self, rows, mark)
+
+    monkeypatch.setattr(Mapped, "open", late)
+    assert opened.search("red lamp", ANYONE)[0].where == "b.md"
+    assert tried == [42, 2]
+    opened.close()
+    (shrunk.folder / "vectors-1.i8").unlink()
+    with pytest.raises(StorageError, match="vectors are missing"):
+        shrunk.ask("red lamp")
+
+
+def test_a_disk_without_room_for_packing_leaves_it_as_it_is(shrunk: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Mapped, *_: object) -> None:
+        (self.folder / "vectors-1.i8").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Mapped, "packed", full)
+    assert shrunk.learn().errors == ()
+    assert rows_of(shrunk) == [42]
+    assert shrunk.ask("red lamp")[0] == "b.md"
 
 
 # ---- permissions

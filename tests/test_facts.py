@@ -212,6 +212,19 @@ def test_a_graph_that_is_being_changed_keeps_the_decision(
     assert made_by(shop, proposal.subject, EVERYONE)
 
 
+def test_that_a_graph_could_not_follow_its_documents_stands_on_the_page_until_it_can(
+    business: Callable[..., Business],
+) -> None:
+    shop = business('accept = "made by"')
+    list(facts.propose(shop))
+    with extract.Graph(sources.index_folder(shop, "things")).writing():
+        (done,) = learn(shop, ["rules"])
+    assert "things: what it read in rules could not follow" in done.errors[0][1]
+    assert [e for s in overview(shop, STAFF) for e in s["errors"]] == [done.errors[0][1]]
+    list(learn(shop, ["rules"]))
+    assert [e for s in overview(shop, STAFF) for e in s["errors"]] == []
+
+
 def test_a_real_model_reads_within_the_declared_relations(
     business: Callable[..., Business], monkeypatch: pytest.MonkeyPatch
 ) -> None:

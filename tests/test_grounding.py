@@ -304,17 +304,20 @@ def test_a_document_cannot_end_the_message_that_quotes_it(smol: BaseModel, text:
     assert marks(front + "What is free?") == marks("What is free?")
 
 
+LOST = '\n[knowledge.lost]\nkind = "documents"\npath = "nowhere"\n'
+
+
 def test_a_source_that_fails_is_told_and_the_others_answer(shop: Path) -> None:
     make(shop)
     with (shop / "coterie.toml").open("a") as file:
-        file.write('\n[knowledge.lost]\nkind = "documents"\npath = "nowhere"\n')
+        file.write(LOST)
     told: list[str] = []
     done = {d.source: d for d in learn(Business.open(shop), tell=told.append)}
     assert "no such folder" in done["lost"].errors[0][1]
     assert done["rules"].kept == 2
     knowledge = Knowledge(Business.open(shop))
     assert knowledge.gather(DELIVERY, Reader(), tell=told.append)
-    assert any("lost: not indexed yet" in line for line in told)
+    assert "lost: is not learned, or not as it is declared now; run `coterie learn`" in told
     knowledge.close()
 
 
@@ -393,6 +396,9 @@ def test_other_assistants_search_and_ask_over_mcp(knowing: Path) -> None:
     mcp = pytest.importorskip("mcp")
     from coterie.mcp import server
 
+    with (knowing / "coterie.toml").open("a") as file:
+        file.write(LOST)
+
     async def talk() -> tuple[list[str], Any, Any]:
         async with mcp.Client(server(Business.open(knowing), Reader())) as client:
             tools = [t.name for t in (await client.list_tools()).tools]
@@ -402,6 +408,9 @@ def test_other_assistants_search_and_ask_over_mcp(knowing: Path) -> None:
 
     tools, found, said = asyncio.run(talk())
     assert tools == ["search", "ask"]
-    assert DELIVERY in found["result"][0]["text"]
+    assert DELIVERY in found["sources"][0]["text"]
+    assert (found["problems"], said["problems"]) == (
+        ["lost: is not learned, or not as it is declared now; run `coterie learn`"],
+    ) * 2
     assert "900 pounds" not in json.dumps(found)
     assert said["text"].startswith("I don't know")

@@ -15,6 +15,7 @@ from coterie.business import Business
 from coterie.data.read import Message
 from coterie.engine.request import Sampling
 from coterie.knowledge import extract
+from coterie.knowledge.evidence import Reader
 from coterie.knowledge.proposals import Proposal
 from coterie.knowledge.store import open_db
 from coterie.model.constrain import choices
@@ -83,6 +84,21 @@ def test_an_answer_shows_its_sources_and_opens_the_passage(
         expect(page.locator(".turn .sources summary")).to_contain_text("rules: policy.md")
         finished(send(page, "And standard delivery on Sundays?"))
         assert "[1]" not in answerer.asked[1]["content"]  # marks are not part of what was said
+
+
+def test_sources_that_could_not_be_asked_are_named_under_the_answer(
+    browser: Browser, knowing: tuple[SayingAnswerer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = sources.Knowledge.gather
+
+    def fails(self: sources.Knowledge, question: str, reader: Reader, *more: Any) -> Any:
+        more[1]("far: <b>gives no answer</b>")
+        return gather(self, question, reader, *more)
+
+    monkeypatch.setattr(sources.Knowledge, "gather", fails)
+    with visitor(browser, knowing[1]) as page:
+        turn = finished(send(page, "Standard delivery takes how many days, and costs how many pounds?"))
+        expect(turn.get_by_role("list", name="Sources")).to_contain_text("far: <b>gives no answer</b>")
 
 
 def test_nothing_that_a_document_says_runs(browser: Browser, knowing: tuple[SayingAnswerer, str]) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from coterie import sources
 from coterie.business import Business
 from coterie.cli.main import app
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, Unreachable
+from coterie.knowledge.asksql import SqlSource, Written
 from coterie.knowledge.evidence import Reader
+from coterie.knowledge.support import Checker
 from coterie.sources import Knowledge, learn, overview
 from knowledge_support import WordEmbedder
 
@@ -112,6 +115,125 @@ def test_a_source_that_cannot_be_read_is_told_and_the_others_are_learned(folder:
     listed = {s["name"]: s for s in overview(Business.open(folder), Reader())}
     assert listed["shop"]["errors"]
     assert listed["music"]["passages"] > 0
+
+
+HIDDEN = """
+[knowledge.payroll]
+kind = "database"
+url = "postgresql://payer@127.0.0.1:9/pay"
+[knowledge.payroll.tables.pay]
+readers = ["hr"]
+[knowledge.bonus]
+kind = "database"
+url = "sqlite:///bonus.db"
+[knowledge.bonus.tables.bonus]
+rows = { hr = "1 = 1" }
+[knowledge.secret]
+kind = "documents"
+path = "secret"
+readers = ["hr"]
+[knowledge.drawn]
+kind = "graph"
+[knowledge.drawn.extract]
+documents = "secret"
+relations = ["made by"]
+"""
+
+
+def test_what_goes_wrong_with_a_source_is_told_to_those_who_may_read_it_and_to_the_log(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (folder / "coterie.toml").open("a") as file:
+        file.write(HIDDEN)
+    business, hr = Business.open(folder), Reader("eve", frozenset({"hr"}))
+    names = ["payroll", "bonus", "secret", "drawn"]
+
+    def said(reader: Reader) -> tuple[list[str], dict[str, list[str]]]:
+        told = list[str]()
+        knowledge = Knowledge(business, WordEmbedder())
+        assert knowledge.gather("Who is the singer of Satchmo?", reader, tell=told.append)
+        knowledge.close()
+        listed = {s["name"]: s["errors"] for s in overview(business, reader) if s["name"] in names}
+        return [line for line in told if line.startswith(tuple(names))], listed
+
+    list(learn(business, ["rules", "music", "shop", "stock"], by=WordEmbedder()))
+    assert said(Reader("ada")) == ([], {name: [] for name in names})
+    told, listed = said(hr)
+    assert {"payroll: gives no answer", "bonus: cannot be asked"} < set(told)
+    assert "secret: is not learned, or not as it is declared now; run `coterie learn`" in told
+    assert all(len(errors) == 1 for errors in listed.values())
+    list(learn(business, names, by=WordEmbedder()))
+    assert said(Reader("ada"))[1] == {name: [] for name in names}
+    shown = str(said(hr))
+    assert "127.0.0.1" not in shown
+    assert "payer" not in shown
+    assert "there is no such folder" in shown
+    assert any("payroll" in line and "127.0.0.1" in line for line in caplog.messages), "for whoever can act"
+
+
+def breaks(*_a: object, **_k: object) -> None:
+    raise RuntimeError("of no use to a user")
+
+
+def test_what_nobody_foresaw_in_a_source_stops_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    business, told = Business.open(folder), list[str]()
+    with monkeypatch.context() as broken:
+        broken.setattr("coterie.knowledge.database.Database.tables", breaks)
+        done = {d.source: d for d in learn(business, by=WordEmbedder(), tell=told.append)}
+    why = "failed by a fault of ours (RuntimeError); the log says more"
+    assert done["shop"].errors == (("shop", why),)
+    assert f"shop: {why}" in told
+    assert not done["rules"].errors
+    assert any(r.exc_info and "shop" in r.getMessage() for r in caplog.records)
+    told.clear()
+    knowledge = Knowledge(business, WordEmbedder())
+    monkeypatch.setattr("coterie.knowledge.documents.Documents.search", breaks)
+    assert knowledge.gather("Who is the singer of Satchmo?", Reader(), tell=told.append)
+    assert "rules: failed (RuntimeError)" in told
+    knowledge.close()
+    monkeypatch.setattr("coterie.knowledge.graph.Graph.sources", breaks)
+    listed = {s["name"]: s for s in overview(business, Reader())}
+    assert listed["music"]["errors"] == ["music: cannot be listed (RuntimeError)"]
+
+
+def test_without_the_embedding_model_the_sources_answer_by_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    business = Business.open(folder)
+    list(learn(business, by=WordEmbedder()))
+    tried, now, told = [], [1000.0], list[str]()
+
+    def dead(*_a: object) -> WordEmbedder:
+        tried.append(1)
+        raise Unreachable("http://secret.invalid/embeddings: gives no embeddings")
+
+    monkeypatch.setattr(sources, "embedder", dead)
+    monkeypatch.setattr(sources.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(SqlSource, "write", lambda *_: [Written("SELECT thing FROM orders", -1.0)])
+    knowledge = Knowledge(business)
+    for question, source, text in (
+        ("May things be returned within days?", "rules", "returned within 30 days"),
+        ("Who is the singer of Satchmo?", "music", "Louis Armstrong"),
+        ("Which orders has the customer ada?", "shop", "thing: kettle"),
+    ):
+        told.clear()
+        found = knowledge.gather(question, Reader("ada"), tell=told.append)
+        assert (found[0].source, text in found[0].text) == (source, True)
+        assert len(told) == 1
+        assert told[0].endswith("sources are searched by words alone")
+        assert "secret.invalid" not in told[0]
+        assert Checker([e.text for e in found], knowledge.comparing).check(found[0].text).by == 0
+        assert knowledge.open(source, found[0].where, Reader("ada"), found[0].query)
+    assert len(tried) == 1, "it is left alone for a while"
+    assert knowledge.gather("zebra quantum?", Reader("ada")) == []
+    done = {d.source: d for d in learn(business)}
+    assert "gives no embeddings" in done["rules"].errors[0][1]
+    assert [bool(done[name].errors) for name in ("music", "shop", "stock")] == [False] * 3
+    now[0] += sources.REST_S
+    monkeypatch.setattr(sources, "embedder", lambda *_: WordEmbedder())
+    assert knowledge.gather("Who is the singer of Satchmo?", Reader("ada"), tell=pytest.fail)
+    assert isinstance(knowledge.comparing, WordEmbedder)
+    knowledge.close()
 
 
 def test_a_table_whose_file_cannot_be_read_is_named_to_those_who_may_read_it(folder: Path) -> None:

@@ -100,7 +100,7 @@ class Grounding:
 
     def writer(self, grounded: Grounded, asked: str = "") -> "Writer":
         """Checks what the expert writes, as it comes. `asked`: the question, where sources may be quoted for it."""
-        checker = Checker([e.text for e in grounded.evidence], self.knowledge.embedder)
+        checker = Checker([e.text for e in grounded.evidence], self.knowledge.comparing)
         return Writer(grounded, checker, self.spec.unsupported, asked)
 
     def answer(

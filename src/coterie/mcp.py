@@ -29,10 +29,12 @@ def server(business: Business, reader: Reader, tell: Tell = lambda _: None) -> "
     opened: list[Grounding] = []  # the model is loaded when it is first asked
 
     @made.tool()
-    def search(question: str) -> list[dict[str, Any]]:
-        """Passages, rows and triples that say something about a question, the best of each source first."""
-        found = Grounded(knowledge.gather(question, reader, tell=tell), True, [])
-        return found.sources()
+    def search(question: str) -> dict[str, Any]:
+        """Passages, rows and triples that say something about a question, the best of each source first; and which
+        sources could not be asked."""
+        problems: list[str] = []
+        found = knowledge.gather(question, reader, tell=problems.append)
+        return {"sources": Grounded(found, True, []).sources(), "problems": problems}
 
     @made.tool()
     def ask(question: str, expert: str = "auto", max_tokens: int = 200) -> dict[str, Any]:
@@ -46,7 +48,12 @@ def server(business: Business, reader: Reader, tell: Tell = lambda _: None) -> "
             else:
                 said += part
         assert grounded is not None
-        return {"text": said.strip(), "known": grounded.known, "sources": grounded.sources()}
+        return {
+            "text": said.strip(),
+            "known": grounded.known,
+            "sources": grounded.sources(),
+            "problems": grounded.problems,
+        }
 
     return made
 

@@ -1,5 +1,6 @@
 """What a business knows, all kinds of source together: learned, searched, opened, listed."""
 
+import logging
 import os
 import re
 import threading
@@ -24,7 +25,7 @@ from coterie.knowledge.database import open_database
 from coterie.knowledge.documents import Documents, Learned, permissions_mark
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.drawing import draw
-from coterie.knowledge.embed import Embedder, Endpoint, minilm, sentence_model
+from coterie.knowledge.embed import ByWords, Embedder, Endpoint, minilm, sentence_model
 from coterie.knowledge.evidence import Evidence, Reader
 from coterie.knowledge.extract import settle
 from coterie.knowledge.graph import Graph
@@ -36,9 +37,11 @@ from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 from coterie.knowledge.store import meta, open_db
 from coterie.knowledge.tables import open_tables
 from coterie.model.pull import EMBEDDER, pull
+from coterie.privacy.deidentify import MaskingFailed
 from coterie.privacy.once import mask_once
 
 NEAR = 0.2  # cosine to the question under which a passage has nothing to say to it; see docs/log.md
+NEAR_BY_WORDS = 0.08  # the same where no model compares: two of five words, in a passage of a hundred
 EACH = 8  # pieces of evidence asked of each source, and given of all
 ASKED = 0.35  # relevance of a database from which it is worth asking a model for SQL; see docs/log.md
 FURTHER = 0.2  # and by how much the best passage may be nearer to the question
@@ -47,7 +50,9 @@ AROUND = 500  # triples looked at for a picture
 REST_S, LONGEST_REST_S = 15.0, 300.0  # for which a source that gave no answer is left alone: twice as long each time
 Fits = Callable[[str], bool]
 Ranked = dict[str, list[tuple[float, Evidence]]]  # by source, nearest first
+MEANING = ""  # stands for the embedding model among sources that gave no answer
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -66,7 +71,6 @@ class _Rest:
 
     until: float
     seconds: float
-    why: str
 
 
 def embedder(business: Business, tell: Tell = lambda _: None) -> Embedder:
@@ -103,30 +107,59 @@ def learn(
             known = ", ".join(declared)
             raise CoterieError(f"{business.folder}/coterie.toml declares no source {name!r}; declared: {known}")
     asked = list(dict.fromkeys(names or declared))
-    needs = any(isinstance(declared[name], DocumentsSpec) for name in asked)
-    using = by or (embedder(business, tell) if needs else None)
+    using, unusable = by, None
+    if not by and any(isinstance(declared[name], DocumentsSpec) for name in asked):
+        try:
+            using = embedder(business, tell)
+        except Exception as error:  # the sources that need none are learned all the same
+            unusable = error
     for name in asked:
         try:
+            if unusable and isinstance(declared[name], DocumentsSpec):
+                raise unusable
             done = _learn_one(business, name, using, tell, count)
-        except CoterieError as error:
-            tell(f"{name}: {error}")
-            done = Learned(name, 0, 0, 0, 0, ((name, str(error)),))
+        except Exception as error:  # whatever is wrong with one source, the others are learned
+            why = _why(name, error)
+            tell(f"{name}: {why}")
+            done = Learned(name, 0, 0, 0, 0, ((name, why),))
+            shown = _hint(error) if isinstance(error, Unreachable | StorageError) else why
             with suppress(StorageError):  # it may be what went wrong
-                write_failure(index_folder(business, name), str(error), listing.readers_of(declared[name]))
+                write_failure(index_folder(business, name), shown, listing.readers_of(name, declared))
         else:
             done = replace(done, errors=(*done.errors, *_settle_readers_of(business, name)))
         yield done
 
 
+def _why(name: str, error: Exception) -> str:
+    """What went wrong with a source, in words; of what nobody foresaw the log has the trace."""
+    if isinstance(error, CoterieError):
+        return str(error)
+    log.error("%s failed by a fault of ours", name, exc_info=error)
+    return f"failed by a fault of ours ({type(error).__name__}); the log says more"
+
+
+def _hint(error: Exception) -> str:
+    """The same for whoever asks a question: no address, no user, no folder of the machine. The log has it all."""
+    if isinstance(error, Unreachable):
+        return "gives no answer"
+    if "`coterie learn`" in str(error):
+        return "is not learned, or not as it is declared now; run `coterie learn`"
+    return "cannot be asked" if isinstance(error, CoterieError) else f"failed ({type(error).__name__})"
+
+
 def _settle_readers_of(business: Business, documents: str) -> list[tuple[str, str]]:
-    """Let the graphs that read facts in a source of documents follow what has become of these. What went wrong."""
-    wrong = []
-    for name, spec in business.config.knowledge.sources.items():
+    """Let the graphs that read facts in a source of documents follow what has become of these. What went wrong, which
+    stands in the record of the documents until they are learned again."""
+    wrong, declared = [], business.config.knowledge.sources
+    for name, spec in declared.items():
         if isinstance(spec, GraphSpec) and spec.extract and spec.extract.documents == documents:
             try:
                 settle(spec, index_folder(business, name), index_folder(business, documents), forget=True)
-            except CoterieError as error:
-                wrong.append((name, f"{name}: what it read in {documents} could not follow ({error})"))
+            except Exception as error:
+                wrong.append((name, f"{name}: what it read in {documents} could not follow ({_why(name, error)})"))
+    if wrong:
+        told = [(why, [listing.readers_of(name, declared)]) for name, why in wrong]
+        write_record(index_folder(business, documents), (), (), told)
     return wrong
 
 
@@ -182,6 +215,7 @@ class Knowledge:
         self._open: dict[str, Source] = {}
         self._opening = threading.RLock()
         self._rests: dict[str, _Rest] = {}
+        self._worded: Knowledge | None = None
 
     @property
     def embedder(self) -> Embedder:
@@ -191,7 +225,22 @@ class Knowledge:
                 self._by = embedder(self.business, self._tell)
             return self._by
 
+    @property
+    def comparing(self) -> Embedder:
+        """The same, or what goes by words alone while that cannot be used."""
+        return self._by_words.embedder if MEANING in self._rests else self.embedder
+
+    @property
+    def _by_words(self) -> "Knowledge":
+        """The same sources, asked without an embedding model."""
+        with self._opening:
+            if self._worded is None:
+                self._worded = Knowledge(self.business, ByWords(), self._tell, self._engine)
+            return self._worded
+
     def close(self) -> None:
+        if self._worded:
+            self._worded.close()
         for source in self._open.values():
             if isinstance(source, Documents):
                 source.close()
@@ -253,58 +302,68 @@ class Knowledge:
         """What the sources have to say to a question, the best of each first, of that what `fits`.
 
         Documents and graphs are searched; a database is asked only where the question is about it, as a model must
-        write for that. What is not near the question is no evidence, whatever found it. A source that fails is told,
-        and the others answer.
+        write for that. What is not near the question is no evidence, whatever found it. A source that fails is told to
+        those who may read something of it, and the others answer; without the embedding model, by words alone.
         """
         declared = self.business.config.knowledge.sources
         if not declared:
             return []
-        embed = self.embedder.embed
-        vector = embed([question])[0]
+        compared, problem = self._try(MEANING, lambda: self.embedder.embed([question]))
+        if compared is None:
+            tell(f"the embedding model {problem}: sources are searched by words alone")
+            return self._by_words.gather(question, reader, fits, tell, limit)
+        embed, vector = self.embedder.embed, compared[0]
 
         def first(source: Source) -> list[Evidence] | float:
             if isinstance(source, SqlSource):
                 return source.relevance(question, vector, reader, embed)
             return source.search(question, reader)[:limit]
 
-        seen = self._each(dict.fromkeys(declared, first), tell)
+        seen = self._each(dict.fromkeys(declared, first), reader, tell)
         found = {name: said for name, said in seen.items() if not isinstance(said, float)}
         ranked = self._ranked(found, question, vector)
         passages = (near for each in ranked.values() for near, evidence in each if not evidence.query)
         worth = max(ASKED, max(passages, default=0.0) - FURTHER)
         asked = {name for name, said in seen.items() if isinstance(said, float) and said >= worth}
-        rows = self._each(dict.fromkeys(asked, lambda source: source.search(question, reader)[:limit]), tell)
+        rows = self._each(dict.fromkeys(asked, lambda source: source.search(question, reader)[:limit]), reader, tell)
         ranked |= self._ranked(rows, question, vector)
         return [evidence for evidence in in_turn(ranked)[:limit] if fits(evidence.text)]
 
-    def _each(self, asks: Mapping[str, Callable[[Source], T]], tell: Tell) -> dict[str, T]:
-        """What each of some sources gives, asked beside each other; what went wrong is told, by source."""
+    def _each(self, asks: Mapping[str, Callable[[Source], T]], reader: Reader, tell: Tell) -> dict[str, T]:
+        """What each of some sources gives, asked beside each other; what went wrong is told, by source, to those who
+        may read something of it."""
+
+        def one(name: str) -> tuple[T | None, str]:
+            return self._try(name, lambda: asks[name](self.source(name)))
+
         if len(asks) < 2:
-            tried = [self._try(name, ask) for name, ask in asks.items()]
+            tried = [one(name) for name in asks]
         else:
             with ThreadPoolExecutor(min(AT_ONCE, len(asks))) as pool:
-                tried = list(pool.map(self._try, asks.keys(), asks.values()))
-        out = {}
+                tried = list(pool.map(one, asks))
+        out, declared = {}, self.business.config.knowledge.sources
         for name, (given, problem) in zip(asks, tried, strict=True):
-            if problem:
-                tell(f"{name}: {problem}")
-            elif given is not None:
+            if given is not None:
                 out[name] = given
+            elif problem and listing.readers_of(name, declared) & reader.may:
+                tell(f"{name}: {problem}")
         return out
 
-    def _try(self, name: str, ask: Callable[[Source], T]) -> tuple[T | None, str]:
-        """What a source gives, or why it gives nothing."""
+    def _try(self, name: str, ask: Callable[[], T]) -> tuple[T | None, str]:
+        """What a source gives, or a hint why it gives nothing; the log has the rest."""
         rest = self._rests.get(name)
         if rest and (left := rest.until - time.monotonic()) > 0:
-            return None, f"not asked for another {left:.0f} s, as it gave no answer ({rest.why})"
+            return None, f"is not asked for another {left:.0f} s, as it gave no answer"
         try:
-            given = ask(self.source(name))
-        except Unreachable as error:
-            seconds = min(2 * rest.seconds, LONGEST_REST_S) if rest else REST_S
-            self._rests[name] = _Rest(time.monotonic() + seconds, seconds, str(error))
-            return None, str(error)
-        except CoterieError as error:
-            return None, str(error)
+            given = ask()
+        except Exception as error:  # whatever is wrong with one source, the others answer
+            if name == MEANING and isinstance(error, MaskingFailed):
+                raise  # the question cannot be masked: that is no fault of the model, which need not rest
+            log.warning("%s: %s", name or "the embedding model", _why(name, error))
+            if isinstance(error, Unreachable) or name == MEANING:
+                seconds = min(2 * rest.seconds, LONGEST_REST_S) if rest else REST_S
+                self._rests[name] = _Rest(time.monotonic() + seconds, seconds)
+            return None, _hint(error)
         self._rests.pop(name, None)
         return given, ""
 
@@ -315,11 +374,12 @@ class Knowledge:
         if not every:
             return out
         kinds = {name: type(self._open.get(name)) for name in found}
+        least = NEAR_BY_WORDS if self.embedder.name == ByWords.name else NEAR
         texts = [_row_in_words(e) if kinds[name] is SqlSource else e.text for name, e in every]
         for (name, evidence), cosine in zip(every, (self.embedder.embed(texts) @ vector).tolist(), strict=True):
             sure = kinds[name] is GraphSource and evidence.query and evidence.score >= UNSURE  # that a path was asked
             near = 1.0 if sure else cosine
-            if near >= NEAR:
+            if near >= least:
                 out.setdefault(name, []).append((near, evidence))
         for each in out.values():
             each.sort(key=lambda pair: -pair[0])
@@ -328,7 +388,7 @@ class Knowledge:
     def open(self, source: str, where: str, reader: Reader, query: str = "") -> Evidence | None:
         """The passage, row or triple that a citation names, where the reader may read it; `query` is what found it.
         Raises CoterieError where the query may not be asked, or the source cannot be."""
-        opened = self.source(source)
+        opened = (self._by_words if MEANING in self._rests else self).source(source)
         if isinstance(opened, SqlSource):
             return open_row(source, opened.db, where, query, reader)
         if isinstance(opened, GraphSource):
@@ -338,7 +398,7 @@ class Knowledge:
     def picture(self, source: str, thing: str, reader: Reader) -> str | None:
         """The neighbourhood of a thing in a graph, as SVG, of the triples that the reader may see; None for none.
         Raises QueryRefused where `thing` is no IRI."""
-        opened = self.source(source)
+        opened = (self._by_words if MEANING in self._rests else self).source(source)
         if not isinstance(opened, GraphSource) or not (facts := opened.around(thing, reader, AROUND)):
             return None
         ends = [Term("uri", thing), *(end for f in facts for end in (f.subject, f.object))]
@@ -362,4 +422,4 @@ def overview(business: Business, reader: Reader) -> list[dict[str, Any]]:
     """Every declared source with what the reader may see of it: files or tables, freshness, errors. No source is asked:
     it is what `learn` found."""
     declared = business.config.knowledge.sources
-    return [listing.overview(name, spec, index_folder(business, name), reader) for name, spec in declared.items()]
+    return [listing.overview(name, declared, index_folder(business, name), reader) for name in declared]

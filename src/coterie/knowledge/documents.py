@@ -1,13 +1,16 @@
 """A folder of documents as a source: learned incrementally, searched under permissions.
 
 `learn` follows what is new, changed, gone or whose readers changed, by hash; a file that cannot be read is reported
-and keeps its place in the list, and the rest is indexed.
+and keeps its place in the list, and the rest is indexed. What the system would not give this time (a file, a folder)
+is not gone: what was indexed of it stays, and it is tried again.
 """
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ FOUND = 8  # passages that a search gives where it is not told
 ALIKE, GAIN = 0.6, 4.0  # cosine from which an earlier question speaks for its documents, and the most they gain
 Tell = Callable[[str], None]
 Count = Callable[[str, int, int], None]
+Read = tuple[File, list[Chunk] | None]  # a file and its passages; None: those that it has
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,57 @@ class Learned:
     unit: str = "passages"
 
 
-def listed(root: Path, spec: DocumentsSpec) -> Iterator[tuple[str, Path]]:
-    """The files of a source: their name within it, and where they lie. Links that lead out of it are left out."""
-    if root.is_file():
-        yield root.name, root
-        return
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder")
-    inside = root.resolve()
-    for file in sorted(root.rglob("*")):
-        name = file.relative_to(root).as_posix()
-        hidden = any(part.startswith(".") for part in Path(name).parts)
-        if hidden or file.suffix.lower() not in KINDS or not any(fnmatchcase(name, glob) for glob in spec.files):
-            continue
-        if file.is_file() and file.resolve().is_relative_to(inside):
-            yield name, file
+def listed(root: Path, spec: DocumentsSpec) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+    """The files of a source, their name within it and where they lie; and what could not be looked at, and why: a
+    folder by its name and "/". Links that lead out of the source are left out. Raises DataError (root)."""
+    try:
+        if root.is_file():
+            return [(root.name, root)], {}
+        if not root.is_dir():
+            raise DataError(f"{root}: there is no such folder")
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror})") from error
+    found, missed, inside = list[tuple[str, Path]](), dict[str, str](), root.resolve()
+
+    def unlisted(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise DataError(f"{root}: cannot be listed ({error.strerror})") from error
+        name = _shown(Path(error.filename).relative_to(root).as_posix() + "/")
+        missed[name] = f"{name}: cannot be listed ({error.strerror})"
+
+    for at, folders, names in os.walk(root, onerror=unlisted):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(at, name) for name in names if not name.startswith(".")):
+            name = file.relative_to(root).as_posix()
+            if file.suffix.lower() not in KINDS or not any(fnmatchcase(name, glob) for glob in spec.files):
+                continue
+            try:
+                if not file.is_file() or not file.resolve().is_relative_to(inside):
+                    continue
+            except OSError as error:
+                missed[_shown(name)] = f"{_shown(name)}: cannot be read ({error.strerror})"
+                continue
+            if _shown(name) != name:
+                missed[_shown(name)] = f"{_shown(name)}: its name is not UTF-8; rename it"
+            else:
+                found.append((name, file))
+    return sorted(found, key=lambda one: one[1]), missed
+
+
+def _shown(name: str) -> str:
+    """A name that can be stored and said, where the system gave bytes that are not UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def readers(spec: DocumentsSpec, name: str) -> tuple[str, ...]:
-    """The groups that may read a file: those of the last rule that fits it, else those of the source."""
-    fitting = [rule.readers for rule in spec.permissions if any(fnmatchcase(name, glob) for glob in rule.files)]
+    """The groups that may read a file: those of the last rule that fits it, else those of the source. A rule for files
+    of a folder fits its name, which ends in "/"."""
+    inside = name if name.endswith("/") else "\0"
+    fitting = [
+        rule.readers
+        for rule in spec.permissions
+        if any(fnmatchcase(name, glob) or glob.startswith(inside) for glob in rule.files)
+    ]
     return tuple(sorted(set(fitting[-1] if fitting else spec.readers)))
 
 
@@ -80,22 +116,27 @@ def learn(
     count: Count = lambda _w, _d, _t: None, vectors: str = "",
 ) -> Learned:  # fmt: skip
     """Bring the index in `folder` up to date with the files in `root`. Raises DataError (root), StorageError."""
-    todo = list(listed(root, spec))
+    todo, missed = listed(root, spec)
     indexed = dropped = 0
     with alone(folder.with_suffix(".lock"), f"{folder.name}: another `coterie learn` is at work on it; let it end"):
         store = Store(folder, embedder.width, embedder.name, vectors)
         parsing = parse_worker.Parsing(parse_worker.LIMIT_S)
         try:
             known = {f.path: f for f in store.files()}
-            gone = known.keys() - {path for path, _ in todo}
+            there = {path for path, _ in todo} | missed.keys()
+            unlisted = tuple(path for path in missed if path.endswith("/"))
+            gone = {path for path in known.keys() - there if not path.startswith(unlisted)}
             with store.batch():
                 for path in gone:
                     store.drop(path)
-                    dropped += 1
+                    dropped += not path.endswith("/")
                 store.set("permissions", permissions_mark(spec))
                 for path, file in known.items():  # who may read less, may from now on, whatever else comes
                     if path not in gone and file.groups != readers(spec, path):
                         store.drop(path)
+                known = {f.path: f for f in store.files()}
+                for path, why in missed.items():
+                    store.note(_unread(path, why, known.get(path), spec))
             known = {f.path: f for f in store.files()}
             again = list(todo)
             while again:
@@ -103,12 +144,16 @@ def learn(
                 for at, batch in _batches(work, known, spec, parsing):
                     with store.batch():
                         for file, passages in batch:
-                            store.put(file, passages)
+                            if passages is None:
+                                store.note(file)
+                            else:
+                                store.put(file, passages)
+                                indexed += 1
                         store.finish(embedder.embed(store.pending()))
-                    indexed += len(batch)
                     count(f"indexing {name}", at, len(work))
                 known = {f.path: f for f in store.files()}
                 again = [(p, f) for p, f in todo if p in known and not known[p].sha256]  # had repeated what is gone
+            store.pack()
             total = sum(f.passages for f in known.values())
             found = tuple((f.path, f.error) for f in known.values() if f.error)
         finally:
@@ -121,15 +166,15 @@ def learn(
 
 def _batches(
     todo: list[tuple[str, Path]], known: dict[str, File], spec: DocumentsSpec, parsing: parse_worker.Parsing
-) -> Iterator[tuple[int, list[tuple[File, list[Chunk]]]]]:
+) -> Iterator[tuple[int, list[Read]]]:
     """Files that are new or changed, parsed, about BATCH passages at a time, and how many files have been seen."""
-    batch: list[tuple[File, list[Chunk]]] = []
+    batch: list[Read] = []
     held = 0
     for at, (path, place) in enumerate(todo, 1):
         file = _read(path, place, known.get(path), spec, parsing)
         if file is not None:
             batch.append(file)
-            held += len(file[1])
+            held += len(file[1] or ())
         if held >= BATCH or (at == len(todo) and batch):
             yield at, batch
             batch, held = [], 0
@@ -137,14 +182,15 @@ def _batches(
 
 def _read(
     path: str, place: Path, before: File | None, spec: DocumentsSpec, parsing: parse_worker.Parsing
-) -> tuple[File, list[Chunk]] | None:
+) -> Read | None:
     """A file and its passages, with what is wrong where it cannot be read; None where it is as it was."""
-    sha256, size, changed, title, error = "", 0, 0, "", ""
+    sha256, size, changed, title, error = "unread", 0, 0, "", ""
     passages: list[Chunk] = []
     try:
         facts = place.stat()
         size, changed = facts.st_size, facts.st_mtime_ns
-        if before and before.sha256 and (before.size, before.changed) == (size, changed):
+        same = before and before.sha256 and (before.size, before.changed) == (size, changed)
+        if before and same and (not before.error or before.error.endswith(parse_worker.LEFT)):
             return None
         if size > spec.max_mb * (1 << 20):
             raise DataError(f"{path}: {size / (1 << 20):.0f} MiB; over max_mb = {spec.max_mb:g}, so it is not read")
@@ -152,13 +198,28 @@ def _read(
         sha256 = hashlib.sha256(content).hexdigest()
         if before and before.sha256 == sha256 and not before.error:
             return None
+        if before and before.sha256 == sha256 and before.passages:  # it could not be read for a while
+            return replace(before, size=size, changed=changed, error=""), None
         parsed = parsing.parse(Path(path), content)  # by this name: readers see no folder of the machine
         title, passages = parsed.title, chunks(parsed)
     except CoterieError as wrong:
         error = str(wrong)
     except OSError as wrong:
-        error = f"{path}: cannot be read ({wrong.strerror})"
-    return File(path, sha256 or "unread", size, changed, title, readers(spec, path), error), passages
+        file = _unread(path, f"{path}: cannot be read ({wrong.strerror})", before, spec)
+        return None if file == before else (file, None)
+    except Exception as wrong:  # ours, or of a library that reads what others wrote; the next file may be sound
+        log.exception("%s: cannot be read", path)
+        error = f"{path}: cannot be read ({type(wrong).__name__})"
+    known = (before.sha256, before.size, before.changed, before.error) if before else ()
+    if error and known == (sha256, size, changed, error):
+        return None
+    return File(path, sha256, size, changed, title, readers(spec, path), error), passages
+
+
+def _unread(path: str, why: str, before: File | None, spec: DocumentsSpec) -> File:
+    """A file that the system would not give: as it was before, and why."""
+    known = before or File(path, "", 0, 0, "", readers(spec, path))
+    return replace(known, sha256=known.sha256 or "unread", error=why)
 
 
 class Documents:

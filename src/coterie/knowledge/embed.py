@@ -8,6 +8,8 @@ Sources: Devlin et al. 2019 (BERT); Wang et al. 2020 (MiniLM); Reimers and Gurev
 
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +26,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from coterie.errors import CoterieError, ModelError
+from coterie.errors import CoterieError, ModelError, Unreachable
+from coterie.knowledge.names import FUNCTION_WORDS
 from coterie.model.load import default_dtype
 from coterie.model.pull import EMBEDDER, pull
 
@@ -47,6 +50,19 @@ class Embedder(Protocol):
     def embed(self, texts: Sequence[str]) -> Floats:
         """Vectors (texts, width), each of length 1."""
         ...
+
+
+class ByWords:
+    """What compares texts where no model can be used: by the words that they share, but for those like "the"."""
+
+    name, width = "", 4096
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        out = np.zeros((len(texts), self.width), np.float32)
+        for row, text in zip(out, texts, strict=True):
+            words = set(re.findall(r"[^\W_]+", text.lower())) - FUNCTION_WORDS
+            row[[zlib.crc32(word.encode()) % self.width for word in words]] = 1
+        return np.asarray(out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12), np.float32)
 
 
 @dataclass(frozen=True)
@@ -253,6 +269,8 @@ class Endpoint:
                 if len(rows) != len(part):
                     raise ValueError(f"{len(rows)} vectors for {len(part)} texts")
                 found += [row["embedding"] for row in rows]
+            except httpx.TransportError as error:
+                raise Unreachable(f"{self.url}: gives no embeddings ({error or type(error).__name__})") from error
             except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
                 raise CoterieError(f"{self.url}: gives no embeddings ({error or type(error).__name__})") from error
         if not found:

@@ -4,7 +4,8 @@ Notable: nothing is asked but what lies beside the index (record.py), so a page 
 database is large, slow or dead.
 """
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.knowledge import documents
 from coterie.knowledge.database import DIALECTS
 from coterie.knowledge.documents_spec import DocumentsSpec
-from coterie.knowledge.evidence import Reader
+from coterie.knowledge.evidence import EVERYONE, Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.record import Record, read_record
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, RowsSpec, TablesSpec
@@ -23,39 +24,50 @@ from coterie.knowledge.sqlguard import view_of
 from coterie.knowledge.tables import rows_of
 
 Spec = DocumentsSpec | GraphSpec | DatabaseSpec | TablesSpec
+log = logging.getLogger(__name__)
 
 
-def readers_of(spec: Spec) -> set[str]:
+def readers_of(name: str, declared: Mapping[str, Spec]) -> set[str]:
     """The groups that may read something of a source: who is told that it failed as a whole."""
+    spec = declared[name]
     if isinstance(spec, DocumentsSpec):
         return {*spec.readers, *(r for rule in spec.permissions for r in rule.readers)}
     if isinstance(spec, GraphSpec):
         held = [*(part.readers for part in spec.parts), *(table.readers for table in spec.tables)]
+        held += [list(readers_of(spec.extract.documents, declared))] if spec.extract else []
         return {r for readers in held or [*spec.endpoint_graphs.values(), spec.readers] for r in readers}
-    return {r for table in _tables(spec) for r in _rows(spec, table).readers}
+    return {r for table in _tables(spec) for r in _groups(_rows(spec, table))}
+
+
+def _groups(rows: RowsSpec) -> Collection[str]:
+    """The groups that may read rows of a table."""
+    return rows.rows.keys() if rows.rows and EVERYONE in rows.readers else rows.readers
 
 
 def told(spec: DatabaseSpec | TablesSpec, part: str) -> list[Collection[str]]:
     """Who may know what is wrong with a table, or with a file: whoever may read one of its tables."""
     files = spec.files if isinstance(spec, TablesSpec) else {}
     tables = [table for table, file in files.items() if file == part] or [part]
-    return [{r for table in tables for r in _rows(spec, table).readers}]
+    return [{r for table in tables for r in _groups(_rows(spec, table))}]
 
 
-def overview(name: str, spec: Spec, folder: Path, reader: Reader) -> dict[str, Any]:
+def overview(name: str, declared: Mapping[str, Spec], folder: Path, reader: Reader) -> dict[str, Any]:
     """The source with what the reader may see of it: its files, named graphs or tables, freshness and errors."""
-    record = read_record(folder)
+    spec, record, mine = declared[name], read_record(folder), bool(readers_of(name, declared) & reader.may)
     if isinstance(spec, DocumentsSpec):
         found = documents.overview(name, spec, folder, reader)
-        return found | {"errors": [*record.told(reader), *found["errors"]], "live": False}
+        failed = found["errors"] if mine else []
+        return found | {"errors": [*record.told(reader), *failed], "live": False}
     live = isinstance(spec, GraphSpec) and bool(spec.endpoint)
     errors = record.told(reader)
-    if not live and not record.at and not errors:
+    if not live and not record.at and not errors and mine:
         errors = [f"{name}: not learned yet; run `coterie learn`"]
     try:
         parts = _graphs(spec, folder, record, reader) if isinstance(spec, GraphSpec) else _seen(spec, record, reader)
-    except CoterieError as error:
-        parts, errors = [], [*errors, str(error)]
+    except Exception as error:  # whatever is wrong with one source, the others are listed
+        log.warning("%s: cannot be listed", name, exc_info=error)
+        why = str(error) if isinstance(error, CoterieError) else f"{name}: cannot be listed ({type(error).__name__})"
+        parts, errors = [], [*errors, *([why] if mine else [])]
     return {
         "name": name, "kind": spec.kind, "description": spec.description, "files": parts, "live": live,
         "unit": "triples" if isinstance(spec, GraphSpec) else "columns",

@@ -20,6 +20,7 @@ from coterie.errors import DataError
 from coterie.knowledge.parse import Parsed, Section, parse
 
 LIMIT_S = 120.0  # that one file may take
+LEFT = "it is left until it changes (touch it)"  # how the error of a file ends that took longer
 MEMORY = 4 << 30  # bytes that the process may take
 PLAIN, SMALL = (".md", ".markdown", ".txt"), 64 << 10  # read here, at once, up to so many bytes
 
@@ -40,8 +41,7 @@ class Parsing:
             line = self._ask(path, content)
         except queue.Empty as error:
             self.close()
-            why = f"not read within {self.limit_s:g} s; it is left until it changes (touch it)"
-            raise DataError(f"{path}: {why}") from error
+            raise DataError(f"{path}: not read within {self.limit_s:g} s; {LEFT}") from error
         if not line:
             self.close()
             raise DataError(f"{path}: the process that reads it broke down (by its size, or by what is in it)")

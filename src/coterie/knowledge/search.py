@@ -20,12 +20,12 @@ import numpy as np
 import tantivy
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
-from coterie.knowledge.embed import Embedder
+from coterie.errors import CoterieError, StorageError
+from coterie.knowledge.embed import ByWords, Embedder
 from coterie.knowledge.links import lend
 from coterie.knowledge.names import FUNCTION_WORDS, pairs
 from coterie.knowledge.series import Series
-from coterie.knowledge.store import allowed, meta, open_db, open_words, space_of
+from coterie.knowledge.store import IN_POSTGRES, allowed, meta, open_db, open_words, space_of
 from coterie.knowledge.vectors import open_vectors
 
 Ints = NDArray[np.int64]
@@ -68,15 +68,21 @@ class Search:
     """An index opened for reading. Several threads may ask it at once; a writer's commits are seen at once."""
 
     def __init__(self, folder: Path, embedder: Embedder, vectors: str = "") -> None:
-        """`vectors`: address of the PostgreSQL that has the vectors. Raises CoterieError where nothing is indexed yet,
-        or by another embedding model, or with its vectors elsewhere."""
+        """`vectors`: address of the PostgreSQL that has the vectors. With ByWords as `embedder`, only words are
+        searched for. Raises CoterieError where nothing is indexed yet, or by another embedding model, or with its
+        vectors elsewhere."""
         self.folder, self.embedder = folder, embedder
         self.db = open_db(folder, writing=False)
         held, own = meta(self.db, "space"), space_of(embedder.width, embedder.name, vectors)
+        width = embedder.width
+        if embedder.name == ByWords.name:  # whatever model it was indexed by
+            width = int(held.split(" ")[1])
+            own = space_of(width, held.split(" ", 2)[2].removesuffix(IN_POSTGRES), vectors)
         if held != own:
             raise CoterieError(f"{folder.name}: indexed as {held!r}, and now {own!r} is declared; run `coterie learn`")
         self._words = open_words(folder)
-        self._vectors = open_vectors(folder, embedder.width, vectors, meta(self.db, "vectors"))
+        self._width = width
+        self._vectors = open_vectors(folder, width, vectors, meta(self.db, "vectors"))
         self._lock = threading.Lock()
         self._seen = ("", -1, -1)
 
@@ -85,12 +91,16 @@ class Search:
         self.db.close()
 
     def refresh(self) -> None:
-        """See what a writer has committed since."""
-        self.db.execute("begin")  # one state of the database for all that is read here
-        try:
-            self._read()
-        finally:
-            self.db.execute("commit")
+        """See what a writer has committed since. Raises StorageError where the vectors are missing."""
+        for _ in range(3):
+            self.db.execute("begin")  # one state of the database for all that is read here
+            try:
+                return self._read()
+            except FileNotFoundError:  # packed meanwhile: the state after that names other files
+                pass
+            finally:
+                self.db.execute("commit")
+        raise StorageError(f"{self.folder}: its vectors are missing; delete it and run `coterie learn`")
 
     def _read(self) -> None:
         mark = meta(self.db, "stamp"), int(meta(self.db, "rows") or 0), _version(self.db)
@@ -111,7 +121,7 @@ class Search:
         files = np.array(found.fetchall(), np.int64).reshape(-1, 4)
         self._files, self._document = files, np.searchsorted(files[:, 0], table[:, 3])  # the place in it of each id's
         self._series: dict[tuple[int, ...], Series] = {}
-        self._vectors.open(rows)
+        self._vectors.open(rows, meta(self.db, "packed"))
         self._seen = mark
 
     def by_words(self, question: str, classes: Sequence[int], limit: int) -> tuple[Ints, Floats]:
@@ -159,14 +169,17 @@ class Search:
         parts = clauses(question)
         alone = len(parts) == 1
         asked = self.embedder.embed([question] if alone else [question, *parts]) if vectors is None else vectors
+        by_meaning = self.embedder.name != ByWords.name
         with self._lock:
             self.refresh()
             classes = self.classes(groups)
             whole = self.by_words(question, classes, WHOLE)
             each = [whole] if alone else [self.by_words(p, classes, EACH) for p in parts]
-            near = self.by_vectors(asked[:1], classes, WHOLE)
-            near += [] if alone else self.by_vectors(asked[1:], classes, EACH)
+            near = self.by_vectors(asked[:1], classes, WHOLE) if by_meaning else []
+            near += self.by_vectors(asked[1:], classes, EACH) if by_meaning and not alone else []
             gains = remembered(asked[0])
+            if not by_meaning:  # what the index has are vectors of another space
+                asked = np.zeros((len(asked), self._width), np.float32)
             known = self._of_files(gains, classes)
             named = self.by_pairs(question, classes, WHOLE)
             found = [whole, named, *each, *near]

@@ -3,13 +3,15 @@
 SQLite says what holds. A batch is written in this order: vectors are appended, tantivy commits, SQLite commits with
 tantivy's stamp. Whoever is killed in between leaves vectors that SQLite does not know, which the next writer cuts off,
 or a tantivy index with another stamp, which the next writer makes anew from SQLite. Readers leave out numbers that
-SQLite does not know.
+SQLite does not know. Where most of the vectors' rows are nobody's any more, `pack` copies the others into new files,
+and one commit of SQLite names these and numbers the rows anew; the next writer deletes the files that it does not name.
 
 Who may read is an access class, a number for each set of groups: a term in tantivy, and a number for each row of the
 vectors. Both searches (search.py) look only at the classes that the reader may see, before they choose their best.
 """
 
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -28,12 +30,14 @@ from coterie.knowledge.chunk import Chunk
 from coterie.knowledge.links import names_of
 from coterie.knowledge.names import pairs, series_of
 from coterie.knowledge.near import bands, normalise, repeats
-from coterie.knowledge.vectors import drop_table, open_vectors
+from coterie.knowledge.vectors import Mapped, drop_table, open_vectors
 
 Floats = NDArray[np.float32]
 HEAP = 64 << 20  # bytes that tantivy may hold while it writes
+SPARE = 512  # rows of the vectors that may be nobody's, whatever the index holds
 FORMAT = "3"
 IN_POSTGRES = " in PostgreSQL"
+log = logging.getLogger(__name__)
 
 TABLES = """
 create table if not exists meta(key text primary key, value text);
@@ -138,7 +142,7 @@ class Store:
         if not meta(self.db, "vectors"):  # no two indexes share a table, whatever their folders are called
             self.set("vectors", f"coterie_vectors_{uuid.uuid4().hex}")
         self.rows = int(meta(self.db, "rows") or 0)
-        self._vectors = open_vectors(folder, width, vectors, meta(self.db, "vectors"))
+        self._vectors = open_vectors(folder, width, vectors, meta(self.db, "vectors"), meta(self.db, "packed"))
         self._vectors.cut(self._lines, self.rows)
         self._index = open_words(folder)
         if stamp_of(folder) != meta(self.db, "stamp"):
@@ -160,6 +164,31 @@ class Store:
         """The rows of the vectors that passages have."""
         found = self.db.execute("select line from chunks where line is not null").fetchall()
         return np.array(found, np.int64).ravel()
+
+    def pack(self) -> None:
+        """Give back the rows of the vectors that no passage has, where they are over half of all and over SPARE."""
+        held = self.db.execute("select id, line from chunks where line is not null order by line").fetchall()
+        dead = self.rows - len(held)
+        if not isinstance(self._vectors, Mapped) or dead <= max(SPARE, len(held)):
+            return
+        mark = f"-{int(meta(self.db, 'packed')[1:] or 0) + 1}"  # never one that a reader may have read of
+        try:
+            packed = self._vectors.packed(np.array([line for _, line in held], np.int64), mark)
+        except OSError:  # no room for both; it goes on as it is
+            log.exception("%s: its vectors could not be packed", self.folder)
+            self._vectors.tidy()
+            return
+        self.db.execute("begin immediate")
+        try:
+            self.db.executemany("update chunks set line = ? where id = ?", ((n, id) for n, (id, _) in enumerate(held)))
+            self.set("rows", str(len(held)))
+            self.set("packed", mark)
+            self.db.execute("commit")
+        except BaseException:
+            self.db.execute("rollback")
+            raise
+        self.rows, self._vectors = len(held), packed
+        packed.tidy()
 
     def _rebuild_words(self) -> None:
         writer = self._index.writer(HEAP)
@@ -225,6 +254,15 @@ class Store:
                 self.db.executemany("insert or ignore into bands values(?, ?, ?)", [(h, access, chunk) for h in hashes])
                 title, named = f"{file.title} {passage.place}".strip(), f"{file.title} {file.path}"
                 self._new.append((chunk, access, title, passage.text, named))
+
+    def note(self, file: File) -> None:
+        """What is known of a file itself; the passages that it has stay."""
+        known = self.db.execute(
+            "update documents set sha256 = ?, size = ?, changed = ?, error = ? where path = ?",
+            (file.sha256, file.size, file.changed, file.error, file.path),
+        ).rowcount
+        if not known:
+            self.put(file, ())
 
     def _access_class(self, groups: tuple[str, ...]) -> int:
         """The number of a set of groups, made where it is new."""

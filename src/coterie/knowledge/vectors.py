@@ -1,6 +1,7 @@
 """Where the vectors of an index lie: in memory-mapped files beside it, or in PostgreSQL (pgvector).
 
-A row of the vectors is a line number that SQLite gives and never gives again. Both keep what is appended apart until
+A row of the vectors is a line number that SQLite gives, and gives again only once the files are packed: then those that
+are known are copied into other files and numbered anew. Both keep what is appended apart until
 `commit`, which comes before SQLite's own; lines that SQLite does not know are cut off by the next writer. Readers name
 the access classes they may see, and these are part of the search in both: a mask before the choice, or a condition of
 the SQL. In PostgreSQL a table belongs to one index; deleted lines leave it once SQLite has forgotten them.
@@ -52,8 +53,9 @@ class Vectors(Protocol):
         """Delete lines, once nobody knows them."""
         ...
 
-    def open(self, rows: int) -> None:
-        """See the first `rows`, as of now, for reading."""
+    def open(self, rows: int, mark: str) -> None:
+        """See the first `rows`, as of now, for reading. `mark`: of the files. Raises FileNotFoundError where a writer
+        has put others in their place."""
         ...
 
     def nearest(self, asked: Floats, may: Mask, classes: Sequence[int], limit: int) -> list[tuple[Ints, Floats]]:
@@ -68,15 +70,34 @@ class Vectors(Protocol):
 
 
 class Mapped:
-    """Bytes and a scale for each row, in two files; exact search over all of them."""
+    """Bytes and a scale for each row, in two files, whose names say `mark`; exact search over all of them."""
 
-    def __init__(self, folder: Path, width: int) -> None:
-        self.folder, self.width = folder, width
+    def __init__(self, folder: Path, width: int, mark: str = "") -> None:
+        self.folder, self.width, self.mark = folder, width, mark
 
     def _files(self) -> tuple[tuple[Path, int], ...]:
-        return (self.folder / "vectors.i8", self.width), (self.folder / "scales.f32", 4)
+        return (self.folder / f"vectors{self.mark}.i8", self.width), (self.folder / f"scales{self.mark}.f32", 4)
+
+    def packed(self, lines: Ints, mark: str) -> "Mapped":
+        """A copy of some lines, in their order, in other files."""
+        out = Mapped(self.folder, self.width, mark)
+        for (file, size), (to, _) in zip(self._files(), out._files(), strict=True):
+            rows = np.memmap(file, np.uint8, "r").reshape(-1, size)
+            with to.open("wb") as f:
+                for start in range(0, len(lines), BLOCK):
+                    f.write(rows[lines[start : start + BLOCK]].tobytes())
+        out.commit()
+        return out
+
+    def tidy(self) -> None:
+        """Delete the files of other marks: what they were packed from, or what a killed writer left. Readers that have
+        them open go on."""
+        own = {file for file, _ in self._files()}
+        for file in {*self.folder.glob("vectors*.i8"), *self.folder.glob("scales*.f32")} - own:
+            file.unlink(missing_ok=True)
 
     def cut(self, known: Callable[[], Ints], rows: int) -> None:
+        self.tidy()
         for file, size in self._files():
             file.touch()
             if file.stat().st_size < rows * size:
@@ -101,14 +122,14 @@ class Mapped:
         pass  # lines that SQLite does not know are written over
 
     def forget(self, lines: Sequence[int]) -> None:
-        pass  # nobody's: the mask leaves them out
+        pass  # nobody's: the mask leaves them out, until they are packed
 
-    def open(self, rows: int) -> None:
-        self.rows = rows
+    def open(self, rows: int, mark: str) -> None:
+        self.rows, self.mark = rows, mark
+        (vectors, _), (scales, _) = self._files()
         if rows:  # mode "c", as torch wants memory that could be written to; nothing is
-            mapped = np.memmap(self.folder / "vectors.i8", np.int8, "c", shape=(rows, self.width))
-            self._vectors = torch.from_numpy(mapped)
-            self._scales = np.fromfile(self.folder / "scales.f32", np.float32, rows)
+            mapped = np.memmap(vectors, np.int8, "c", shape=(rows, self.width))
+            self._vectors, self._scales = torch.from_numpy(mapped), np.fromfile(scales, np.float32, rows)
 
     def nearest(self, asked: Floats, may: Mask, classes: Sequence[int], limit: int) -> list[tuple[Ints, Floats]]:
         scores = self._scan(asked)
@@ -257,7 +278,7 @@ class Postgres:
             self._do(f"DELETE FROM {self.table} WHERE line = ANY(%s)", (list(lines),))
         self.commit()
 
-    def open(self, rows: int) -> None:
+    def open(self, rows: int, mark: str) -> None:
         self.rows = rows
 
     def nearest(self, asked: Floats, may: Mask, classes: Sequence[int], limit: int) -> list[tuple[Ints, Floats]]:
@@ -299,6 +320,6 @@ def drop_table(url: str, table: str) -> None:
         old.close()
 
 
-def open_vectors(folder: Path, width: int, url: str, table: str) -> Vectors:
-    """The vectors of the index in `folder`: in files, or with `url` in PostgreSQL."""
-    return Postgres(url, table, width) if url else Mapped(folder, width)
+def open_vectors(folder: Path, width: int, url: str, table: str, mark: str = "") -> Vectors:
+    """The vectors of the index in `folder`: in files that `mark` names, or with `url` in PostgreSQL."""
+    return Postgres(url, table, width) if url else Mapped(folder, width, mark)

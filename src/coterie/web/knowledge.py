@@ -197,7 +197,8 @@ def router(
 
     @routes.get("/knowledge/search")
     def search(q: str, request: Request) -> dict[str, Any]:
-        found = shelf.grounding().knowledge.gather(q, reader_of(request))
-        return {"object": "list", "data": Grounded(found, bool(found), []).sources()}
+        problems: list[str] = []
+        found = shelf.grounding().knowledge.gather(q, reader_of(request), tell=problems.append)
+        return {"object": "list", "data": Grounded(found, bool(found), []).sources(), "problems": problems}
 
     return routes

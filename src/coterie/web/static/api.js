@@ -11,8 +11,8 @@ export class ApiError extends Error {
 
 /**
  * Ask `model` and yield { text, finish, by } as they arrive; `by` says who answers
- * (expert, version, routed, similarity; where the business has knowledge: known, sources), `finish` why the answer
- * ended, once it has.
+ * (expert, version, routed, similarity; where the business has knowledge: known, sources, problems), `finish` why the
+ * answer ended, once it has.
  * Throws ApiError; or the signal's AbortError where the visitor stopped it.
  */
 export async function* ask(model, messages, signal) {

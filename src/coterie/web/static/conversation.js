@@ -4,8 +4,8 @@
 //   question, text    what was asked; the answer so far
 //   state             "waiting", "streaming", "done", "stopped" or "failed"
 //   who               who was asked: "auto", "base" or an expert's name
-//   by                who answers: { expert, version, routed, similarity }, and from which sources: { known, sources };
-//                     null until it is known
+//   by                who answers: { expert, version, routed, similarity }, and from which sources:
+//                     { known, sources, problems }; null until it is known
 //   finish            why the answer ended: "stop" or "length"
 //   problem           what went wrong, where it failed (see problem.js)
 

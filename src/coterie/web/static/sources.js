@@ -1,4 +1,5 @@
-// The sources under an answer: those that it cites, each opening the exact passage, row or triple.
+// The sources under an answer: those that it cites, each opening the exact passage, row or triple; and those that could
+// not be asked.
 
 /** Bring `list` up to date with the sources that `turn` cites; all text becomes text nodes, never HTML. */
 export function showSources(turn, list) {
@@ -6,8 +7,9 @@ export function showSources(turn, list) {
   const cited = new Set([...turn.text.matchAll(/ \[(\d+)\]/g)].map((match) => Number(match[1])));
   const shown = done ? (turn.by?.sources ?? []).filter((source) => cited.has(source.number)) : [];
   const unsaid = done && turn.by?.sources && turn.text.includes(" [?]");
-  list.hidden = !shown.length && !unsaid;
-  list.replaceChildren(...shown.map(item), ...(unsaid ? [note()] : []));
+  const notes = [...(unsaid ? ["[?] No source says this."] : []), ...((done && turn.by?.problems) || [])];
+  list.hidden = !shown.length && !notes.length;
+  list.replaceChildren(...shown.map(item), ...notes.map(note));
 }
 
 function item(source) {
@@ -42,8 +44,8 @@ function picture(source) {
   return image;
 }
 
-function note() {
+function note(text) {
   const entry = document.createElement("li");
-  entry.textContent = "[?] No source says this.";
+  entry.textContent = text;
   return entry;
 }
