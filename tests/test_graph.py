@@ -99,6 +99,7 @@ REFUSED = {
     "empty": "",
     "unclosed": "SELECT * { ?s ?p ?o",
     "very deep": "SELECT * " + "{ " * 3000 + "} " * 3000,
+    "many terms": "SELECT * { <urn:a> <urn:b> 1" + ",1" * 9000 + " }",
     "very long": "SELECT * { ?s ?p \"" + "x" * 30_000 + "\" }",
 }  # fmt: skip
 
