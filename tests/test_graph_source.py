@@ -22,6 +22,7 @@ from coterie.knowledge.evidence import Reader
 from coterie.knowledge.graph import Graph
 from coterie.knowledge.graph_learn import learn_graph, open_graph, read_asked
 from coterie.knowledge.graph_source import GraphSource
+from coterie.knowledge.listing import overview
 from coterie.knowledge.paths import COUNT, Asked, Finder, mask
 from coterie.knowledge.sparql import Rows, Term
 from coterie.knowledge.specs import GraphSpec
@@ -207,12 +208,16 @@ def test_changed_readers_hold_before_anything_is_asked(music: tuple[Path, GraphS
     for ask, what in ((source.search, question), (source.answers, question), (source.around, "urn:m:album/2")):
         with pytest.raises(CoterieError, match="its readers have changed since it was learned; run `coterie learn`"):
             ask(what, board)
+    listed = overview("music", {"music": spec}, root / "graph", board)
+    assert listed["files"] == []
+    assert any("its readers have changed" in error for error in listed["errors"])
     assert before.answers(question, STAFF)  # who does not know of the change yet
     assert learn_graph(spec, root, root / "graph").problems == {}
     assert source.answers(question, board)[0].values[0].value == "8"
     assert bool(source.answers(question, STAFF)) is ("parts" in change)
     with pytest.raises(CoterieError, match="its readers have changed"):
         before.search(question, STAFF)
+    assert overview("music", {"music": spec}, root / "graph", board)["files"]
     source.graph.close()  # type: ignore[attr-defined]
 
 

@@ -18,6 +18,7 @@ from coterie.knowledge.database import DIALECTS
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import EVERYONE, Reader
 from coterie.knowledge.graph import Graph
+from coterie.knowledge.graph_learn import permissions_mark
 from coterie.knowledge.record import Record, read_record
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, RowsSpec, TablesSpec
 from coterie.knowledge.sqlguard import view_of
@@ -80,7 +81,9 @@ def _graphs(spec: GraphSpec, folder: Path, record: Record, reader: Reader) -> li
         graphs = spec.endpoint_graphs or {spec.endpoint: spec.readers}
         mine = {graph: readers for graph, readers in graphs.items() if set(readers) & reader.may}
         return [_part(graph, f"at {spec.endpoint}", 0, None, readers) for graph, readers in mine.items()]
-    sources = [s for s in Graph(folder, spec.timeout_s).sources() if s.readers & reader.may]
+    graph = Graph(folder, spec.timeout_s, permissions_mark(spec))
+    seen = graph.seen(reader)
+    sources = [s for s in graph.sources() if s.graph in seen]
     return [_part(s.name, "triples", s.triples, record.parts.get(s.name), s.readers) for s in sources]
 
 
