@@ -95,6 +95,8 @@ CHECKED = {
     "no fact": ("Hello! You are welcome.", "Hello! You are welcome."),
     "a question": ("Would you like express delivery tomorrow?", "Would you like express delivery tomorrow?"),
     "no full stop": ("Unused items can be returned", "Unused items can be returned [2]"),
+    "said twice": (f"{DELIVERY} {DELIVERY} {RETURNS}", f"{DELIVERY} [1] {RETURNS} [2]"),
+    "invented twice": ("It takes 9 days by ship. It takes 9 days by ship.", "It takes 9 days by ship. [?]"),
     "a list": (f"- {DELIVERY}\n- {RETURNS}\n", f"- {DELIVERY} [1]\n- {RETURNS} [2]\n"),
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from coterie.config import KnowledgeSpec
 from coterie.knowledge.specs import DatabaseSpec, GraphSpec, TablesSpec
 
 MAPPED = {"table": "t", "id": "t/{id}", "type": "thing"}
@@ -33,3 +34,11 @@ def test_everyone_reads_what_names_no_readers_and_one_name_is_a_list_of_one() ->
         {"parts": [{"files": "a.ttl"}], "tables": [{**MAPPED, "table": "", "file": "b.csv"}]}
     )
     assert (spec.parts[0].files, spec.parts[0].readers, spec.tables[0].readers) == (["a.ttl"], ["*"], ["*"])
+
+
+def test_a_source_may_also_stand_under_sources() -> None:
+    source = {"kind": "tables", "files": {"t": "t.csv"}}
+    spec = KnowledgeSpec.model_validate({"tokens": 400, "a": source, "sources": {"b": source}})
+    assert (spec.tokens, sorted(spec.sources)) == (400, ["a", "b"])
+    with pytest.raises(ValidationError, match=r"sources\.c"):
+        KnowledgeSpec.model_validate({"c": {"kind": "nothing"}, "sources": {"b": source}})

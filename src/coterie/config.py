@@ -321,11 +321,12 @@ class KnowledgeSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _sections(cls, given: Any) -> Any:
-        """The tables within [knowledge] are its sources."""
-        if not isinstance(given, dict) or "sources" in given:
+        """The tables within [knowledge] are its sources, and those within [knowledge.sources] too."""
+        if not isinstance(given, dict):
             return given
-        sources = {name: value for name, value in given.items() if isinstance(value, dict)}
-        return {name: value for name, value in given.items() if name not in sources} | {"sources": sources}
+        tables = {name: value for name, value in given.items() if isinstance(value, dict)}
+        within = tables.pop("sources", {})
+        return {n: v for n, v in given.items() if n not in tables and n != "sources"} | {"sources": within | tables}
 
     @model_validator(mode="after")
     def _documents_to_read(self) -> "KnowledgeSpec":

@@ -169,7 +169,7 @@ class Writer:
                 return sentence
             self._waiting += sentence
             return ""
-        if quotes and any(s.text == sentence.strip() for s in self.grounded.sentences):
+        if any(s.checked and s.text == sentence.strip() for s in self.grounded.sentences):
             return ""  # a small model repeats itself
         found = self.checker.check(sentence)
         cites = None if found.by is None else found.by + 1
