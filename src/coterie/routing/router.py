@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from coterie.errors import CoterieError, ModelError
@@ -221,16 +220,14 @@ class Router:
             few = len(within) / sum(self._counts.values())
             shrink, eye = SHRINKAGE * few / (1 + SHRINKAGE * few), np.eye(len(within))
             # Any root of the inverse gives the same cosines; Cholesky's is the cheapest.
-            root = torch.from_numpy(np.linalg.cholesky((1 - shrink) * within + shrink * level * eye))
-            whiten = torch.linalg.solve_triangular(root, torch.from_numpy(eye), upper=False).T.numpy()
+            whiten = np.linalg.inv(np.linalg.cholesky((1 - shrink) * within + shrink * level * eye)).T
             # Second moments of [vector, 1] over all experts, each counting alike, and the background as one more.
             means = np.zeros((len(members) + 1, len(within)))
             means[1:] = self._means[[places[name] for name in members]]
             moments = np.ones((len(within) + 1, len(within) + 1))
             moments[:-1, :-1] = within + means.T @ means / len(means) + RIDGE * few * level * eye
             moments[:-1, -1] = moments[-1, :-1] = means.mean(axis=0)
-            inverse = torch.cholesky_inverse(torch.from_numpy(np.linalg.cholesky(moments))).numpy()
-            self._derived = whiten.astype(np.float32), inverse.astype(np.float32)
+            self._derived = whiten.astype(np.float32), np.linalg.inv(moments).astype(np.float32)
         return self._derived
 
     def _see(self, vectors: Floats) -> Floats:
@@ -271,21 +268,16 @@ class Router:
                 self.remove(name)
                 return None
             vectors = statistics.sample.astype(np.float32)
-            units = self._see(vectors)
-            scores = self._own_scores(units, vectors, statistics, OWN)
+            units, scores = self._see(vectors), np.array([LONE], np.float32)
+            if len(units) > 1:
+                cosines = units[:OWN] @ units.T
+                np.fill_diagonal(cosines, -np.inf)
+                scores = _score(_nearest(cosines), self._left_out(vectors[:OWN], statistics))
             self._samples[name] = _Sample(units, scores, np.sort(scores), statistics.where)
             if len(self._samples) > KEPT:
                 self._samples.popitem(last=False)
         self._samples.move_to_end(name)
         return self._samples[name]
-
-    def _own_scores(self, units: Floats, vectors: Floats, statistics: Statistics, most: int) -> Floats:
-        """The scores of the first `most` of an expert's inputs, each as if it had not been seen."""
-        if len(units) < 2:
-            return np.array([LONE], np.float32)
-        cosines = units[:most] @ units.T
-        np.fill_diagonal(cosines, -np.inf)
-        return _score(_nearest(cosines), self._left_out(vectors[:most], statistics))
 
     def _duel(self, one: tuple[str, _Sample, Floats], other: tuple[str, _Sample, Floats]) -> float:
         """How much more the text is like inputs of `one` than of `other`, about 1 to -1; each with its cosines to them.
@@ -329,24 +321,18 @@ class Router:
         """The temperature under which the experts' own inputs, each left out in turn, are most probable."""
         if self._temperature is None:
             some = sorted(self._scatters, key=self._ranks.__getitem__)[:FITTED]
-            samples: dict[str, tuple[Floats, Floats, Floats]] = {}  # vectors and own scores of some, all units
-            for name in some:
-                with suppress(CoterieError):  # said when it is next looked at
-                    statistics, held = self._open[name](), self._samples.get(name)
-                    vectors = statistics.sample.astype(np.float32)
-                    units = held.units if held else self._see(vectors)  # what is not near the text need not be kept
-                    own = self._own_scores(units, vectors, statistics, FITTED_INPUTS)
-                    samples[name] = vectors[:FITTED_INPUTS], own, units
+            samples = {name: sample for name in some if (sample := self._sample(name))}
             known = {name: place for place, name in enumerate(self._names)}
             rows: list[Floats] = []
-            for right, (vectors, own, units) in enumerate(samples.values()):
-                if len(units) < 2:
+            for right, (name, sample) in enumerate(samples.items()):
+                if len(sample.units) < 2:
                     continue
-                solved, inputs = self._regress(vectors), units[:FITTED_INPUTS]
+                vectors = self._open[name]().sample[:FITTED_INPUTS].astype(np.float32)
+                solved, inputs = self._regress(vectors), sample.units[:FITTED_INPUTS]
                 values = (solved[:, :-1] @ self._means[known[n]] + solved[:, -1] for n in samples)
                 pairs = zip(samples.values(), values, strict=True)
-                scores = np.stack([_score(_nearest(inputs @ s[2].T), np.clip(v, -1, 1)) for s, v in pairs], axis=1)
-                scores[:, right] = own
+                scores = np.stack([_score(_nearest(inputs @ s.units.T), np.clip(v, -1, 1)) for s, v in pairs], axis=1)
+                scores[:, right] = sample.scores[:FITTED_INPUTS]
                 rows += [np.concatenate([row[right : right + 1], np.delete(row, right)]) for row in scores]
             self._temperature = TEMPERATURE
             if len(samples) > 1 and rows:
