@@ -138,7 +138,7 @@ def test_coterie_is_the_answer_flow_with_the_banks_knowledge(tasks: list[Task], 
     assert reply.signals == Signals(0.9, -0.25, 0.7)
     assert FACT.text in front.answerer.asked[-1][-1]["content"]  # type: ignore[attr-defined]
 
-    grounding: Any = Grounding(front.answerer, SimpleNamespace(embedder=WordEmbedder()))  # type: ignore[arg-type]
+    grounding: Any = Grounding(front.answerer, SimpleNamespace(comparing=WordEmbedder()))  # type: ignore[arg-type]
     checked = Parts(ground=lambda _q, _r: [FACT], check=partial(check, grounding))
     fee = Script("The yearly fee of the card is 95 dollars.")
     reply = fronted(tmp_path / "two", lambda _t: fee, checked).reply(card, [card.opening])
