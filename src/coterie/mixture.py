@@ -60,13 +60,13 @@ def mix_to(
         raise CoterieError(f"{len(names)} expert(s) to mix; name 2 or more, or train them first with `coterie fit`")
     if len(set(names)) < len(names):
         raise CoterieError("an expert is named twice")
-    for name in names:
-        business.library.folder(name)  # an unknown name fails here, before any work
+    for name in names:  # what cannot be mixed fails here, before any work
+        kind = business.library.facts(name).kind
+        if kind != "lora":
+            raise CoterieError(f"{name} is a {kind} expert; only LoRA experts are mixed")
     base = business.base(tell)
     found, sums = [], []
     for name in names:
-        if business.library.facts(name).kind != "lora":
-            raise CoterieError(f"{name} is a {business.library.facts(name).kind} expert; only LoRA experts are mixed")
         found.append(read_expert(business.library, name, None, base.decoder))
         tell(f"{name}: reading its training data for the routers")
         rows = [encode(e, base)[0] for e in _spread(business, name)]

@@ -228,7 +228,12 @@ class Knowledge:
     @property
     def comparing(self) -> Embedder:
         """The same, or what goes by words alone while that cannot be used."""
-        return self._by_words.embedder if MEANING in self._rests else self.embedder
+        return self._usable.embedder
+
+    @property
+    def _usable(self) -> "Knowledge":
+        """These sources as they can be asked now: without the embedding model while that gives no answer."""
+        return self._by_words if MEANING in self._rests else self
 
     @property
     def _by_words(self) -> "Knowledge":
@@ -388,7 +393,7 @@ class Knowledge:
     def open(self, source: str, where: str, reader: Reader, query: str = "") -> Evidence | None:
         """The passage, row or triple that a citation names, where the reader may read it; `query` is what found it.
         Raises CoterieError where the query may not be asked, or the source cannot be."""
-        opened = (self._by_words if MEANING in self._rests else self).source(source)
+        opened = self._usable.source(source)
         if isinstance(opened, SqlSource):
             return open_row(source, opened.db, where, query, reader)
         if isinstance(opened, GraphSource):
@@ -398,7 +403,7 @@ class Knowledge:
     def picture(self, source: str, thing: str, reader: Reader) -> str | None:
         """The neighbourhood of a thing in a graph, as SVG, of the triples that the reader may see; None for none.
         Raises QueryRefused where `thing` is no IRI."""
-        opened = (self._by_words if MEANING in self._rests else self).source(source)
+        opened = self._usable.source(source)
         if not isinstance(opened, GraphSource) or not (facts := opened.around(thing, reader, AROUND)):
             return None
         ends = [Term("uri", thing), *(end for f in facts for end in (f.subject, f.object))]

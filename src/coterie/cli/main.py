@@ -189,7 +189,7 @@ def generate(
 
 
 def _shares(answer: "Answer") -> list[dict[str, Any]]:
-    """Who answered, as the API says it."""
+    """Who answered, by name and version, and the share of each."""
     return [{"name": n, "version": v, "weight": w} for n, v, w in answer.experts]
 
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,11 @@ class Library:
 
     def marks(self) -> dict[str, int]:
         """By name, when an expert last got a version or another one became its current: one look at each folder."""
-        with os.scandir(self.root) if self.root.exists() else nullcontext(()) as found:
-            return {e.name: e.stat().st_mtime_ns for e in found if e.is_dir() and NAME.fullmatch(e.name)}
+        found: dict[str, int] = {}
+        for name in filter(NAME.fullmatch, os.listdir(self.root) if self.root.exists() else ()):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                found[name] = os.stat(f"{self.root}/{name}").st_mtime_ns
+        return found
 
     def versions(self, name: str) -> list[int]:
         """Version numbers of an expert, oldest first."""

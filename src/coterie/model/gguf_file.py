@@ -54,8 +54,8 @@ class _Cursor:
         return value
 
     def text(self) -> str:
-        size = self.take("<Q")
-        return bytes(self.take(f"{size}s")).decode()
+        written: bytes = self.take(f"{self.take('<Q')}s")
+        return written.decode()
 
     def value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:

@@ -146,8 +146,6 @@ def _fuse(config: ModelConfig, raw: dict[str, Tensor], dtype: torch.dtype, packe
             weights[f"{n}.experts.down"] = torch.stack([take(down, config.width, inner) for *_, down in names])
             router = take(router_name(config.family, n), config.experts, config.width, kind=torch.float32)
             weights[f"{n}.router"] = router
-    mapped = {w.data_ptr() for w in raw.values()}  # a file that changes later must not change what answers
-    weights = {name: w.clone() if w.data_ptr() in mapped else w for name, w in weights.items()}
     return Decoder(config, weights, packed)
 
 
@@ -172,6 +170,9 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     if not raw:
         raise ModelError(f"{path}: no .safetensors here; weights in pickle files (.bin, .pt) are not opened, because "
                          "they can run programs: convert them")  # fmt: skip
+    decoder = _fuse(config, raw, dtype, packed, path)
+    mapped = {w.data_ptr() for w in raw.values()}  # a file that changes later must not change what answers
+    decoder.weights.update({name: w.clone() for name, w in decoder.weights.items() if w.data_ptr() in mapped})
     jinja = path / "chat_template.jinja"
     template = jinja.read_text() if jinja.exists() else settings.get("chat_template", CHATML)
     eos_ids = hf.get("eos_token_id")
@@ -179,7 +180,7 @@ def _load_hf(path: Path, dtype: torch.dtype, packed: bool) -> BaseModel:
     eos_token = _text(settings.get("eos_token"))
     ends |= {tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id(eos_token)}
     return BaseModel(
-        path.name, _fuse(config, raw, dtype, packed, path), tokenizer, template, frozenset(ends - {None}),
+        path.name, decoder, tokenizer, template, frozenset(ends - {None}),
         bos_token=_text(settings.get("bos_token")), eos_token=eos_token,
     )  # fmt: skip
 
