@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from coterie.knowledge.chunk import SIZE, Chunk, chunks, pieces
 from coterie.knowledge.documents import Documents, Learned, learn, listed, overview
 from coterie.knowledge.documents_spec import DocumentsSpec
 from coterie.knowledge.evidence import EVERYONE, Reader
+from coterie.knowledge.near import BANDS
 from coterie.knowledge.parse import OLE, Parsed, Section, parse
 from coterie.knowledge.parse_worker import Parsing
 from coterie.knowledge.store import Store
@@ -266,6 +268,22 @@ def test_a_repeat_that_cannot_be_read_when_the_first_goes_is_read_later(
         assert [path for path, _ in source.learn().errors] == ["b.md"]
     assert source.learn().errors == ()
     assert source.ask("guarantee") == ["b.md"]
+
+
+def test_hashes_of_repeats_go_with_their_passages_and_numbers_tell_passages_apart(source: Source) -> None:
+    text = "# Guarantee\nOur guarantee covers every part for {} years after the day of delivery, whoever fitted it."
+    for name, years in (("a", 2), ("b", 2), ("c", 3)):
+        source.write(f"{name}.md", text.format(years))
+    source.learn()
+    assert sorted(source.ask("guarantee")) == ["a.md", "c.md"], "b says what a says; c does not"
+    count = "select (select count(*) from bands), count(*) from chunks where repeats is null"
+    with closing(sqlite3.connect(source.folder / "index.db")) as db:
+        assert db.execute(count).fetchone() == (2 * BANDS, 2)
+    for name in "abc":
+        (source.root / f"{name}.md").unlink()
+    source.learn()
+    with closing(sqlite3.connect(source.folder / "index.db")) as db:
+        assert db.execute(count).fetchone() == (0, 0)
 
 
 def test_a_name_that_is_no_text_is_reported_and_the_rest_is_found(source: Source) -> None:

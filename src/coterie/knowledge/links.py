@@ -19,7 +19,8 @@ MOST, LONGEST = 200, 64  # different names of a document that count, and charact
 
 def names_of(texts: Iterable[str]) -> list[str]:
     """The names of fields and tools in the texts of a document, each once, in lower case."""
-    found = (name for text in texts if "_" in text for name in re.findall(r"\b[^\W_]+(?:_[^\W_]+)+\b", text))
+    words = (word for text in texts if "_" in text for word in text.split() if "_" in word)
+    found = (name for word in words for name in re.findall(r"\b[^\W_]+(?:_[^\W_]+)+\b", word))
     return list(dict.fromkeys(name.lower() for name in found if len(name) <= LONGEST))[:MOST]
 
 

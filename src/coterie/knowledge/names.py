@@ -6,9 +6,9 @@ one folder, introduced by one that is called so.
 """
 
 import hashlib
+import posixpath
 import re
 from itertools import pairwise
-from pathlib import PurePosixPath
 
 INTRODUCES = ("index", "readme", "overview", "introduction", "intro", "about")
 _COMMON = """
@@ -30,13 +30,13 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())  # of English (Porter's Snow
 def series_of(path: str) -> tuple[int, int]:
     """A number for the series of a file, the same for each file of it, and which part it is: -1 where that says
     nothing. The series 0 is none: files side by side in the source's own folder."""
-    place = PurePosixPath(path)
-    numbered = re.fullmatch(r"(.*[^\W\d].*?)[\W_]*(\d{1,9})", place.stem)
+    folder, stem = posixpath.split(posixpath.splitext(path)[0])
+    numbered = re.fullmatch(r"(.*[^\W\d].*?)[\W_]*(\d{1,9})", stem)
     if numbered:
-        return _mark(f"{place.parent}/{numbered[1]}#"), int(numbered[2])
-    if place.parent == PurePosixPath():
+        return _mark(f"{folder or '.'}/{numbered[1]}#"), int(numbered[2])
+    if not folder:
         return 0, -1
-    return _mark(f"{place.parent}/"), 0 if place.stem.lower() in INTRODUCES else -1
+    return _mark(f"{folder}/"), 0 if stem.lower() in INTRODUCES else -1
 
 
 def _mark(key: str) -> int:
@@ -48,4 +48,4 @@ def pairs(text: str) -> list[str]:
     """Each two neighbouring words, joined by "_": "Light Blue account" names another thing than "light" and "blue".
     None of them is a word like "the"."""
     words = re.findall(r"[^\W_]+", text.lower())
-    return [f"{a}_{b}" for a, b in pairwise(words) if not {a, b} & _STOP]
+    return [f"{a}_{b}" for a, b in pairwise(words) if a not in _STOP and b not in _STOP]

@@ -6,12 +6,13 @@ alone, so that alike passages still share them.
 """
 
 import re
+import zlib
 from collections.abc import Iterable
 
 from rapidfuzz.distance import Indel
 from rensa import RMinHash
 
-BANDS, ROWS, RUN, LONG = 4, 3, 3, 7  # finds 98% of pairs that share 85% of their runs
+BANDS, ROWS, LONG = 4, 3, 7  # finds 98% of pairs that share 85% of their runs
 SIMILAR = 0.95  # normalised Indel similarity from which two passages say the same
 
 
@@ -20,20 +21,26 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def bands(normal: str) -> list[int]:
-    """BANDS hashes of a normalised passage, as signed 64-bit numbers (SQLite's); alike passages share some."""
+def bands(normal: str, readers: int) -> list[int]:
+    """BANDS hashes of a normalised passage, as signed 64-bit numbers (SQLite's); alike passages share some, if they
+    have the same numbers and are for the same readers."""
     words = normal.split(" ")
-    runs = [" ".join(words[i : i + RUN]) for i, word in enumerate(words) if len(word) >= LONG]
+    runs = [f"{a} {b} {c}" for a, b, c in zip(words, words[1:], words[2:], strict=False) if len(a) >= LONG]
     hashes = RMinHash(BANDS * ROWS, 1)
     hashes.update(runs or [normal])
     values = hashes.digest()
-    return [hash((band, *values[band * ROWS : (band + 1) * ROWS])) for band in range(BANDS)]
+    same = readers, zlib.crc32(_numbers(normal).encode())
+    return [hash((*same, band, *values[band * ROWS : (band + 1) * ROWS])) for band in range(BANDS)]
+
+
+def _numbers(text: str) -> str:
+    return re.sub(r"\D+", " ", text).strip()
 
 
 def repeats(normal: str, others: Iterable[str]) -> bool:
     """Does a passage say the same as one of the others? Numbers must be the same: a price decides what is said."""
-    numbers = re.findall(r"\d+", normal)
+    numbers = _numbers(normal)
     return any(
-        numbers == re.findall(r"\d+", other) and Indel.normalized_similarity(normal, other, score_cutoff=SIMILAR) > 0
+        numbers == _numbers(other) and Indel.normalized_similarity(normal, other, score_cutoff=SIMILAR) > 0
         for other in others
     )

@@ -1,5 +1,6 @@
 """A file to its sections: Markdown, HTML, PDF, DOCX, plain text. A file that cannot be read raises DataError."""
 
+import codecs
 import io
 import re
 import zipfile
@@ -46,9 +47,9 @@ def parse(path: Path, content: bytes) -> Parsed:
 
 def decode(path: Path, content: bytes) -> str:
     """Text of UTF-8, or of UTF-16 with its mark. Raises DataError: a guess would index nonsense."""
-    utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        text = content.decode("utf-16") if utf16 else content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if "\x00" in text:

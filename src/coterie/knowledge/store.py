@@ -34,8 +34,9 @@ from coterie.knowledge.vectors import Mapped, drop_table, open_vectors
 
 Floats = NDArray[np.float32]
 HEAP = 64 << 20  # bytes that tantivy may hold while it writes
+CACHE = 64 << 20  # and SQLite: the hashes of near-duplicates are read and written all over their table
 SPARE = 512  # rows of the vectors that may be nobody's, whatever the index holds
-FORMAT = "3"
+FORMAT = "4"
 IN_POSTGRES = " in PostgreSQL"
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,7 @@ create table if not exists chunks(
 create table if not exists names(document integer, name text, primary key(document, name)) without rowid;
 create index if not exists chunks_document on chunks(document);
 create index if not exists chunks_repeats on chunks(repeats) where repeats is not null;
-create table if not exists bands(hash integer, access integer, chunk integer, primary key(hash, access, chunk))
-  without rowid;
-create index if not exists bands_chunk on bands(chunk);
+create table if not exists bands(hash integer, chunk integer, primary key(hash, chunk)) without rowid;
 """
 
 
@@ -81,6 +80,7 @@ def open_db(folder: Path, writing: bool) -> sqlite3.Connection:
         db = sqlite3.connect(file, timeout=30, check_same_thread=False, isolation_level=None)
         db.execute("pragma journal_mode=wal")
         if writing:
+            db.execute(f"pragma cache_size=-{CACHE >> 10}")
             db.executescript(TABLES)
         db.execute("select 1 from meta").fetchone()
     except OSError as error:
@@ -193,11 +193,11 @@ class Store:
     def _rebuild_words(self) -> None:
         writer = self._index.writer(HEAP)
         writer.delete_all_documents()  # in one commit with what comes now: who reads meanwhile sees the old or the new
-        for chunk, access, title, text, named in self.db.execute(
-            "select c.id, d.access, d.title || ' ' || c.place, c.text, d.title || ' ' || d.path from chunks c "
+        for chunk, access, title, place, path, text in self.db.execute(
+            "select c.id, d.access, d.title, c.place, d.path, c.text from chunks c "
             "join documents d on d.id = c.document where c.line is not null"
         ):
-            writer.add_document(_words_of(chunk, access, title, text, named))
+            writer.add_document(_words_of(chunk, access, f"{title} {place}".strip(), text, _named(title, path)))
         writer.commit()
         writer.wait_merging_threads()
         self.set("stamp", stamp_of(self.folder))
@@ -238,12 +238,14 @@ class Store:
             "values(?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'), ?, ?, ?)",
             (file.path, file.sha256, file.size, file.changed, file.title, access, file.error, *series_of(file.path)),
         ).lastrowid
+        named = _named(file.title, file.path)
         names = names_of([file.title, *(f"{passage.place}\n{passage.text}" for passage in passages)])
-        self.db.executemany("insert into names values(?, ?)", [(document, name) for name in names])
+        if names:
+            self.db.executemany("insert into names values(?, ?)", [(document, name) for name in names])
         for passage in passages:
             normal = normalise(f"{passage.place} {passage.text}")
-            hashes = bands(normal)
-            same = self._same(normal, hashes, access)
+            hashes = bands(normal, access)
+            same = self._same(normal, hashes)
             line = self.rows + len(self._new) if same is None else None
             chunk = self.db.execute(
                 "insert into chunks(document, place, text, line, repeats) values(?, ?, ?, ?, ?)",
@@ -251,8 +253,8 @@ class Store:
             ).lastrowid
             assert chunk is not None
             if same is None:
-                self.db.executemany("insert or ignore into bands values(?, ?, ?)", [(h, access, chunk) for h in hashes])
-                title, named = f"{file.title} {passage.place}".strip(), f"{file.title} {file.path}"
+                self.db.executemany("insert or ignore into bands values(?, ?)", [(h, chunk) for h in hashes])
+                title = f"{file.title} {passage.place}".strip()
                 self._new.append((chunk, access, title, passage.text, named))
 
     def note(self, file: File) -> None:
@@ -272,34 +274,36 @@ class Store:
             (self._classes[groups],) = self.db.execute("select id from access where groups = ?", (key,)).fetchone()
         return self._classes[groups]
 
-    def _same(self, normal: str, hashes: list[int], access: int) -> int | None:
+    def _same(self, normal: str, hashes: list[int]) -> int | None:
         """The passage of the same readers that this one nearly repeats."""
-        marks = ",".join("?" * len(hashes))
+        each = " union all ".join(["select chunk from bands where hash = ?"] * len(hashes))  # half of what IN takes
         found = self.db.execute(
-            f"select distinct chunk from bands where hash in ({marks}) and access = ? limit 64", (*hashes, access)
-        ).fetchall()
-        for (chunk,) in found:
-            place, text = self.db.execute("select place, text from chunks where id = ?", (chunk,)).fetchone()
+            f"select c.id, c.place, c.text from ({each}) b join chunks c on c.id = b.chunk limit 64", hashes
+        )
+        for chunk, place, text in found:
             if repeats(normal, [normalise(f"{place} {text}")]):
                 return int(chunk)
         return None
 
     def drop(self, path: str) -> None:
         """Forget a file. Files that repeated one of its passages are to be indexed again: their hash is forgotten."""
-        row = self.db.execute("select id from documents where path = ?", (path,)).fetchone()
+        row = self.db.execute("select id, access from documents where path = ?", (path,)).fetchone()
         if row is None:
             return
-        for chunk, line in self.db.execute("select id, line from chunks where document = ?", row).fetchall():
+        document, access = row
+        found = self.db.execute("select id, line, place, text from chunks where document = ?", (document,)).fetchall()
+        for chunk, line, place, text in found:
             self._gone += [line] if line is not None else []
             self.db.execute(
                 "update documents set sha256 = '', changed = 0 where id in "
                 "(select document from chunks where repeats = ?)", (chunk,),
             )  # fmt: skip
-            self.db.execute("delete from bands where chunk = ?", (chunk,))
+            hashes = bands(normalise(f"{place} {text}"), access)
+            self.db.executemany("delete from bands where hash = ? and chunk = ?", [(h, chunk) for h in hashes])
             self._words.delete_documents_by_term("chunk", chunk)
-        self.db.execute("delete from chunks where document = ?", row)
-        self.db.execute("delete from names where document = ?", row)
-        self.db.execute("delete from documents where id = ?", row)
+        self.db.execute("delete from chunks where document = ?", (document,))
+        self.db.execute("delete from names where document = ?", (document,))
+        self.db.execute("delete from documents where id = ?", (document,))
 
     def pending(self) -> list[str]:
         """The texts of passages put since `finish`: what their vectors are made of."""
@@ -309,15 +313,20 @@ class Store:
         """Vectors (pending, width) of length 1 of the pending passages."""
         if self._new:
             self._vectors.append(self.rows, vectors, [access for _, access, *_ in self._new])
-        for one in self._new:
+        for one in self._new:  # all at once: one by one between SQLite's statements, tantivy takes twice as long
             self._words.add_document(_words_of(*one))
         self.rows += len(self._new)
         self._new = []
 
 
 def _words_of(chunk: int, access: int, title: str, text: str, named: str) -> tantivy.Document:
-    """A passage as tantivy holds it; of `named`, title and path of its file, the pairs of words."""
-    return tantivy.Document(chunk=chunk, access=access, title=title, text=text, pairs=" ".join(pairs(named)))
+    """A passage as tantivy holds it. named: see `_named`."""
+    return tantivy.Document(chunk=chunk, access=access, title=title, text=text, pairs=named)
+
+
+def _named(title: str, path: str) -> str:
+    """The pairs of words in the title and the path of a file."""
+    return " ".join(pairs(f"{title} {path}"))
 
 
 def files(db: sqlite3.Connection) -> Iterator[File]:
