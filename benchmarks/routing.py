@@ -37,7 +37,7 @@ from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
 from coterie.routing.router import Router
 from coterie.routing.space import background, locate
-from coterie.routing.statistics import Statistics, learn, load_statistics
+from coterie.routing.statistics import Statistics, learn
 
 DISTINCT = ["banking77", "clinc-kitchen", "clinc-auto", "clinc-work", "clinc-talk", "dogo-airline", "dogo-fastfood",
             "dogo-software", "gsm8k", "sql", "tunes", "shakespeare", "code"]  # fmt: skip
@@ -200,18 +200,18 @@ def quality(work: Path, found: list[Task], epochs: int, keep: Path | None) -> di
     business = write_business(work, found, epochs)
     for done in fit(business, tell=tell):
         tell(f"{done.facts.name}: version {done.facts.version}{'' if done.trained else ', kept from before'}")
-    library, names = business.library, [t.name for t in found]
+    base, library, names = business.base(), business.library, [t.name for t in found]
 
     def of(name: str) -> Adapter:
         return name, library.current(name) or 0
 
     everyone = tuple((of(name), 1 / len(names)) for name in names)
-    router = Router(background(business.base()))
-    for name in names:  # the union is no expert of the coterie
-        router.add(name, load_statistics(library.folder(name)))
+    router = Router(background(base))
+    for t in found:  # the union is no expert of the coterie; what fit kept may be of an earlier router
+        router.add(t.name, learn(base, [p for p, _ in t.train], [str(i) for i in range(len(t.train))]))
 
     def routed(text: str) -> Adapter | None:
-        chosen = router.route(locate(business.base(), [text])[0]).chosen
+        chosen = router.route(locate(base, [text])[0]).chosen
         return of(chosen[0][0]) if chosen else None
 
     who = {
