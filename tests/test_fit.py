@@ -34,6 +34,8 @@ from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import apply
 from coterie.experts.lora import LoraConfig
 from coterie.model.load import BaseModel, load
+from coterie.routing import statistics
+from coterie.routing.space import RECIPE
 from coterie.tuning import forward, loop, objective
 from coterie.tuning.loop import Progress, Training, held_out_loss, train
 from coterie.tuning.objective import completions
@@ -439,6 +441,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(shop: Path
     again = fitted(shop)
     assert all(f.trained and f.facts.version == 2 for f in again.values())
     assert all(weights(shop)[name] != w for name, w in weights(fitted_shop).items())
+
+
+@pytest.mark.parametrize("found", ["of an earlier router", "damaged", "gone"])
+def test_fit_teaches_the_router_again_what_it_cannot_read_now(found: str, shop: Path) -> None:
+    fitted(shop, "greet")
+    folder = Business.open(shop).library.folder("greet")
+    file, content = folder / statistics.FILE, (folder / statistics.FILE).read_bytes()
+    file.write_bytes(content.replace(RECIPE.encode(), b"9" * len(RECIPE)) if found == "of an earlier router" else b"no")
+    if found == "gone":
+        file.unlink()
+    assert not statistics.up_to_date(folder)
+    assert not fitted(shop, "greet")["greet"].trained
+    known = statistics.load_statistics(folder)
+    assert statistics.up_to_date(folder)
+    assert known
+    assert set(known.where) == {f"greet.jsonl:{n}" for n in range(1, known.count + 1)}
+    renewed = file.stat().st_mtime_ns
+    assert not fitted(shop, "greet")["greet"].trained
+    assert file.stat().st_mtime_ns == renewed, "once"
 
 
 def test_fit_trains_only_what_changed(shop: Path) -> None:

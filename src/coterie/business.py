@@ -35,7 +35,7 @@ from coterie.model.load import BaseModel, load
 from coterie.model.pull import pull
 from coterie.privacy.deidentify import Detector
 from coterie.privacy.once import detector_of, mask_once
-from coterie.routing.statistics import MOST, Statistics, learn
+from coterie.routing.statistics import MOST, Statistics, learn, up_to_date
 from coterie.tuning.loop import Progress
 
 ANSWERED_MOST = 100  # of them, rows that base and expert answer before publishing
@@ -173,6 +173,7 @@ def fit(
             facts = _published(business, name, mark, runs / mark)
             if facts:
                 tell(f"{name}: version {facts.version} is up to date")
+                _renew_route(business, facts, tell)
                 fitted = Fitted(facts, False, business.library.evaluation(name, facts.version))
             else:
                 fitted = (
@@ -322,6 +323,21 @@ def route_statistics(business: Business, examples: list[Example], seed: int = 0)
     """What the router learns of an expert from its training inputs; each is told apart by file and row."""
     where = [business.place(e.where) for e in examples]
     return learn(business.base(), [e.question for e in examples], where, seed)
+
+
+def _renew_route(business: Business, facts: ExpertFacts, tell: Tell) -> None:
+    """Where the router read otherwise when it was taught a version, teach it again by the rows that this is made of."""
+    spec, folder = business.spec(facts.name), business.library.folder(facts.name, facts.version)
+    if up_to_date(folder):
+        return
+    tests = [e.asked for e in business.examples(facts.name, spec.test)]
+    marked = mark_leaks(business.examples(facts.name, spec.train), tests)
+    numbers = [n for n, (_, repeats) in enumerate(marked) if not repeats]
+    chosen = set(_sample(numbers, MOST, spec.training.seed))
+    tell(f"{facts.name}: the router reads otherwise now; it is taught again by {len(chosen)} rows")
+    rows = _pick(business.examples(facts.name, spec.train), chosen)
+    route_statistics(business, list(rows.values()), spec.training.seed).save(folder)
+    business.library.touch()
 
 
 def learn_route(business: Business, name: str, inputs: Sequence[tuple[str, str]]) -> int:

@@ -123,7 +123,7 @@ class Router:
         if known.space != self.background.space or len(known.mean) != self._means.shape[1]:
             raise ModelError(
                 f"{name}: its routing statistics are of another base model or version; "
-                f"`coterie experts learn-route {name} --inputs FILE` makes them anew"
+                f"`coterie fit`, or `coterie experts learn-route {name} --inputs FILE`, makes them anew"
             )
         if name in self._open:
             self.remove(name)

@@ -30,11 +30,13 @@ LONGEST = 128  # tokens of a text that count
 BATCH = 32  # texts embedded at once
 WORDS = 0.5  # weight of the words' part of a vector, where the hidden state's has weight 1
 COMMON = 1000  # id of the token that weighs half as much as the rarest
+LAYERS = 0.17  # share of the base model's layers
+RECIPE = f"{LAYERS} {WORDS} {COMMON}"  # vectors of one base model can be compared where this is the same
 
 
 def depth(base: BaseModel) -> int:
     """How many layers are run: a sixth of them, at least one (5 of SmolLM2-135M's 30)."""
-    return max(1, round(base.decoder.config.layers * 0.17))
+    return max(1, round(base.decoder.config.layers * LAYERS))
 
 
 def identity(base: BaseModel) -> str:

@@ -20,12 +20,12 @@ from safetensors.numpy import save
 from coterie.errors import DataError, ModelError
 from coterie.files import write_atomic
 from coterie.model.load import BaseModel
-from coterie.routing.space import Floats, identity, locate
+from coterie.routing.space import RECIPE, Floats, identity, locate
 
 FILE = "routing.safetensors"
 MOST = 2000  # inputs that are read; beyond, a sample
 SAMPLE = 1000  # of them, kept: 2.3 MB for a base model of width 576
-T = TypeVar("T", bound="Summary")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Statistics(Summary):
     def save(self, folder: Path) -> None:
         """Write them into the folder of an expert's version: of the covariance the upper triangle."""
         triangle = self.scatter[np.triu_indices(len(self.mean))]
-        facts = {"space": self.space, "count": str(self.count), "where": json.dumps(self.where)}
+        facts = {
+            "space": self.space, "recipe": RECIPE, "count": str(self.count), "where": json.dumps(self.where),
+        }  # fmt: skip
         content = save({"mean": self.mean, "scatter": triangle, "sample": self.sample}, facts)
         write_atomic(folder / FILE, content)
 
@@ -63,6 +65,14 @@ def made_at(folder: str) -> int:
         return os.stat(f"{folder}/{FILE}").st_mtime_ns  # a Path for each of 10,000 experts would take longer than this
     except OSError:
         return 0
+
+
+def up_to_date(folder: Path) -> bool:
+    """Whether the statistics of a version are as this router makes them. Looks at nothing but the head of the file."""
+    try:
+        return _read(folder, lambda f: (f.metadata() or {}).get("recipe")) == RECIPE
+    except ModelError:
+        return False
 
 
 def load_summary(folder: Path) -> Summary | None:
@@ -82,7 +92,7 @@ def _read(folder: Path, take: Callable[[Any], T]) -> T | None:
         with safe_open(folder / FILE, "np") as f:
             return take(f)
     except Exception as error:  # safetensors raises its own kind
-        raise ModelError(f"{folder / FILE}: damaged ({error}); `coterie experts learn-route` makes it anew") from error
+        raise ModelError(f"{folder / FILE}: damaged ({error}); `coterie fit` or `coterie experts learn-route` mends it") from error
 
 
 def _summary(f: Any) -> Summary:
