@@ -384,7 +384,7 @@ def test_statistics_from_before_are_refused_by_their_space_and_the_others_go_on(
     ).save(folder)  # fmt: skip
     choice = Chooser(business, tiny_base).choose("Which color has the grass?")
     assert [n for n, _ in choice.decision.chosen] == ["colors"]
-    assert "`coterie experts learn-route greet --inputs FILE` makes them anew" in choice.why_not()["greet"]
+    assert "`coterie experts learn-route greet --inputs FILE`, makes them anew" in choice.why_not()["greet"]
     assert sum("left out of routing" in record.message for record in caplog.records) == 1
 
 

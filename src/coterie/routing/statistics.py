@@ -92,7 +92,8 @@ def _read(folder: Path, take: Callable[[Any], T]) -> T | None:
         with safe_open(folder / FILE, "np") as f:
             return take(f)
     except Exception as error:  # safetensors raises its own kind
-        raise ModelError(f"{folder / FILE}: damaged ({error}); `coterie fit` or `coterie experts learn-route` mends it") from error
+        mend = "`coterie fit` or `coterie experts learn-route` mends it"
+        raise ModelError(f"{folder / FILE}: damaged ({error}); {mend}") from error
 
 
 def _summary(f: Any) -> Summary:
