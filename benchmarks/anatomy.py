@@ -5,7 +5,7 @@
 What serves is measured, the engine with all that it does between two products: decoding around 256 tokens of context
 for 1 and 16 requests at once, and one new prompt of 256 tokens. The decoder in PyTorch alone, which serves where the
 step in C cannot run, stands beside it. `measured_over_estimate` is 1 where the estimate is right; the figure of that
-name is the geometric mean of the engine's cases. `reached` is the share of the hardware's rates that this comes to:
+name is the geometric mean of the engine's cases. Weights count as the engine holds them, in 8 bits where it does. `reached` is the share of the hardware's rates that this comes to:
 what `REACHED` in model/anatomy.py should be.
 """
 
@@ -96,16 +96,16 @@ def main() -> None:
     rounds = 3 if args.quick else 10
     path = pull()
     base, found = load(path, packed=True), examine(path)
-    decoder, dtype = base.decoder, str(base.decoder.dtype).removeprefix("torch.")
-    here = probe()
+    decoder, here = base.decoder, probe()
     with closing(Engine(replace(base, eos=frozenset()), slots=16, context=2 * CONTEXT)) as engine:
         served = Served(engine)
+        dtype = "int8" if engine.step and engine.step.in8 else str(decoder.dtype).removeprefix("torch.")
         cases = [(f"decode, batch {batch}", served.decode(batch, rounds), by_torch(decoder, batch, 5 * rounds),
                   estimate(found, here, dtype, CONTEXT, batch).decode_tokens_per_s or 0.0)
                  for batch in (1, 16)]  # fmt: skip
         cases.append(("prompt", served.prefill(rounds), prompt_by_torch(decoder, rounds),
                       estimate(found, here, dtype, CONTEXT, 1).prefill_tokens_per_s or 0.0))  # fmt: skip
-        way = "the step in C" if engine.step else "PyTorch"
+        way = f"the step in C, {dtype}" if engine.step else "PyTorch"
     again = probe()
     report = common.Report("Estimated and measured speed: benchmarks/anatomy.py")
     over = {what: measured / guess for what, measured, _, guess in cases}
@@ -115,8 +115,9 @@ def main() -> None:
     rows = [[what, measured, plain, guess, over[what], REACHED * over[what]] for what, measured, plain, guess in cases]
     head = ["what", f"engine ({way})", "PyTorch alone", "estimate", "engine over estimate", "share of the rates"]
     report.table("Tokens per second", head, rows)
-    report.say(f"SmolLM2-135M-Instruct in {dtype}, {CONTEXT} tokens of context; this machine by its own probe: "
-               f"{here.flops / 1e12:.2f} TFLOPs/s in {dtype} and {here.bandwidth / 1e9:.1f} GB/s before, "
+    computed = str(decoder.dtype).removeprefix("torch.")
+    report.say(f"SmolLM2-135M-Instruct, weights held in {dtype}, {CONTEXT} tokens of context; this machine by its own "
+               f"probe: {here.flops / 1e12:.2f} TFLOPs/s in {computed} and {here.bandwidth / 1e9:.1f} GB/s before, "
                f"{again.flops / 1e12:.2f} and {again.bandwidth / 1e9:.1f} after.")  # fmt: skip
     common.finish(report, args)
 
