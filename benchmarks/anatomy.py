@@ -5,8 +5,8 @@
 What serves is measured, the engine with all that it does between two products: decoding around 256 tokens of context
 for 1 and 16 requests at once, and one new prompt of 256 tokens. The decoder in PyTorch alone, which serves where the
 step in C cannot run, stands beside it. `measured_over_estimate` is 1 where the estimate is right; the figure of that
-name is the geometric mean of the engine's cases. Weights count as the engine holds them, in 8 bits where it does. `reached` is the share of the hardware's rates that this comes to:
-what `REACHED` in model/anatomy.py should be.
+name is the geometric mean of the engine's cases. Weights count as the engine holds them, in 8 bits where it does.
+`reached` is the share of the hardware's rates that this comes to: what `REACHED` in model/anatomy.py should be.
 """
 
 import itertools
