@@ -589,7 +589,7 @@ def test_a_home_that_cannot_be_written_is_code_3(coterie: Run, tmp_path: Path, m
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(coterie: Run, shop: Path) -> None:
-    edit(shop, "epochs = 1, batch = 8 }", "epochs = 100, batch = 8 }")
+    edit(shop, "epochs = 1, batch = 8 }", "epochs = 40, batch = 8 }")
     run = subprocess.Popen(
         command("fit", shop, "-e", "greet"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
@@ -610,7 +610,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(coterie: Run, shop: Path) -> None:
     done = coterie("fit", shop, "-e", "greet", "--json")
     assert done.json()[0]["version"] == 1
     (going,) = [line for line in done.err.splitlines() if "going on at step" in line]
-    assert 0 < int(going.split()[5]) < int(going.split()[7]) == 300
+    assert 0 < int(going.split()[5]) < int(going.split()[7]) == 120
     assert not (shop / ".coterie" / "runs" / "greet").exists()
 
 
