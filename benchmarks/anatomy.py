@@ -96,10 +96,10 @@ def main() -> None:
     rounds = 3 if args.quick else 10
     path = pull()
     base, found = load(path, packed=True), examine(path)
-    decoder, here = base.decoder, probe()
+    decoder, computed, here = base.decoder, str(base.decoder.dtype).removeprefix("torch."), probe()
     with closing(Engine(replace(base, eos=frozenset()), slots=16, context=2 * CONTEXT)) as engine:
         served = Served(engine)
-        dtype = "int8" if engine.step and engine.step.in8 else str(decoder.dtype).removeprefix("torch.")
+        dtype = "int8" if engine.step and engine.step.in8 else computed
         cases = [(f"decode, batch {batch}", served.decode(batch, rounds), by_torch(decoder, batch, 5 * rounds),
                   estimate(found, here, dtype, CONTEXT, batch).decode_tokens_per_s or 0.0)
                  for batch in (1, 16)]  # fmt: skip
@@ -115,7 +115,6 @@ def main() -> None:
     rows = [[what, measured, plain, guess, over[what], REACHED * over[what]] for what, measured, plain, guess in cases]
     head = ["what", f"engine ({way})", "PyTorch alone", "estimate", "engine over estimate", "share of the rates"]
     report.table("Tokens per second", head, rows)
-    computed = str(decoder.dtype).removeprefix("torch.")
     report.say(f"SmolLM2-135M-Instruct, weights held in {dtype}, {CONTEXT} tokens of context; this machine by its own "
                f"probe: {here.flops / 1e12:.2f} TFLOPs/s in {computed} and {here.bandwidth / 1e9:.1f} GB/s before, "
                f"{again.flops / 1e12:.2f} and {again.bandwidth / 1e9:.1f} after.")  # fmt: skip

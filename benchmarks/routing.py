@@ -37,7 +37,7 @@ from coterie.model.load import BaseModel, load
 from coterie.model.pull import DEFAULT, pull
 from coterie.routing.router import Router
 from coterie.routing.space import background, locate
-from coterie.routing.statistics import Statistics, learn
+from coterie.routing.statistics import Statistics, learn, load_statistics
 
 DISTINCT = ["banking77", "clinc-kitchen", "clinc-auto", "clinc-work", "clinc-talk", "dogo-airline", "dogo-fastfood",
             "dogo-software", "gsm8k", "sql", "tunes", "shakespeare", "code"]  # fmt: skip
@@ -207,8 +207,8 @@ def quality(work: Path, found: list[Task], epochs: int, keep: Path | None) -> di
 
     everyone = tuple((of(name), 1 / len(names)) for name in names)
     router = Router(background(base))
-    for t in found:  # the union is no expert of the coterie; what fit kept may be of an earlier router
-        router.add(t.name, learn(base, [p for p, _ in t.train], [str(i) for i in range(len(t.train))]))
+    for name in names:  # the union is no expert of the coterie
+        router.add(name, load_statistics(library.folder(name)))
 
     def routed(text: str) -> Adapter | None:
         chosen = router.route(locate(base, [text])[0]).chosen

@@ -7,7 +7,6 @@ alone, so that alike passages still share them.
 
 import re
 import zlib
-from collections.abc import Iterable
 
 from rapidfuzz.distance import Indel
 from rensa import RMinHash
@@ -37,10 +36,7 @@ def _numbers(text: str) -> str:
     return re.sub(r"\D+", " ", text).strip()
 
 
-def repeats(normal: str, others: Iterable[str]) -> bool:
-    """Does a passage say the same as one of the others? Numbers must be the same: a price decides what is said."""
-    numbers = _numbers(normal)
-    return any(
-        numbers == _numbers(other) and Indel.normalized_similarity(normal, other, score_cutoff=SIMILAR) > 0
-        for other in others
-    )
+def repeats(normal: str, other: str) -> bool:
+    """Do two passages say the same? Numbers must be the same: a price decides what is said."""
+    alike = _numbers(normal) == _numbers(other)
+    return alike and Indel.normalized_similarity(normal, other, score_cutoff=SIMILAR) > 0

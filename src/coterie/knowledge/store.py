@@ -240,8 +240,7 @@ class Store:
         ).lastrowid
         named = _named(file.title, file.path)
         names = names_of([file.title, *(f"{passage.place}\n{passage.text}" for passage in passages)])
-        if names:
-            self.db.executemany("insert into names values(?, ?)", [(document, name) for name in names])
+        self.db.executemany("insert into names values(?, ?)", [(document, name) for name in names])
         for passage in passages:
             normal = normalise(f"{passage.place} {passage.text}")
             hashes = bands(normal, access)
@@ -281,7 +280,7 @@ class Store:
             f"select c.id, c.place, c.text from ({each}) b join chunks c on c.id = b.chunk limit 64", hashes
         )
         for chunk, place, text in found:
-            if repeats(normal, [normalise(f"{place} {text}")]):
+            if repeats(normal, normalise(f"{place} {text}")):
                 return int(chunk)
         return None
 
