@@ -13,7 +13,7 @@ is constant after warm-up, so that the length of a run does not shape its curve.
 Layers: the same weights in ours and in transformers' Mixtral and SwitchTransformers layers, 8 experts; outputs are
 checked for equality, then both are timed in turns. `layer_vs_transformers` is the geometric mean of the ratios of
 medians over all cases, in bfloat16 only where the processor multiplies it; transformers gets the fastest of its own
-ways of computing the layer.
+ways of computing the layer. Both sides run in one process that keeps freed memory, as our training does.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from coterie.model import grouped, moe
 from coterie.model.decoder import Decoder, ModelConfig, attend_packed, packed_positions
 from coterie.model.load import default_dtype
+from coterie.model.memory import keep
 
 BALANCE, Z, CAPACITY, JITTER = 0.01, 0.001, 1.25, 0.01  # as in Switch Transformers and ST-MoE
 
@@ -333,6 +334,7 @@ def main() -> None:
     if args.quick:
         args.steps, args.every, args.held, args.tokens, args.rounds, args.seeds = 60, 10, 64, (8, 128), 3, 1
     torch.set_num_threads(args.threads)
+    keep()  # as wherever we train: freed memory stays in the process, for either side
 
     def say(text: str) -> None:
         common.screen.print(text, highlight=False)

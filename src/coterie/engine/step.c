@@ -101,22 +101,30 @@ static void activate(float *x, int64_t n, int64_t kind) {  // n is a multiple of
         for (int64_t i = 0; i < n; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
 }
 
-#ifdef __AVX512BF16__
-enum { TILE = 16, STRETCH = 1 << 30 };  // rows, as registers allow; inputs that all rows meet before the next ones
+// TILE: rows whose sums registers hold; FEW: as many beside what widens a matrix in 8 bits; STRETCH: inputs that all rows
+// meet before the next ones.
+#ifdef ONE_REGISTER
+enum { TILE = 16, FEW = 8, PAIRED = 12 };  // PAIRED: rows by two blocks at once
 #else
-enum { TILE = 6, STRETCH = 192, FEW = 4 };
+enum { TILE = 6, FEW = 4 };
+#endif
+#ifdef __AVX512BF16__
+enum { STRETCH = 1 << 30 };
+#else
+enum { STRETCH = 192 };
 #endif
 
-// out (m, 16), rows `step` apart, += x (m, in), rows `stride` apart, by one block of a packed matrix.
+// out (m, 16), rows `step` apart, += x (m, in), rows `stride` apart, by one block of a packed matrix. Memory is
+// asked for as much from `ask` on.
 static inline __attribute__((always_inline)) void
-tile(const int m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in) {
+tile(const int m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in, const num *ask) {
     Wide sum[TILE];
 #pragma GCC unroll 16
     for (int i = 0; i < m; i++) sum[i] = load16(out + i * step);
 #ifdef __AVX512BF16__
     for (int64_t k = 0; k < in; k += 2) {
         __m512bh pair = (__m512bh)_mm512_loadu_si512(w + k * 16);
-        _mm_prefetch((const char *)(w + k * 16 + AHEAD), _MM_HINT_T0);
+        _mm_prefetch((const char *)(ask + k * 16), _MM_HINT_T0);
         for (int i = 0; i < m; i++) {
             int32_t two;
             memcpy(&two, x + i * stride + k, 4);
@@ -126,8 +134,8 @@ tile(const int m, float *out, int64_t step, const num *x, int64_t stride, const 
 #else
     for (int64_t k = 0; k < in; k++) {
         Wide one = load16(w + k * 16);
-        _mm_prefetch((const char *)(w + k * 16 + AHEAD), _MM_HINT_T0);
-#pragma GCC unroll 6
+        _mm_prefetch((const char *)(ask + k * 16), _MM_HINT_T0);
+#pragma GCC unroll 16
         for (int i = 0; i < m; i++) sum[i] = fma16(set16(x[i * stride + k]), one, sum[i]);
     }
 #endif
@@ -135,15 +143,18 @@ tile(const int m, float *out, int64_t step, const num *x, int64_t stride, const 
     for (int i = 0; i < m; i++) store16(out + i * step, sum[i]);
 }
 
-// The same for any number of rows. A stretch of the block stays in the nearest cache while all rows pass.
-static void block(int64_t m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in) {
+// The same for any number of rows. A stretch of the block stays in the nearest cache while all rows pass. What lies `ahead`
+// numbers behind it is asked for by the first of them.
+static void rows_by(int64_t m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in,
+                    int64_t ahead) {
     for (int64_t k = 0; k < in; k += STRETCH)
         for (int64_t n = 0; n < m; n += TILE) {
             int64_t wide = in - k < STRETCH ? in - k : STRETCH;
-#define ROWS(r) case r: tile(r, out + n * step, step, x + n * stride + k, stride, w + k * 16, wide); break;
+            const num *ask = w + k * 16 + (n ? 0 : ahead);
+#define ROWS(r) case r: tile(r, out + n * step, step, x + n * stride + k, stride, w + k * 16, wide, ask); break;
             switch (m - n < TILE ? m - n : TILE) {
                 ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-#ifdef __AVX512BF16__
+#ifdef ONE_REGISTER
                 ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
 #endif
             }
@@ -151,12 +162,70 @@ static void block(int64_t m, float *out, int64_t step, const num *x, int64_t str
         }
 }
 
+static void block(int64_t m, float *out, int64_t step, const num *x, int64_t stride, const num *w, int64_t in) {
+    rows_by(m, out, step, x, stride, w, in, AHEAD);
+}
+
+#ifdef ONE_REGISTER
+
+// Two blocks at once, so that an input, once it is read, is multiplied twice: out and other (m, 16) += x by w and by v.
+static inline __attribute__((always_inline)) void
+tile_pair(const int m, float *out, float *other, const num *x, int64_t stride, const num *w, const num *v, int64_t in,
+          int64_t ahead) {
+    Wide sum[PAIRED], second[PAIRED];
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++) sum[i] = load16(out + i * 16), second[i] = load16(other + i * 16);
+    const int together = 4 / sizeof(num);
+    for (int64_t k = 0; k < in; k += together) {
+        Wide one = load16((const float *)(w + k * 16)), two = load16((const float *)(v + k * 16));
+        _mm_prefetch((const char *)(w + k * 16 + ahead), _MM_HINT_T0);
+        _mm_prefetch((const char *)(v + k * 16 + ahead), _MM_HINT_T0);
+#pragma GCC unroll 12
+        for (int i = 0; i < m; i++) {
+            float given;
+            memcpy(&given, x + i * stride + k, 4);
+#ifdef __AVX512BF16__
+            __m512bh both = (__m512bh)set16(given);
+            sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)one, both);
+            second[i] = _mm512_dpbf16_ps(second[i], (__m512bh)two, both);
+#else
+            sum[i] = fma16(set16(given), one, sum[i]);
+            second[i] = fma16(set16(given), two, second[i]);
+#endif
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++) store16(out + i * 16, sum[i]), store16(other + i * 16, second[i]);
+}
+
+static void pair_by(int64_t m, float *out, float *other, const num *x, int64_t stride, const num *w, const num *v, int64_t in,
+                    int64_t ahead) {
+    int64_t tiles = (m + PAIRED - 1) / PAIRED, rows = (m + tiles - 1) / tiles;  // of one size, but for the last
+    for (int64_t k = 0; k < in; k += STRETCH)
+        for (int64_t n = 0; n < m; n += rows) {
+            int64_t wide = in - k < STRETCH ? in - k : STRETCH, more = n ? 0 : ahead;
+#define ROWS(r) \
+    case r: tile_pair(r, out + n * 16, other + n * 16, x + n * stride + k, stride, w + k * 16, v + k * 16, wide, more); break;
+            switch (m - n < rows ? m - n : rows) {
+                ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+            }
+#undef ROWS
+        }
+}
+
+#endif
+
 #ifndef __AVX512BF16__
 
 static inline Wide widened(const int8_t *w, Wide scale, Wide offset) {
+#ifdef ONE_REGISTER
+    Wide whole = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+#else
     __m256i a = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w));
     __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + 8)));
-    return fma16((Wide){_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}, scale, offset);
+    Wide whole = {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)};
+#endif
+    return fma16(whole, scale, offset);
 }
 
 static inline void ask_group(const int8_t *w) {
@@ -167,19 +236,28 @@ static inline void ask_group(const int8_t *w) {
 static inline __attribute__((always_inline)) void
 tile_in8(const int m, float *out, int64_t step, const num *x, int64_t stride, const int8_t *w, const float *scales, int64_t in) {
     Wide sum[FEW];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < m; i++) sum[i] = load16(out + i * step);
     for (int64_t g = 0; g < in; g += GROUP, scales += 32) {
         Wide scale = load16(scales), offset = load16(scales + 16);
         ask_group(w + g * 16);
         for (int64_t k = g; k < g + GROUP; k++) {
             Wide one = widened(w + k * 16, scale, offset);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < m; i++) sum[i] = fma16(set16(x[i * stride + k]), one, sum[i]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < m; i++) store16(out + i * step, sum[i]);
+}
+
+// `width` inputs of a block in 8 bits, from input k, as float32.
+static void widen_block(num *out, const int8_t *w, const float *scales, int64_t k, int64_t width) {
+    for (int64_t g = k; g < k + width; g += GROUP) {
+        Wide scale = load16(scales + g), offset = load16(scales + g + 16);  // 32 of them for 32 inputs
+        ask_group(w + g * 16);
+        for (int64_t i = g; i < g + GROUP; i++) store16(out + (i - k) * 16, widened(w + i * 16, scale, offset));
+    }
 }
 
 // As `block`, by one in 8 bits. For more than a few rows it becomes float32 first, stretch by stretch: the same numbers.
@@ -190,19 +268,18 @@ static void block_in8(int64_t m, float *out, int64_t step, const num *x, int64_t
             switch (m < FEW ? m : FEW) {
 #define ROWS(r) case r: tile_in8(r, out, step, x, stride, w, scales, in); break;
                 ROWS(1) ROWS(2) ROWS(3) ROWS(4)
+#ifdef ONE_REGISTER
+                ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+#endif
 #undef ROWS
             }
         return;
     }
-    num wide[STRETCH * 16];
+    num wide[STRETCH * 16] __attribute__((aligned(64)));
     for (int64_t k = 0; k < in; k += STRETCH) {
-        int64_t end = in - k < STRETCH ? in - k : STRETCH;
-        for (int64_t g = 0; g < end; g += GROUP, scales += 32) {
-            Wide scale = load16(scales), offset = load16(scales + 16);
-            ask_group(w + (k + g) * 16);
-            for (int64_t i = g; i < g + GROUP; i++) store16(wide + i * 16, widened(w + (k + i) * 16, scale, offset));
-        }
-        block(m, out, step, x + k, stride, wide, end);
+        int64_t width = in - k < STRETCH ? in - k : STRETCH;
+        widen_block(wide, w, scales, k, width);
+        rows_by(m, out, step, x + k, stride, wide, width, 0);
     }
 }
 
@@ -215,6 +292,34 @@ static void columns_of(const Matrix *a, int64_t column, int64_t rows, float *out
 #ifndef __AVX512BF16__
     else block_in8(rows, out, 16, x, in, a->in8 + column * in, a->scales + column * in / GROUP * 2, in);
 #endif
+}
+
+// The same twice, for the columns from `one` and those from `two`, in the order that the processor likes best: a sum is
+// the same. Where `two` is < 0, once. out (2, rows, 16).
+static void two_columns(const Matrix *a, int64_t one, int64_t two, int64_t rows, float *out, const num *x, int64_t in) {
+    float *other = out + rows * 16;
+#ifdef ONE_REGISTER
+    if (two >= 0 && rows >= PAIRED && a->exact) {
+        memset(out, 0, 2 * rows * 16 * sizeof(float));
+        pair_by(rows, out, other, x, in, a->exact + one * in, a->exact + two * in, in, AHEAD);
+        return;
+    }
+#ifndef __AVX512BF16__
+    if (two >= 0 && rows > FEW && !a->exact) {
+        num wide[2][STRETCH * 16] __attribute__((aligned(64)));
+        memset(out, 0, 2 * rows * 16 * sizeof(float));
+        for (int64_t k = 0; k < in; k += STRETCH) {
+            int64_t width = in - k < STRETCH ? in - k : STRETCH;
+            widen_block(wide[0], a->in8 + one * in, a->scales + one * in / GROUP * 2, k, width);
+            widen_block(wide[1], a->in8 + two * in, a->scales + two * in / GROUP * 2, k, width);
+            pair_by(rows, out, other, x + k, in, wide[0], wide[1], width, 0);
+        }
+        return;
+    }
+#endif
+#endif
+    columns_of(a, one, rows, out, x, in);
+    if (two >= 0) columns_of(a, two, rows, other, x, in);
 }
 
 static void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
@@ -324,15 +429,17 @@ static void raise_(const Step *s, int64_t layer, int projection, int64_t column,
     }
 }
 
-// 16 columns of a projection with its updates and its bias: out (rows, 16). `column` counts within the projection, `at`
-// within its matrix `a`.
-static void project(const Step *s, int64_t layer, int projection, int64_t column, const Matrix *a, int64_t at,
-                    const num *x, int64_t in, const float *bias, float *out) {
-    columns_of(a, at, s->rows, out, x, in);
+// Complete 16 columns of a projection, from `column`, by its updates and its bias: out (rows, 16).
+static void complete(const Step *s, int64_t layer, int projection, int64_t column, const float *bias, float *out) {
     raise_(s, layer, projection, column, out);
     if (bias)
         for (int64_t n = 0; n < s->rows; n++)
             store16(out + n * 16, add16(load16(out + n * 16), load16(bias)));
+}
+
+// What row n of 16 gates and 16 ups (2, rows, 16) makes.
+static inline Wide gated(const float *both, int64_t rows, int64_t n) {
+    return mul16(silu16(load16(both + n * 16)), load16(both + (rows + n) * 16));
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
@@ -503,10 +610,13 @@ static void close_block(const Step *s, int64_t layer, int projection, const Matr
                         const float *bias, int which, int thread, int threads) {
     int64_t width = s->model->width, first, end;
     int more = adapted(s, layer, which);
-    float out[s->rows * 16];
+    float both[2 * s->rows * 16];
     share_of(width / 16, thread, threads, &first, &end);
-    for (int64_t c = first * 16; c < end * 16; c += 16) {
-        project(s, layer, projection, c, a, c, x, in, bias ? bias + c : NULL, out);
+    for (int64_t b = first; b < end; b++) {
+        float *out = both + (b - first) % 2 * s->rows * 16;
+        int64_t c = b * 16;
+        if (out == both) two_columns(a, c, b + 1 < end ? c + 16 : -1, s->rows, both, x, in);
+        complete(s, layer, projection, c, bias ? bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) {
             Wide v = load16(out + n * 16);
             if (!more) v = add16(v, load16(s->hidden + n * width + c));
@@ -570,15 +680,14 @@ static void mix(const Step *s, int64_t layer, int thread, int threads) {
     for (int64_t j = thread; j < s->rows * k; j += threads)
         memcpy(s->sorted + s->place[j] * width, s->x + j / k * width, width * sizeof(num));
     meet(s->meeting, threads);
-    float out[s->rows * 16], up[s->rows * 16];
+    float out[2 * s->rows * 16];
     share_of(inner / 16, thread, threads, &first, &end);
     for (int64_t e = 0, from = 0; e < m->experts; from = s->ends[e++]) {
         int64_t rows = s->ends[e] - from;
         for (int64_t c = first * 16; c < end * 16 && rows; c += 16) {
-            columns_of(l->gate_ups + e, c, rows, out, s->sorted + from * width, width);
-            columns_of(l->gate_ups + e, inner + c, rows, up, s->sorted + from * width, width);
+            two_columns(l->gate_ups + e, c, inner + c, rows, out, s->sorted + from * width, width);
             for (int64_t n = 0; n < rows; n++)
-                narrow(s->inner + (from + n) * inner + c, mul16(silu16(load16(out + n * 16)), load16(up + n * 16)));
+                narrow(s->inner + (from + n) * inner + c, gated(out, rows, n));
         }
     }
     meet(s->meeting, threads);
@@ -588,12 +697,13 @@ static void mix(const Step *s, int64_t layer, int thread, int threads) {
     for (int64_t n = 0; n < s->rows && more; n++) memset(into + n * width + first * 16, 0, (end - first) * 16 * 4);
     for (int64_t e = 0, from = 0; e < m->experts; from = s->ends[e++]) {
         int64_t rows = s->ends[e] - from;
-        for (int64_t c = first * 16; c < end * 16 && rows; c += 16) {
-            columns_of(l->downs + e, c, rows, out, s->inner + from * inner, inner);
+        for (int64_t b = first; b < end && rows; b++) {
+            const float *made = out + (b - first) % 2 * rows * 16;
+            if (made == out) two_columns(l->downs + e, b * 16, b + 1 < end ? b * 16 + 16 : -1, rows, out, s->inner + from * inner, inner);
             for (int64_t n = 0; n < rows; n++) {
                 int64_t j = s->choice[from + n];
-                float *to = into + j / k * width + c;
-                store16(to, fma16(load16(out + n * 16), set16(s->gate[j]), load16(to)));
+                float *to = into + j / k * width + b * 16;
+                store16(to, fma16(load16(made + n * 16), set16(s->gate[j]), load16(to)));
             }
         }
     }
@@ -605,16 +715,19 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     const Model *m = s->model;
     const Layer *l = m->layer + layer;
     int64_t q = m->heads * m->head_dim, kv = m->kv_heads * m->head_dim, all = q + 2 * kv, width = m->width, first, end;
-    float out[s->rows * 16];
+    float both[2 * s->rows * 16];
 
     norm_rows(s, l->attn_norm, s->rows, NULL, thread, threads);
     meet(s->meeting, threads);
     lower(s, layer, Q, V, s->x, width, thread, threads);
     share_of(all / 16, thread, threads, &first, &end);
-    for (int64_t c = first * 16; c < end * 16; c += 16) {
+    for (int64_t b = first; b < end; b++) {
+        float *out = both + (b - first) % 2 * s->rows * 16;
+        int64_t c = b * 16;
         int p = c < q ? Q : c < q + kv ? K : V;
         int64_t column = c - (p == Q ? 0 : p == K ? q : q + kv);
-        project(s, layer, p, column, &l->qkv, c, s->x, width, l->qkv_bias ? l->qkv_bias + c : NULL, out);
+        if (out == both) two_columns(&l->qkv, c, b + 1 < end ? c + 16 : -1, s->rows, both, s->x, width);
+        complete(s, layer, p, column, l->qkv_bias ? l->qkv_bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) store16(s->qkv + n * all + c, load16(out + n * 16));
     }
     meet(s->meeting, threads);
@@ -637,13 +750,12 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
         return;
     }
     lower(s, layer, GATE, UP, s->x, width, thread, threads);
-    float up[s->rows * 16];
     share_of(m->ffn / 16, thread, threads, &first, &end);
     for (int64_t c = first * 16; c < end * 16; c += 16) {
-        project(s, layer, GATE, c, &l->gate_up, c, s->x, width, NULL, out);
-        project(s, layer, UP, c, &l->gate_up, m->ffn + c, s->x, width, NULL, up);
-        for (int64_t n = 0; n < s->rows; n++)
-            narrow(s->fed + n * m->ffn + c, mul16(silu16(load16(out + n * 16)), load16(up + n * 16)));
+        two_columns(&l->gate_up, c, m->ffn + c, s->rows, both, s->x, width);
+        complete(s, layer, GATE, c, NULL, both);
+        complete(s, layer, UP, c, NULL, both + s->rows * 16);
+        for (int64_t n = 0; n < s->rows; n++) narrow(s->fed + n * m->ffn + c, gated(both, s->rows, n));
     }
     meet(s->meeting, threads);
     lower(s, layer, DOWN, DOWN, s->fed, m->ffn, thread, threads);
@@ -713,12 +825,13 @@ double coterie_round(const float *w, int64_t out, int64_t in, int8_t *in8, float
 void coterie_product(const Matrix *a, int64_t rows, const num *x, int64_t in, float *y, int64_t out, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        float columns[rows * 16];
+        float columns[2 * rows * 16];
         int64_t first, end;
         share_of(out / 16, omp_get_thread_num(), omp_get_num_threads(), &first, &end);
-        for (int64_t c = first * 16; c < end * 16; c += 16) {
-            columns_of(a, c, rows, columns, x, in);
-            for (int64_t n = 0; n < rows; n++) memcpy(y + n * out + c, columns + n * 16, 16 * sizeof(float));
+        for (int64_t b = first; b < end; b++) {
+            const float *made = columns + (b - first) % 2 * rows * 16;
+            if (made == columns) two_columns(a, b * 16, b + 1 < end ? b * 16 + 16 : -1, rows, columns, x, in);
+            for (int64_t n = 0; n < rows; n++) memcpy(y + n * out + b * 16, made + n * 16, 16 * sizeof(float));
         }
     }
 }
@@ -769,10 +882,11 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const num *em
             meet(s.meeting, team);
             int64_t first, end;
             share_of((m->vocab + 15) / 16, thread, team, &first, &end);
-            float out[(scored + 1) * 16];
-            for (int64_t c = first * 16; c < end * 16 && scored; c += 16) {
-                columns_of(&m->head, c, scored, out, s.x, width);
-                int64_t columns = m->vocab - c < 16 ? m->vocab - c : 16;
+            float both[2 * (scored + 1) * 16];
+            for (int64_t b = first; b < end && scored; b++) {
+                const float *out = both + (b - first) % 2 * scored * 16;
+                int64_t c = b * 16, columns = m->vocab - c < 16 ? m->vocab - c : 16;
+                if (out == both) two_columns(&m->head, c, b + 1 < end ? c + 16 : -1, scored, both, s.x, width);
                 for (int64_t n = 0; n < scored; n++) memcpy(logits + n * m->vocab + c, out + n * 16, columns * 4);
             }
         }

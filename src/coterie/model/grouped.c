@@ -1,8 +1,9 @@
 // The products of a mixture of experts, forward and backward, each one call for all experts: rows lie in order of
 // expert (`ends`: where each expert's rows end), and each expert has a matrix of its own.
 //
-// Notable: all matrices are copied into the order in which they are read, a strip at a time: what a thread multiplies
-// next is in its own cache, whichever way round it is stored, and so plain weights need no second, packed copy in
+// Notable: all matrices are copied into the order in which they are read, some strips of columns and a chunk of their
+// depth at a time (Goto and van de Geijn 2008): what a thread multiplies next is in its own cache, whichever way round
+// it is stored, all rows pass it while it is there, and plain weights need no second, packed copy in
 // memory. Rows are fetched (by `from`), activated, scaled and put in their places (by `to`) on the way.
 // Everything is counted in words of 4 bytes: one float, or, with AVX512-BF16, two bfloat16 that one instruction multiplies
 // and adds.
@@ -15,12 +16,13 @@
 #include "vector.h"
 
 enum { NONE, RELU, SWIGLU };
-enum { COLS = 32 };  // columns of a tile
+enum { COLS = 32 };                // columns of a tile: a strip of the matrix
+enum { STRIPS = 8, CHUNK = 256 };  // strips and words of their depth that are copied at once: 256 KiB
 enum { SPAN = 8 };   // tiles whose slopes are laid ready together: whole lines are read
 
 // ROWS: rows of a tile, TOGETHER: 16s of its columns whose sums stay in registers at once; FEW: rows of an expert up to
 // which its matrix is multiplied where it lies. Words: 16 words.
-#ifdef __AVX512BF16__
+#ifdef ONE_REGISTER
 
 enum { ROWS = 12, TOGETHER = 2, FEW = 8 };
 typedef __m512i Words;
@@ -29,7 +31,10 @@ static inline Words words(const int32_t *x, int64_t left) { return _mm512_maskz_
 static inline Words same(const int32_t *x) { return _mm512_set1_epi32(*x); }
 
 static inline __attribute__((always_inline)) Wide multiply(const int bf, Wide sum, Words a, Words b) {
+#ifdef __AVX512BF16__
     if (bf) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+    (void)bf;
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 }
 
@@ -58,19 +63,25 @@ typedef struct {
     const int64_t *ends;  // (experts)
 } Shape;
 
-// out (m, COLS) = a (depth, ROWS), of which m count, transposed, by b (depth, COLS). Meanwhile memory is asked for what
-// comes next: `depth` lines from `ahead`, `hop` bytes apart.
+// Lines of memory that are asked for while something else is computed: 16 of them `hop` bytes apart, the next 16 `leap`
+// bytes further.
+typedef struct {
+    const char *first;
+    int64_t hop, leap;
+} Ahead;
+
+// out (m, COLS) = a (depth, ROWS), of which m count, transposed, by b (depth, COLS); with `more`, added to what is there.
 static inline __attribute__((always_inline)) void
-tile(const int bf, const int m, float *out, int64_t depth, const int32_t *a, const int32_t *b, const char *ahead,
-     int64_t hop) {
+tile(const int bf, const int m, float *out, int more, int64_t depth, const int32_t *a, const int32_t *b, Ahead ahead) {
     for (int part = 0; part < COLS / 16; part += TOGETHER) {
         Wide sum[ROWS][TOGETHER];
         const int32_t *left = a, *right = b + part * 16;
 #pragma GCC unroll 12
         for (int i = 0; i < m; i++)
-            for (int c = 0; c < TOGETHER; c++) sum[i][c] = set16(0);
+            for (int c = 0; c < TOGETHER; c++)
+                sum[i][c] = more ? load16(out + i * COLS + (part + c) * 16) : set16(0);
         for (int64_t d = 0; d < depth; d++, left += ROWS, right += COLS) {
-            if (!part) _mm_prefetch(ahead + d * hop, _MM_HINT_T1);
+            if (!part) _mm_prefetch(ahead.first + d / 16 * ahead.leap + d % 16 * ahead.hop, _MM_HINT_T1);
             Words column[TOGETHER];
             for (int c = 0; c < TOGETHER; c++) column[c] = words(right + c * 16, 16);
 #pragma GCC unroll 12
@@ -85,13 +96,12 @@ tile(const int bf, const int m, float *out, int64_t depth, const int32_t *a, con
     }
 }
 
-static void any_tile(int bf, int m, float *out, int64_t depth, const int32_t *a, const int32_t *b, const char *ahead,
-                     int64_t hop) {
+static void any_tile(int bf, int m, float *out, int more, int64_t depth, const int32_t *a, const int32_t *b, Ahead ahead) {
 #define CASE(n) \
-    case n: if (bf) tile(1, n, out, depth, a, b, ahead, hop); else tile(0, n, out, depth, a, b, ahead, hop); break;
+    case n: if (bf) tile(1, n, out, more, depth, a, b, ahead); else tile(0, n, out, more, depth, a, b, ahead); break;
     switch (m) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#ifdef __AVX512BF16__
+#ifdef ONE_REGISTER
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
@@ -127,7 +137,7 @@ static void any_dots(int bf, int m, float *out, int64_t depth, const int32_t **x
 #define CASE(n) case n: if (bf) dots(1, n, out, depth, x, w); else dots(0, n, out, depth, x, w); break;
     switch (m) {
         CASE(1) CASE(2)
-#ifdef __AVX512BF16__
+#ifdef ONE_REGISTER
         CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #endif
     }
@@ -135,7 +145,7 @@ static void any_dots(int bf, int m, float *out, int64_t depth, const int32_t **x
 }
 
 // Up to 16 rows (absent ones NULL), 16 words of each from `at`, to out (16, step) transposed; writes `count` columns.
-#ifdef __AVX512BF16__
+#ifdef ONE_REGISTER
 static inline void transpose(int32_t *out, int64_t step, int count, const int32_t **row, int64_t at) {
     __mmask16 some = (1u << count) - 1;
     __m512i r[16], t[16];
@@ -195,15 +205,15 @@ static inline void transpose(int32_t *out, int64_t step, int count, const int32_
 }
 #endif
 
-// out (depth, COLS): COLS rows of `depth` words, standing; absent rows (NULL) are 0.
-static void stand(int32_t *out, const int32_t **row, int64_t depth) {
+// out (depth, COLS): `depth` words of COLS rows from word `at`, standing; absent rows (NULL) are 0.
+static void stand(int32_t *out, const int32_t **row, int64_t at, int64_t depth) {
     int64_t d = 0;
     for (; d + 16 <= depth; d += 16) {
-        transpose(out + d * COLS, COLS, 16, row, d);
-        transpose(out + d * COLS + 16, COLS, 16, row + 16, d);
+        transpose(out + d * COLS, COLS, 16, row, at + d);
+        transpose(out + d * COLS + 16, COLS, 16, row + 16, at + d);
     }
     for (; d < depth; d++)
-        for (int j = 0; j < COLS; j++) out[d * COLS + j] = row[j] ? row[j][d] : 0;
+        for (int j = 0; j < COLS; j++) out[d * COLS + j] = row[j] ? row[j][at + d] : 0;
 }
 
 // out (depth, COLS): columns [at, at + COLS) of rows of `width` numbers, lying; absent ones are 0. In bfloat16 each
@@ -302,10 +312,14 @@ static const int32_t *row_of(const Product *p, const void *x, int64_t r, int64_t
     return (const int32_t *)x + (p->from ? p->from[r] : r) * depth;
 }
 
+// Columns of `out`, and how many of them a strip makes: where one half of the outputs gates the other, 16 of each.
+static int64_t columns_of(const Product *p) { return p->activation == SWIGLU ? p->outputs / 2 : p->outputs; }
+static int64_t step_of(const Product *p) { return p->activation == SWIGLU ? COLS / 2 : COLS; }
+
 // Store m rows of a tile, from row `first` and column `at`.
 static void finish(const Shape *s, const Product *p, const float *made, int m, int64_t first, int64_t at) {
     const int bf = s->bf, gated = p->activation == SWIGLU;
-    const int64_t half = p->outputs / 2, columns = gated ? half : p->outputs, left = columns - at;
+    const int64_t half = p->outputs / 2, columns = columns_of(p), left = columns - at;
     for (int i = 0; i < m; i++) {
         int64_t r = first + i, place = p->to ? p->to[r] : r;
         Wide one = load16(made + i * COLS), two = load16(made + i * COLS + 16);
@@ -327,19 +341,76 @@ static void finish(const Shape *s, const Product *p, const float *made, int m, i
     }
 }
 
+// The rows of a standing matrix that are the COLS columns of strip `n`; NULL where there are no more.
+static void rows_of_strip(const Product *p, const char *matrix, int64_t depth, int64_t n, const int32_t **row) {
+    const int64_t gated = p->activation == SWIGLU, columns = columns_of(p), at = n * step_of(p);
+    for (int j = 0; j < COLS; j++) {
+        int64_t column = at + (gated ? j % 16 : j);
+        row[j] = column < columns ? (const int32_t *)matrix + column * depth : NULL;
+        if (gated && j >= 16 && row[j]) row[j] += columns * depth;
+    }
+}
+
+// `n` strips, from strip `begin`, of the products of an expert with at most FEW rows by its standing matrix.
+static void few_rows(const Shape *s, const Product *p, int64_t e, const void *x, const char *matrix, int64_t begin, int64_t n) {
+    const int64_t depth = p->inputs * (s->bf ? 2 : 4) / 4, first = first_of(s, e), m = s->ends[e] - first;
+    float made[FEW * COLS] __attribute__((aligned(64)));
+    const int32_t *given[FEW], *row[COLS];
+    for (int i = 0; i < m; i++) given[i] = row_of(p, x, first + i, depth);
+    for (int64_t g = begin; g < begin + n; g++) {
+        rows_of_strip(p, matrix, depth, g, row);
+        any_dots(s->bf, m, made, depth, given, row);
+        finish(s, p, made, m, first, g * step_of(p));
+    }
+}
+
+// What words [k, k + CHUNK) of the depth add to `n` strips, from strip `begin`, of an expert's products. packed: its rows
+// (tiles, depth, ROWS); b: memory for the strips; sums: what the words before have made (tiles, STRIPS, ROWS, COLS).
+static void chunk(const Shape *s, const Product *p, int64_t e, const int32_t *packed, const char *matrix, int64_t begin,
+                  int64_t n, int64_t k, int32_t *b, float *sums) {
+    const int64_t size = s->bf ? 2 : 4, depth = p->inputs * size / 4, first = first_of(s, e), rows = s->ends[e] - first;
+    const int64_t words = depth - k < CHUNK ? depth - k : CHUNK, step = step_of(p), line = p->outputs * size;
+    const int32_t *row[COLS];
+    const char *lying = matrix + k * 4 * p->outputs;  // where it does not stand: a word is of one row, or of two in bfloat16
+    for (int64_t g = 0; g < n; g++) {
+        int32_t *to = b + g * CHUNK * COLS;
+        if (!p->stands) lie(s->bf, to, lying, NULL, words * 4 / size, p->outputs, (begin + g) * step);
+        else {
+            rows_of_strip(p, matrix, depth, begin + g, row);
+            stand(to, row, k, words);
+        }
+    }
+    for (int64_t t = 0; t * ROWS < rows; t++)
+        for (int64_t g = 0; g < n; g++) {
+            int m = rows - t * ROWS < ROWS ? rows - t * ROWS : ROWS;
+            float *made = sums + (t * STRIPS + g) * ROWS * COLS;
+            // The same strips' next chunk is asked for in two halves, by turns of tiles.
+            Ahead ahead = {lying + CHUNK * 4 * p->outputs + (begin + g) * step * size, 4 * p->outputs, 64 * p->outputs};
+            ahead.first += s->bf ? t % 2 * line : t % 2 * 64;
+            if (p->stands) {
+                int64_t column = (begin + g) * step + (p->activation == SWIGLU ? t % 2 * p->outputs / 2 : t % 2 * 16);
+                ahead = (Ahead){matrix + (column * depth + k + CHUNK) * 4, 64, 4 * depth};
+            }
+            any_tile(s->bf, m, made, k > 0, words, packed + (t * depth + k) * ROWS, b + g * CHUNK * COLS, ahead);
+            if (k + CHUNK >= depth) finish(s, p, made, m, first + t * ROWS, (begin + g) * step);
+        }
+}
+
 // x (rows, inputs), its rows from `from`, by each expert's matrix in w: (outputs, inputs) where it `stands`, as weights
 // of a projection do, else (inputs, outputs). A copy of the product goes to `before`; then it is activated (SWIGLU: the
 // first half of the outputs gates the second), scaled, and row r stored at to[r] of `out`.
 // packed: memory for the rows, (tiles, depth, ROWS) words. Returns 1 where memory is lacking.
 int coterie_grouped(const Shape *s, const Product *p, const void *x, const void *w, int32_t *packed) {
-    const int bf = s->bf, size = bf ? 2 : 4, gated = p->activation == SWIGLU;
-    const int64_t depth = p->inputs * size / 4, columns = gated ? p->outputs / 2 : p->outputs;
-    const int64_t step = gated ? COLS / 2 : COLS, strips = (columns + step - 1) / step;
+    const int64_t size = s->bf ? 2 : 4, depth = p->inputs * size / 4, step = step_of(p);
+    const int64_t strips = (columns_of(p) + step - 1) / step, groups = (strips + STRIPS - 1) / STRIPS;
     int failed = 0;
-    int64_t tiles[s->experts + 1];
+    int64_t tiles[s->experts + 1], most = 0;
     tiles[0] = 0;
-    for (int64_t e = 0; e < s->experts; e++)
-        tiles[e + 1] = tiles[e] + (s->ends[e] - first_of(s, e) + ROWS - 1) / ROWS;
+    for (int64_t e = 0; e < s->experts; e++) {
+        int64_t mine = (s->ends[e] - first_of(s, e) + ROWS - 1) / ROWS;
+        tiles[e + 1] = tiles[e] + mine;
+        if (mine > most) most = mine;
+    }
 #pragma omp parallel num_threads(s->threads) reduction(| : failed)
     {
 #pragma omp for schedule(static)
@@ -355,37 +426,19 @@ int coterie_grouped(const Shape *s, const Product *p, const void *x, const void 
             for (; d < depth; d++)
                 for (int i = 0; i < m; i++) a[d * ROWS + i] = row[i][d];
         }
-        int32_t *b = strip(depth * COLS * 4);
+        int32_t *b = strip((CHUNK * COLS + most * ROWS * COLS) * STRIPS * 4);
+        float *sums = (float *)(b + STRIPS * CHUNK * COLS);  // (tiles, STRIPS, ROWS, COLS)
         if (!b) failed = 1;
-#pragma omp for schedule(dynamic, 4) nowait
-        for (int64_t task = 0; task < s->experts * strips; task++) {
-            int64_t e = task / strips, at = task % strips * step, first = first_of(s, e), end = s->ends[e];
-            if (first == end || !b) continue;
-            const char *mine = (const char *)w + e * p->inputs * p->outputs * size, *next;
-            const int32_t *row[COLS];
-            for (int j = 0; j < COLS; j++) {
-                int64_t column = at + (gated ? j % 16 : j);
-                row[j] = column < columns ? (const int32_t *)mine + column * depth : NULL;
-                if (gated && j >= 16 && row[j]) row[j] += columns * depth;
-            }
-            float made[ROWS * COLS] __attribute__((aligned(64)));
-            if (p->stands && end - first <= FEW) {
-                const int32_t *given[FEW];
-                for (int i = 0; i < end - first; i++) given[i] = row_of(p, x, first + i, depth);
-                any_dots(bf, end - first, made, depth, given, row);
-                finish(s, p, made, end - first, first, at);
-                continue;
-            }
-            if (p->stands) stand(b, row, depth);
-            else lie(bf, b, mine, NULL, p->inputs, p->outputs, at);
-            for (int64_t t = tiles[e]; t < tiles[e + 1]; t++, first += ROWS) {
-                int m = end - first < ROWS ? end - first : ROWS, second = (t - tiles[e]) % 2;
-                // The next strip is two passes of `depth` lines: asked for by turns.
-                if (!p->stands) next = mine + (bf ? second * p->outputs * 2 : second * 64) + (at + COLS) * size;
-                else next = (const char *)((row[second * 16] ? row[second * 16] : row[0]) + step * depth);
-                any_tile(bf, m, made, depth, packed + t * depth * ROWS, b, next, p->stands ? 64 : 4 * p->outputs);
-                finish(s, p, made, m, first, at);
-            }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < s->experts * groups; task++) {
+            int64_t e = task / groups, begin = task % groups * STRIPS;
+            int64_t n = strips - begin < STRIPS ? strips - begin : STRIPS;
+            if (tiles[e] == tiles[e + 1] || !b) continue;
+            const char *mine = (const char *)w + e * p->inputs * p->outputs * size;
+            if (p->stands && s->ends[e] - first_of(s, e) <= FEW) few_rows(s, p, e, x, mine, begin, n);
+            else
+                for (int64_t k = 0; k < depth; k += CHUNK)
+                    chunk(s, p, e, packed + tiles[e] * depth * ROWS, mine, begin, n, k, b, sums);
         }
     }
     return failed;
@@ -459,7 +512,7 @@ int coterie_grouped_weights(const Shape *s, int64_t inputs, int64_t outputs, con
                 int m = outputs - t * ROWS < ROWS ? outputs - t * ROWS : ROWS;
                 float made[ROWS * COLS] __attribute__((aligned(64)));
                 const int32_t *a = packed + (depths[e] * tiles + t * depth) * ROWS;
-                any_tile(bf, m, made, depth, a, b, (const char *)b, 0);
+                any_tile(bf, m, made, 0, depth, a, b, (Ahead){(const char *)b, 0, 0});
                 for (int i = 0; i < m; i++)
                     put_row(bf, out, (e * outputs + t * ROWS + i) * inputs + at, made + i * COLS, inputs - at);
             }

@@ -6,10 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define ONE_REGISTER  // and 32 of them, where AVX2 has 16
 
-typedef uint16_t bf16;
-typedef bf16 num;
 typedef __m512 Wide;
 
 static inline Wide load16(const float *x) { return _mm512_loadu_ps(x); }
@@ -37,20 +36,6 @@ static inline Wide load_some(const float *x, int64_t left) { return _mm512_maskz
 static inline void store_some(float *x, Wide v, int64_t left) { _mm512_mask_storeu_ps(x, first_of_16(left), v); }
 static inline void stream16(float *x, Wide v) { _mm512_stream_ps(x, v); }  // past the caches; x at a multiple of 64 bytes
 
-static inline Wide widen(const num *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
-}
-
-static inline void narrow(num *out, Wide x) { _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-// The products of two vectors, `dim` a multiple of 32, in 16 sums.
-static inline Wide dot(const num *a, const num *b, int64_t dim) {
-    Wide sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < dim; i += 32)
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-    return sum;
-}
-
 // The sums of each of four.
 static inline __m128 four_sums(Wide s0, Wide s1, Wide s2, Wide s3) {
     Wide s01 = _mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1));
@@ -62,7 +47,6 @@ static inline __m128 four_sums(Wide s0, Wide s1, Wide s2, Wide s3) {
 
 #else
 
-typedef float num;
 typedef struct {
     __m256 a, b;
 } Wide;
@@ -86,8 +70,6 @@ EACH(fnma16, _mm256_fnmadd_ps)
 static inline Wide load16(const float *x) { return (Wide){_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
 static inline void store16(float *x, Wide v) { _mm256_storeu_ps(x, v.a), _mm256_storeu_ps(x + 8, v.b); }
 static inline Wide set16(float x) { return (Wide){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-static inline Wide widen(const num *x) { return load16(x); }
-static inline void narrow(num *out, Wide x) { store16(out, x); }
 
 static inline Wide positive16(Wide x, Wide v) {  // v where x > 0, else 0
     __m256 zero = _mm256_setzero_ps();
@@ -138,7 +120,34 @@ static inline __m128 four_sums(Wide s0, Wide s1, Wide s2, Wide s3) {
 
 static inline float sum16(Wide x) { return _mm_cvtss_f32(four_sums(x, x, x, x)); }
 
+#endif
+
+#ifdef __AVX512BF16__
+
+typedef uint16_t bf16;
+typedef bf16 num;
+
+static inline Wide widen(const num *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+static inline void narrow(num *out, Wide x) { _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(x)); }
+
 // The products of two vectors, `dim` a multiple of 32, in 16 sums.
+static inline Wide dot(const num *a, const num *b, int64_t dim) {
+    Wide sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < dim; i += 32)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+    return sum;
+}
+
+#else
+
+typedef float num;
+
+static inline Wide widen(const num *x) { return load16(x); }
+static inline void narrow(num *out, Wide x) { store16(out, x); }
+
 static inline Wide dot(const num *a, const num *b, int64_t dim) {
     Wide sum = set16(0);
     for (int64_t i = 0; i < dim; i += 16) sum = fma16(load16(a + i), load16(b + i), sum);
