@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from coterie.engine.pages import Pages
 from coterie.experts.expert import Applied, Expert
 from coterie.experts.kinds import KINDS, apply
-from coterie.model.decoder import Change, Decoder, attend_packed, packed_positions
+from coterie.model.decoder import Attend, Change, Decoder, ModelConfig, attend_packed, packed_positions
 from coterie.model.load import BaseModel
 from coterie.tuning.forward import hidden_states
 
@@ -110,6 +111,61 @@ def reference_model(path: Path) -> transformers.PreTrainedModel:
         patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
         patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+class KVCache:
+    """What the engine's pages are compared with: keys and values of `slots` sequences of up to `length` tokens in one
+    piece, (layers, slots, Hkv, length, D)."""
+
+    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.layers, slots, config.kv_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def attend_prefill(
+        self, slots: Tensor, positions: Tensor, lengths: list[int], prefix: Tensor | None = None
+    ) -> Attend:
+        """Packed attention over whole prompts that also fills the cache; `slots`, `positions` are (N).
+
+        `prefix` (layers, 2, P, Hkv, D) goes before every prompt, whose positions then begin at P.
+        """
+        inner = attend_packed(lengths, prefix=prefix)
+        own = slots.unique()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer][slots, :, positions] = k
+            self.values[layer][slots, :, positions] = v
+            if prefix is not None:
+                before = prefix[layer].transpose(1, 2)  # (2, Hkv, P, D)
+                self.keys[layer][own, :, : before.shape[2]] = before[0]
+                self.values[layer][own, :, : before.shape[2]] = before[1]
+            return inner(layer, q, k, v)
+
+        return attend
+
+    def attend_decode(self, slots: Tensor, positions: Tensor) -> Attend:
+        """One new token for each sequence; the heads of a group stand as queries, so nothing is repeated."""
+        span = int(positions.max()) + 1
+        mask = (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]  # (B,1,1,S)
+        whole = slots.tolist() == list(range(len(slots)))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer][slots, :, positions] = k
+            self.values[layer][slots, :, positions] = v
+            keys, values = self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
+            keys, values = (t[: len(slots)] if whole else t[slots] for t in (keys, values))
+            grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D)
+            mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
+            return mixed
+
+        return attend
+
+
+def groups_of(owners: Tensor, shares: Tensor | None, experts: list[Any]) -> list[tuple[Any, int, int, float]]:
+    """As a step wants them: each row's expert (`owners` (N), -1 for none), and `shares` (N, experts) of several."""
+    alone = [(experts[i], n, 1, 1.0) for n, i in enumerate(owners.tolist()) if i >= 0]
+    rows = [] if shares is None else shares.tolist()
+    return alone + [(experts[i], n, 1, w) for n, row in enumerate(rows) for i, w in enumerate(row) if w]
 
 
 def cache_of(decoder: Decoder, slots: int, length: int) -> Pages:

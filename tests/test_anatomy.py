@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from typer.testing import CliRunner
 
 from coterie.cli.main import app
+from coterie.engine.pages import PAGE, Pages
 from coterie.errors import ModelError
 from coterie.model import grouped, moe
 from coterie.model.anatomy import BYTES, HARDWARE, Hardware, attention_kind, estimate, examine, probe
-from coterie.model.decoder import KVCache, attend_packed, packed_positions
+from coterie.model.decoder import attend_packed, packed_positions
 from coterie.model.load import BaseModel, load
 from coterie.model.save import save_model
 from coterie.model.upcycle import upcycle
@@ -92,9 +93,9 @@ def test_smollm2_from_its_gguf(smol_path: Path, smol: BaseModel) -> None:
 
 
 def test_cache_bytes_are_those_of_the_cache(tiny: Path, tiny_base: BaseModel) -> None:
-    cache = KVCache(tiny_base.decoder.config, 3, 50, torch.bfloat16, torch.device("cpu"))
-    held = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-    assert examine(tiny).kv_bytes_per_token * 3 * 50 == held
+    cache = Pages(tiny_base.decoder.config, 3, 2 * PAGE, torch.bfloat16)
+    held = sum(t[:-1].nbytes for t in (cache.keys, cache.values))  # the last block is nobody's
+    assert examine(tiny).kv_bytes_per_token * 3 * 2 * PAGE == held
 
 
 def test_weight_bytes_are_those_of_the_file(tiny: Path) -> None:

@@ -67,7 +67,7 @@ def arrow_change(base: BaseModel, experts: list[Expert], tokens: int, top_k: int
     shared = arrow.Arrow(directions, base.decoder.weights["final_norm"])
     allowed = torch.ones(tokens, len(experts), dtype=torch.bool)
     gates = shared.gates(torch.arange(tokens), allowed, torch.full((tokens,), top_k))
-    return mixed(laid, base.decoder, torch.full((tokens,), -1), allowed.float(), gates)
+    return mixed([(one, 0, tokens, 1.0) for one in laid], base.decoder, gates)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -124,9 +124,9 @@ def test_a_merged_expert_is_the_weighted_sum_of_updates_and_so_are_shares_of_eac
     model = tiny_base.decoder.config
     (merged,) = logits_of(tiny_base, [row], apply(merge(experts, weights, model), tiny_base.decoder).change)
     torch.testing.assert_close(merged, wanted, atol=1e-4, rtol=1e-4)
-    shares = torch.tensor([weights]).expand(12, -1)
     laid = [lay(e, tiny_base.decoder) for e in experts]
-    (shared,) = logits_of(tiny_base, [row], mixed(laid, tiny_base.decoder, torch.full((12,), -1), shares))
+    groups = [(one, 0, 12, weight) for one, weight in zip(laid, weights, strict=True)]
+    (shared,) = logits_of(tiny_base, [row], mixed(groups, tiny_base.decoder))
     torch.testing.assert_close(shared, wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -26,7 +26,7 @@ from coterie.experts.prefix import PrefixConfig
 from coterie.experts.prompt import PromptConfig
 from coterie.model.load import BaseModel, load
 from coterie.tuning.forward import completion_loss
-from support import fresh, logits_of, logits_with, random_rows, trained
+from support import fresh, groups_of, logits_of, logits_with, random_rows, trained
 
 ALL = tuple(lora.BLOCKS)
 CONFIGS: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_a_mixed_batch_gives_each_row_what_its_own_expert_gives_alone(
     rows = random_rows(tiny_base, [5 + i for i in range(len(owners))], seed)
     of_tokens = torch.tensor(owners).repeat_interleave(torch.tensor([len(r) for r in rows]))
     laid = [lay(e, tiny_base.decoder) for e in experts]
-    together = logits_of(tiny_base, rows, mixed(laid, tiny_base.decoder, of_tokens))
+    together = logits_of(tiny_base, rows, mixed(groups_of(of_tokens, None, laid), tiny_base.decoder))
     for row, owner, found in zip(rows, owners, together, strict=True):
         alone = logits_with(tiny_base, [row], experts[owner] if owner >= 0 else None)
         torch.testing.assert_close(found, alone[0], atol=1e-4, rtol=1e-4)
@@ -130,7 +130,7 @@ def test_a_mixed_batch_in_the_products_own_precision_is_close_to_float32(tiny: P
     rows = random_rows(base, [20, 20, 20, 20])
     owners = torch.tensor([1, -1, 4, 8]).repeat_interleave(20)
     found, exact = (
-        torch.cat(logits_of(b, rows, mixed([lay(e, b.decoder) for e in experts], b.decoder, owners)))
+        torch.cat(logits_of(b, rows, mixed(groups_of(owners, None, [lay(e, b.decoder) for e in experts]), b.decoder)))
         for b in (base, tiny_base)
     )
     plain = torch.cat(logits_of(tiny_base, rows))

@@ -15,9 +15,9 @@ from coterie.data.read import read
 from coterie.engine import step as native
 from coterie.engine.step import Step
 from coterie.errors import ModelError
-from coterie.model.decoder import KVCache, packed_positions, packs_bfloat16
+from coterie.model.decoder import packed_positions, packs_bfloat16
 from coterie.model.load import BaseModel, load
-from support import cache_of, logits_of, random_rows, reference_model, train_tokenizer
+from support import KVCache, cache_of, logits_of, random_rows, reference_model, train_tokenizer
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.engine import step as native
+from coterie.engine.by_torch import TorchStep
 from coterie.engine.engine import Engine
 from coterie.engine.pages import MOST_CUTS, PAGE, Pages, Part, Sequence
 from coterie.engine.request import Adapter, Blend, Generation, Sampling
@@ -42,9 +43,12 @@ WHO: dict[str, Adapter | Blend | None] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    """A random model of four layers that never ends an answer."""
+@pytest.fixture(scope="module", params=["C", "PyTorch", "graphs"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaseModel]:
+    """A random model of four layers that never ends an answer, by each kind of step. What a graph would replay is only
+    called, on a CPU."""
+    if request.param == "C" and native._library() is None:
+        pytest.skip("needs a processor with AVX2 and a C compiler")
     folder = tmp_path_factory.mktemp("pages") / "base"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -54,7 +58,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokens = transformers.PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), eos_token="<|im_end|>")
     tokens.save_pretrained(folder)
-    return replace(load(folder, native.dtype(), packed=True), eos=frozenset())
+    if request.param == "C":
+        yield replace(load(folder, native.dtype(), packed=True), eos=frozenset())
+        return
+    with (
+        patch("coterie.engine.engine.Step.open", return_value=None),
+        patch("coterie.engine.by_torch.replays", return_value=request.param == "graphs"),
+    ):
+        yield replace(load(folder, torch.float32), eos=frozenset())
 
 
 def publish(library: Library, base: BaseModel, name: str, config: Any, seed: int) -> None:
@@ -98,7 +109,6 @@ def start(base: BaseModel, library: Library) -> Iterator[Callable[..., Watched]]
         engine = Engine(options.pop("base", base), options.pop("library", library), slots=6, context=400, **options)
         begun.append(engine)
         watched = Watched(engine)
-        assert engine.step
         run = engine.step.run
 
         def count(*given: Any) -> torch.Tensor:
@@ -130,15 +140,15 @@ TURNS = st.lists(
 )  # fmt: skip
 
 
-@needs_c
 @given(turns=TURNS, memory=st.sampled_from((1, 40_000, 150_000, 1 << 24)), chunk=st.sampled_from((20, 256)))
 @settings(max_examples=30)
-def test_a_hit_changes_no_bit_of_an_answer_whoever_answered_before(
+def test_a_hit_changes_nothing_of_an_answer_whoever_answered_before(
     turns: list[tuple[int, str, int, bool]], memory: int, chunk: int, base: BaseModel, library: Library,
     answers: Answers,
 ) -> None:  # fmt: skip
-    """Three conversations that begin alike change their experts as they go, some at the same time, and find what others
-    and they themselves have left, as far as memory held it. Wanted: what an engine that keeps nothing answers alone."""
+    """In C, no bit of it. Three conversations that begin alike change their experts as they go, some at the same time,
+    and find what others and they themselves have left, as far as memory held it. Wanted: what an engine that keeps
+    nothing answers alone."""
     start = random_rows(base, [PAGE + 9], 5)[0]
     texts = [[*start, *row] for row in random_rows(base, [3, 40, 8], 6)]
     with patch("coterie.engine.engine.CHUNK", chunk):
@@ -147,26 +157,26 @@ def test_a_hit_changes_no_bit_of_an_answer_whoever_answered_before(
             under_way: list[tuple[int, list[int], str, Generation]] = []
             for number, (which, who, more, waits) in enumerate(turns):
                 if any(other == which for other, *_ in under_way) or not waits:
-                    finish(under_way, texts, answers)
+                    finish(engine, under_way, texts, answers)
                 prompt = texts[which] + random_rows(base, [more], number)[0]
                 want = Sampling(max_tokens=9, logprobs=0 if number % 2 else None)  # without them it guesses too
                 asked = engine.submit(prompt[-300:], want, WHO[who])
                 under_way.append((which, prompt[-300:], who, asked))
-            finish(under_way, texts, answers)
-            assert engine.pages
+            finish(engine, under_way, texts, answers)
             assert engine.pages.idle <= memory
             assert held(engine.pages) == (0, 0)
         finally:
             engine.close()
 
 
-def finish(under_way: list[Any], texts: list[list[int]], answers: Answers) -> None:
+def finish(engine: Engine, under_way: list[Any], texts: list[list[int]], answers: Answers) -> None:
     """Wait for the answers, compare them, and put them into their conversations."""
     for which, prompt, who, asked in under_way:
         chances = [choice.logprob for piece in asked for choice in piece.tokens]
         wanted = answers(prompt, who)
         assert asked.generated == wanted[0]
-        assert chances == (wanted[1] if chances else [])
+        by_torch = isinstance(engine.step, TorchStep)
+        assert chances == (pytest.approx(wanted[1], abs=1e-3) if by_torch else wanted[1]) or not chances
         texts[which] = prompt + asked.generated
     under_way.clear()
 
@@ -212,7 +222,6 @@ def test_smollm2_answers_the_same_after_a_change_of_expert(config: LoraConfig, s
 # What is computed
 
 
-@needs_c
 def test_a_conversation_that_goes_on_reads_only_what_is_new(start: Callable[..., Watched], base: BaseModel) -> None:
     watched = start()
     (prompt,) = random_rows(base, [3 * PAGE + 5])
@@ -227,7 +236,6 @@ def test_a_conversation_that_goes_on_reads_only_what_is_new(start: Callable[...,
         assert watched.spent() == [length - kept] * LAYERS
 
 
-@needs_c
 @pytest.mark.parametrize(("first", "then", "trunk"), [
     ("branch", "base", CUT), ("base", "branch", CUT), ("branch", "other", CUT), ("bottle", "branch", CUT),
     ("whole", "branch", 0), ("branch", "whole", 0), ("whole", "base", 0), ("soft", "base", 0), ("base", "prefix", 0),
@@ -248,7 +256,6 @@ def test_a_change_of_expert_recomputes_only_the_layers_above_the_trunk_that_both
     assert watched.spent() == [0] * trunk + [ahead + len(long)] * (LAYERS - trunk)
 
 
-@needs_c
 def test_what_is_alike_is_found_up_to_the_first_token_that_differs(
     start: Callable[..., Watched], base: BaseModel
 ) -> None:
@@ -263,7 +270,6 @@ def test_what_is_alike_is_found_up_to_the_first_token_that_differs(
     assert watched.ask(prompt[PAGE:], tokens=1).cached == 0  # the same tokens at other places
 
 
-@needs_c
 def test_requests_at_the_same_time_share_what_the_first_of_them_has_read(
     start: Callable[..., Watched], base: BaseModel
 ) -> None:
@@ -277,7 +283,6 @@ def test_requests_at_the_same_time_share_what_the_first_of_them_has_read(
     assert watched.engine.stats.cached_tokens == sum(g.cached for g in running) > 2 * len(prompt)
 
 
-@needs_c
 def test_a_new_version_never_finds_what_the_old_one_left(
     start: Callable[..., Watched], base: BaseModel, tmp_path: Path
 ) -> None:
@@ -295,7 +300,6 @@ def test_a_new_version_never_finds_what_the_old_one_left(
     assert watched.ask(prompt, "tea", 1).cached == 0
 
 
-@needs_c
 def test_an_expert_that_left_memory_finds_its_pages_when_it_is_back(
     start: Callable[..., Watched], base: BaseModel
 ) -> None:
@@ -310,7 +314,6 @@ def test_an_expert_that_left_memory_finds_its_pages_when_it_is_back(
     assert watched.ask(prompt, "whole", 1).cached == 2 * PAGE
 
 
-@needs_c
 def test_prompts_that_are_echoed_or_routed_by_token_neither_find_nor_leave_anything(
     start: Callable[..., Watched], base: BaseModel
 ) -> None:
@@ -329,7 +332,6 @@ def test_prompts_that_are_echoed_or_routed_by_token_neither_find_nor_leave_anyth
     assert (echoed.cached, routed.cached) == (0, 0)
 
 
-@needs_c
 def test_experts_whose_scores_are_averaged_answer_prompts_longer_than_a_chunk(
     start: Callable[..., Watched], base: BaseModel
 ) -> None:

@@ -24,10 +24,10 @@ from coterie.experts.kinds import save
 from coterie.experts.library import ExpertFacts, Library
 from coterie.experts.lora import LoraConfig
 from coterie.experts.mixture import lay, mixed
-from coterie.model.decoder import SITES, Decoder, KVCache, attend_packed
+from coterie.model.decoder import SITES, Decoder, attend_packed
 from coterie.model.load import BaseModel, load
 from coterie.model.upcycle import upcycle
-from support import cache_of, random_rows, train_tokenizer, trained
+from support import KVCache, cache_of, groups_of, random_rows, train_tokenizer, trained
 from test_experts import ALL, CONFIGS, ROWS
 
 if native._library() is None:
@@ -112,7 +112,7 @@ def wanted(
     """The same by PyTorch."""
     cache = KVCache(decoder.config, len(rows), 64, decoder.dtype, torch.device("cpu"))
     ids, slots = torch.tensor(rows), torch.arange(len(rows))
-    change = mixed([lay(e, decoder) for e in experts], decoder, owners, shares)
+    change = mixed(groups_of(owners, shares, [lay(e, decoder) for e in experts]), decoder)
     out = []
     for t in range(len(rows[0])):
         at = torch.full((len(rows),), t)

@@ -1,10 +1,9 @@
 """The engine: one thread that generates for everyone at once, whichever expert each request wants.
 
 Notable: a step decodes one token for every running request, rows of different experts and of the base model in
-the same pass over the weights (experts/mixture.py; on a CPU step.c). Requests join and leave between steps
+the same pass over the weights (step.py, on a GPU by_torch.py). Requests join and leave between steps
 (continuous batching, Yu et al. 2022, Orca). Running request i owns cache slot i: when one leaves, the last moves
-into its place, so that a step reads the cache without gathering. What the step in C has read and written stays for
-texts that begin alike (pages.py).
+into its place. What a step has read and written stays for texts that begin alike (pages.py).
 """
 
 import logging
@@ -21,10 +20,11 @@ import torch
 from llguidance import LLMatcher
 from torch import Tensor
 
+from coterie.engine.by_torch import TorchStep
 from coterie.engine.guess import continuation
 from coterie.engine.pages import PAGE, Pages, Part
 from coterie.engine.request import Adapter, Blend, Callback, Generation, Piece, Sampling, TokenChoice
-from coterie.engine.running import Running, Turn, batch
+from coterie.engine.running import Batch, Running, Turn, batch
 from coterie.engine.sampling import sample
 from coterie.engine.shelf import Loaded, Shelf
 from coterie.engine.step import Step, Weights
@@ -32,14 +32,13 @@ from coterie.engine.text import TextStream
 from coterie.errors import Busy, ContextTooLong, CoterieError, Stopped
 from coterie.experts import arrow
 from coterie.experts.library import Library
-from coterie.experts.mixture import Gates, mixed
+from coterie.experts.mixture import Gates
 from coterie.model.constrain import Grammars, failure
-from coterie.model.decoder import Change, KVCache, packed_positions
 from coterie.model.load import BaseModel
 from coterie.model.threads import give_back_pool
 
-PREFILL_TOKENS = 2048  # prompt tokens that PyTorch takes in one step: bounds the pause of those already streaming
-CHUNK = 256  # prompt tokens that the step in C takes along with everyone's next token
+PREFILL_TOKENS = 2048  # tokens of whole prompts read at once: bounds the pause of those already streaming
+CHUNK = 256  # prompt tokens that a step takes along with everyone's next token
 # Rows up to which a step costs hardly more than with one: those free are used for guesses. In float32 half as many.
 SPECULATED = 8
 ECHOED = 256  # prompt tokens scored at once: 256 x 49,152 float32 are 50 MB
@@ -83,12 +82,11 @@ class Engine:
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.stats = Stats()
-        self.step = Step.open(base.decoder, weights, slots)  # None where PyTorch has to do it
-        if weights == "int8" and not (self.step and self.step.in8):
+        self.step = Step.open(base.decoder, weights, slots) or TorchStep(base.decoder)
+        if weights == "int8" and not self.step.in8:
             log.warning("weights = int8 changes nothing here (docs/performance.md)")
         dtype, device = base.decoder.dtype, base.decoder.device
-        self.pages = Pages(config, slots, self.context, dtype, cache_memory) if self.step else None
-        self.cache = self.pages or KVCache(config, slots, self.context, dtype, device)
+        self.pages = Pages(config, slots, self.context, dtype, cache_memory, device)
         self._shelf = Shelf(library, base.decoder, self.step, expert_memory, pinned)
         self._arrow: tuple[list[Loaded], set[Loaded], arrow.Arrow] | None = None  # of a batch, and whom it may wake
         self._waiting: deque[Running] = deque()
@@ -196,12 +194,10 @@ class Engine:
             while self._work_comes():
                 started = time.monotonic()
                 self._drop_cancelled()
-                whole = [row for row in self._admit() if not self.step or row.whole]
-                self._step(whole, self._prefill)
-                running = list(self._running)
-                by_torch = [row for row in running if self._by_torch(row)]
-                self._step(by_torch, self._decode)
-                self._step([row for row in running if row not in by_torch and row in self._running], self._go_on)
+                self._admit()
+                beside = [row for row in self._running if self._beside(row)]
+                self._step([row for row in self._running if row not in beside], self._go_on)
+                self._step([row for row in beside if row in self._running], self._go_on_beside)
                 self.stats.busy_seconds += time.monotonic() - started
         finally:
             with self._wake:
@@ -210,9 +206,9 @@ class Engine:
                 if row.leads:
                     row.request.emit(Piece("", finish="cancelled"))
 
-    def _by_torch(self, row: Running) -> bool:
-        """Whether PyTorch takes the row on, one token at a time, and not the step in C."""
-        return not self.step or bool(row.woken)
+    def _beside(self, row: Running) -> bool:
+        """Whether PyTorch takes the row on beside the others' step: those that Arrow routes, and prompts to be told."""
+        return bool(row.woken) or (row.whole and not row.length)
 
     def _full(self, row: Running) -> bool:
         """Whether the answer is as long as it may get."""
@@ -228,16 +224,30 @@ class Engine:
             return not self._closing
 
     def _step(self, rows: list[Running], forward: Callable[[list[Running]], Scored]) -> None:
-        """One more token for `rows`. Where that fails, they end with the error, and the others go on."""
+        """One more token for `rows`. Where that fails, each request is tried alone, and ends with its error."""
         if not rows:
             return
+        requests = [row for row in rows if row.leads]
         try:
-            self._choose(*forward(rows))
+            scored = forward(rows)  # takes note of nothing before all is computed
         except Exception as error:
-            log.exception("a step of the engine failed; the requests in it end with an error")
-            for row in rows:
-                if row.leads and row in self._running:
-                    self._finish(row, "error", error=error)
+            if len(requests) > 1:
+                log.warning("a step of the engine failed (%s); each of its requests is tried alone", error)
+                for row in requests:
+                    self._step(row.voices, forward)
+            else:
+                self._fail(requests, error)
+            return
+        try:
+            self._choose(*scored)
+        except Exception as error:
+            self._fail(requests, error)
+
+    def _fail(self, requests: list[Running], error: Exception) -> None:
+        log.error("a step of the engine failed; the requests in it end with an error", exc_info=error)
+        for row in requests:
+            if row in self._running:
+                self._finish(row, "error", error=error)
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -249,30 +259,27 @@ class Engine:
         for row in [r for r in self._running if r.leads and r.request.cancelled]:
             self._finish(row, "cancelled", row.stream.flush())
 
-    def _admit(self) -> list[Running]:
-        """Give waiting requests the free slots, as many as one step may take the prompts of."""
-        new: list[Running] = []
+    def _admit(self) -> None:
+        """Give waiting requests the free slots, of those that are read whole as many as one step may take."""
         with self._wake:
-            room, tokens = self.slots - len(self._running), 0
-            while self._waiting and len(new) + len(self._waiting[0].voices) <= room:
+            tokens = 0
+            while self._waiting and len(self._running) + len(self._waiting[0].voices) <= self.slots:
                 voices = self._waiting[0].voices
-                tokens += len(voices) * len(voices[0].request.prompt)
-                if new and tokens > PREFILL_TOKENS:
+                size = sum(len(voice.request.prompt) for voice in voices if voice.whole)
+                if tokens and tokens + size > PREFILL_TOKENS:
                     break
-                new += self._waiting.popleft().voices
-            self._running += new
-        return new
+                tokens += size
+                self._running += self._waiting.popleft().voices
 
     def _begin(self, row: Running) -> None:
         """Give a row its first pages: those that others have left with the same beginning."""
-        assert self.pages, "of the step in C"
         layers, slot = self.base.decoder.config.layers, self._running.index(row)
         if row.whole:
             row.held = self.pages.begin(slot, (Part(0, layers, row),), [])  # nobody's but its own
-            return
-        owner = row.loaded.key if row.loaded else tuple((one.key, share) for one, share in row.shared) or None
-        first = min((loaded.first_layer for loaded in row.experts), default=layers)
-        row.held = self.pages.begin(slot, self.pages.parts(owner, first), row.tokens)
+        else:
+            owner = row.loaded.key if row.loaded else tuple((one.key, share) for one, share in row.shared) or None
+            first = min((loaded.first_layer for loaded in row.experts), default=layers)
+            row.held = self.pages.begin(slot, self.pages.parts(owner, first), row.tokens)
         trunk, row.length = row.held.known[0], row.held.known[-1]
         if row.leads:
             row.request.cached, row.request.trunk = max(0, row.length - row.ahead), max(0, trunk - row.length)
@@ -285,27 +292,28 @@ class Engine:
             row.length = row.ahead
 
     def _room(self, row: Running, length: int) -> None:
-        """Pages for the first `length` tokens of a row, where the cache has pages."""
-        if self.pages:
-            if row.held is None:
-                self._begin(row)
-            assert row.held, "just begun"
-            self.pages.make_room(row.held, self._running.index(row), length)
+        """Pages for the first `length` tokens of a row."""
+        if row.held is None:
+            self._begin(row)
+        assert row.held, "just begun"
+        self.pages.make_room(row.held, self._running.index(row), length)
 
     def _offer(self, row: Running) -> None:
         """Let others find what a row has in the cache, as soon as it fills a page."""
-        if self.pages and row.held and not row.whole and row.held.offered < row.length // PAGE:
+        if row.held and not row.whole and row.held.offered < row.length // PAGE:
             self.pages.offer(row.held, row.tokens, row.length)
 
     def _go_on(self, rows: list[Running]) -> Scored:
-        """By the step in C: everyone's next token, and some more of the prompts that are still being read."""
-        assert self.step, "chosen where it runs"
-        assert self.pages, "the step's own cache"
+        """Everyone's next token, and some more of the prompts that are still being read."""
         turns = self._turns(rows)
         for row, count, guess in turns:
             self._room(row, row.length + count + len(guess))
-        b = batch(turns, self._running, self.base.decoder)
+        b = batch(turns, self._running, self.base.decoder, lambda loaded: loaded.prepared)
         scores = self.step.run(b.embedded, b.positions, b.slots, self.pages, b.groups, b.wanted, b.starts)
+        return self._gone_on(turns), scores
+
+    def _gone_on(self, turns: list[Turn]) -> list[tuple[Running, list[int]]]:
+        """Take note of what a step has read; the rows that may choose their next token, with their guesses."""
         chosen: list[tuple[Running, list[int]]] = []
         for row, count, guess in turns:
             if count == row.unread:
@@ -315,7 +323,7 @@ class Engine:
             row.length += count
             self._offer(row)
         self.stats.steps += 1
-        return chosen, scores
+        return chosen
 
     def _turns(self, rows: list[Running]) -> list[Turn]:
         """How many of its unread tokens each row reads in one step, and its guess of those that follow."""
@@ -341,81 +349,37 @@ class Engine:
                     free -= len(guess)
         return out
 
-    def _prefill(self, new: list[Running]) -> Scored:
-        """Scores (new, vocab) after the prompts of the rows admitted last, packed in one forward for each prefix."""
-        groups: dict[Loaded | None, list[int]] = {}
-        for i, row in enumerate(new):
-            with_prefix = row.loaded if row.loaded and row.loaded.applied.prefix is not None else None
-            groups.setdefault(with_prefix, []).append(i)
-        for places in groups.values():
-            places.sort(key=lambda i: id(new[i].loaded))  # the rows of each expert side by side
-        scores = torch.cat([
-            self._prefill_after([new[i] for i in places], loaded.applied.prefix if loaded else None)
-            for loaded, places in groups.items()
-        ])  # fmt: skip
-        order = torch.tensor([i for places in groups.values() for i in places])
-        return [(row, []) for row in new], scores[order.argsort().to(scores.device)]
-
-    def _prefill_after(self, rows: list[Running], prefix: Tensor | None) -> Tensor:
-        """Scores (rows, vocab) after the prompts of `rows`, which all stand after `prefix`."""
-        decoder, device = self.base.decoder, self.base.decoder.device
-        parts: list[Tensor] = []
+    def _go_on_beside(self, rows: list[Running]) -> Scored:
+        """By PyTorch: the whole prompts of `rows`, or the next tokens of those that Arrow routes."""
         for row in rows:
-            self._room(row, len(row.request.prompt) + row.ahead)
-            if row.loaded and row.loaded.applied.soft is not None:
-                parts.append(row.loaded.applied.soft)
-            parts.append(decoder.embed(torch.tensor(row.request.prompt, device=device)))
-            row.length = len(row.request.prompt) + row.ahead
-        behind = 0 if prefix is None else prefix.shape[2]
-        lengths = [row.length - behind for row in rows]
-        positions, repeats = packed_positions(lengths, device) + behind, torch.tensor(lengths)
-        slots = torch.tensor([self._running.index(row) for row in rows]).repeat_interleave(repeats).to(device)
-        attend = self.cache.attend_prefill(slots, positions, lengths, prefix)
-        hidden = decoder.run(torch.cat(parts), positions, attend, self._change(rows, repeats))
-        self.stats.prompt_tokens += sum(len(row.request.prompt) for row in rows if row.leads)
-        for row, part in zip(rows, hidden.split(lengths), strict=True):
-            if row.request.sampling.echo and row.leads:
-                self._echo(row.request, decoder.finish(part[-len(row.request.prompt) :]))
-        return decoder.logits(decoder.finish(hidden[repeats.cumsum(0).to(device) - 1]))
+            if row.held is None:
+                self._begin(row)
+            self._room(row, row.length + row.unread)
+        turns: list[Turn] = [(row, row.unread, []) for row in rows]
+        b = batch(turns, self._running, self.base.decoder, self._shelf.laid)
+        gates = self._gates(rows, b) if any(row.woken for row in rows) else None
+        hidden = TorchStep(self.base.decoder).hidden(
+            b.embedded, b.positions, b.slots, self.pages, b.groups, b.starts, gates
+        )
+        for turn, row in enumerate(rows):
+            if row.request.sampling.echo and row.leads and not row.request.generated:
+                mine = hidden[(b.turns == turn).to(hidden.device)]
+                self._echo(row.request, mine[-len(row.request.prompt) :])
+        return self._gone_on(turns), self.base.decoder.logits(hidden[b.wanted.to(hidden.device)])
 
-    def _decode(self, rows: list[Running]) -> Scored:
-        """By PyTorch: scores after the last token of `rows`."""
-        device = self.base.decoder.device
-        ids = torch.tensor([row.request.generated[-1] for row in rows], device=device)
-        positions = torch.tensor([row.length for row in rows], device=device)
-        slots = torch.tensor([self._running.index(row) for row in rows], device=device)
-        for row in rows:
-            self._room(row, row.length + 1)
-            row.length += 1
-        attend = self.cache.attend_decode(slots, positions)
-        hidden = self.base.decoder.forward(ids, positions, attend, self._change(rows, torch.ones(len(rows)).long()))
-        self.stats.steps += 1
-        return [(row, []) for row in rows], self.base.decoder.logits(hidden)
-
-    def _change(self, rows: list[Running], repeats: Tensor) -> Change | None:
-        """What the experts of `rows` make of `repeats` (rows) tokens of each."""
-        held = list(dict.fromkeys(loaded for row in rows for loaded in row.experts))
-        place = {loaded: i for i, loaded in enumerate(held)}
-        owners = torch.tensor([place[row.loaded] if row.loaded else -1 for row in rows]).repeat_interleave(repeats)
-        laid = [self._shelf.laid(loaded) for loaded in held]
-        if not any(row.shared for row in rows):
-            return mixed(laid, self.base.decoder, owners)
-        shares = torch.zeros(len(rows), len(held))
-        for i, row in enumerate(rows):
-            for loaded, share in row.shared:
-                shares[i, place[loaded]] += share
-        shares = shares.repeat_interleave(repeats, 0)
-        woken = torch.tensor([row.woken for row in rows]).repeat_interleave(repeats)
-        gates = self._gates(rows, held, shares > 0, woken) if bool(woken.any()) else None
-        return mixed(laid, self.base.decoder, owners, shares, gates)
-
-    def _gates(self, rows: list[Running], held: list[Loaded], allowed: Tensor, woken: Tensor) -> Gates:
-        """Arrow's shares for the tokens (N) that wake some of the experts `allowed` (N, held)."""
+    def _gates(self, rows: list[Running], b: Batch) -> Gates:
+        """Arrow's shares for the tokens of `rows` that wake some of their experts."""
+        held = list({id(laid): laid for laid, *_ in b.groups}.values())
+        of = {id(self._shelf.laid(loaded)): loaded for row in rows for loaded in row.experts}
+        experts = [of[id(laid)] for laid in held]
         known = {loaded for row in rows if row.woken for loaded in row.experts}
-        if self._arrow is None or self._arrow[0] != held or not known <= self._arrow[1]:
-            directions = [self._shelf.directions(loaded) if loaded in known else None for loaded in held]
-            self._arrow = held, known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
-        device, tokens = self.base.decoder.device, woken.nonzero()[:, 0]
+        if self._arrow is None or self._arrow[0] != experts or not known <= self._arrow[1]:
+            directions = [self._shelf.directions(loaded) if loaded in known else None for loaded in experts]
+            self._arrow = experts, known, arrow.Arrow(directions, self.base.decoder.weights["final_norm"])
+        device = self.base.decoder.device
+        woken = torch.tensor([row.woken for row in rows])[b.turns]
+        allowed = torch.tensor([[bool(row.woken) and one in row.experts for one in experts] for row in rows])[b.turns]
+        tokens = woken.nonzero()[:, 0]
         return self._arrow[2].gates(tokens.to(device), allowed[tokens].to(device), woken[tokens].to(device))
 
     def _choose(self, turns: list[tuple[Running, list[int]]], logits: Tensor) -> None:
@@ -452,7 +416,7 @@ class Engine:
         text, ended = "", token in self.base.eos
         if not ended:
             text = self._say(row, token)
-            if row.matcher and not self._by_torch(row) and request.sampling.logprobs is None:
+            if row.matcher and not row.woken and request.sampling.logprobs is None:
                 text += self._say_forced(row, row.matcher)
         if row.matcher and (broken := failure(row.matcher)):
             self._finish(row, "error", error=broken)
@@ -490,12 +454,12 @@ class Engine:
     ) -> None:  # fmt: skip
         """End a request; the last running row moves into the slot of each of its voices."""
         for voice in row.voices:
-            if self.pages and voice.held:
+            if voice.held:
                 self._offer(voice)
                 self.pages.release(voice.held)
             place, last = self._running.index(voice), self._running[-1]
             if last is not voice:
-                self.cache.move(len(self._running) - 1, place, last.length)
+                self.pages.move(len(self._running) - 1, place)
                 self._running[place] = last
             self._running.pop()
         row.request.emit(Piece(text, detail, why, error))

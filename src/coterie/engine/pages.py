@@ -1,4 +1,4 @@
-"""The cache of the step in C: keys and values in pages of 32 tokens, which texts that begin alike share.
+"""The engine's cache: keys and values in pages of 32 tokens, which texts that begin alike share.
 
 Notable: a page belongs to whoever computed its layers. The layers below an expert's first changed one (the trunk) are
 the base's, whichever expert answers: experts confined to the upper layers (the branch) find there what the base or
@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.model.decoder import Attend, ModelConfig, attend_packed
+from coterie.model.decoder import Attend, ModelConfig
 
 PAGE = 32  # tokens; step.c wants a multiple of 4. With 16, blocks begin so often that reading them is 5% slower
+APART = 8  # rows of one sequence that read the cache each for itself; more of them together
 MOST_CUTS = 3  # layers at which a trunk may end; each keeps a residual stream for every token
 TYPES = {torch.bfloat16: np.uint16, torch.float32: np.float32}
 
@@ -37,6 +38,8 @@ class Part:
 
 
 Key = tuple[Part, bytes]
+# Which rows, and what the cache of a layer makes of their queries (n, H, D): mixed values (n, H, D).
+Reader = tuple[slice | Tensor, Callable[[int, Tensor], Tensor]]
 
 
 @dataclass(eq=False)
@@ -73,22 +76,20 @@ class Sequence:
 class Pages:
     """Keys and values of `slots` sequences of up to `length` tokens, and of those that ended, up to `idle` bytes."""
 
-    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, idle: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, idle: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         c, self.config, self.budget = config, config, idle
         self.span = -(-length // PAGE)
         shape = (c.kv_heads, PAGE, c.head_dim)
         self.block_bytes = 2 * c.kv_heads * PAGE * c.head_dim * dtype.itemsize
         self.entry_bytes = PAGE * c.width * 4
         most = slots * self.span
-        # Addresses for all that can ever be held at once; memory only for what is touched.
-        self.keys, self.values = (
-            torch.from_numpy(
-                np.zeros((most * c.layers + idle // self.block_bytes, *shape), dtype=TYPES[dtype])
-            ).view(dtype) for _ in range(2)
-        )  # fmt: skip
-        self.streams = torch.from_numpy(
-            np.zeros((most * MOST_CUTS + idle // self.entry_bytes, PAGE, c.width), dtype=np.float32)
-        )
+        # The last block, and entry, are nobody's: rows that only fill up a batch write there.
+        self.nowhere = most * c.layers + idle // self.block_bytes, most * MOST_CUTS + idle // self.entry_bytes
+        self.keys, self.values = (_zeros((self.nowhere[0] + 1, *shape), dtype, device) for _ in range(2))
+        self.streams = _zeros((self.nowhere[1] + 1, PAGE, c.width), torch.float32, device)
         self.table = np.zeros((slots, c.layers, self.span), dtype=np.int32)
         self.entries = np.full((slots, c.layers, self.span), -1, dtype=np.int32)
         self.cuts: list[int] = []
@@ -182,62 +183,105 @@ class Pages:
         if page.entry >= 0:
             self._entries.give([page.entry])
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def move(self, source: int, target: int) -> None:
         """What the sequence at slot `source` holds, now at slot `target`."""
         self.table[target], self.entries[target] = self.table[source], self.entries[source]
 
     def put(self, slot: int, start: int, prefix: Tensor) -> None:
         """Keys and values (layers, 2, P, Hkv, D) of no tokens, from token `start` on, at the beginning of `slot`."""
         at = torch.arange(start, prefix.shape[2])
-        blocks = torch.from_numpy(self.table[slot]).long()[:, at // PAGE]  # (layers, P)
+        blocks = torch.from_numpy(self.table[slot]).long()[:, at // PAGE].to(self.keys.device)  # (layers, P)
+        at = at.to(self.keys.device)
         for store, given in ((self.keys, prefix[:, 0, start:]), (self.values, prefix[:, 1, start:])):
             store[blocks, :, at % PAGE] = given
 
-    # For the rows that PyTorch computes
+    # For what PyTorch computes, on whichever device
 
-    def attend_prefill(
-        self, slots: Tensor, positions: Tensor, lengths: list[int], prefix: Tensor | None = None
-    ) -> Attend:
-        """As KVCache's."""
-        inner = attend_packed(lengths, prefix=prefix)
-        if prefix is not None:
-            for slot in slots.unique().tolist():
-                self.put(slot, 0, prefix)
-        store = self._store(slots, positions)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store(layer, k, v)
-            return inner(layer, q, k, v)
-
-        return attend
-
-    def attend_decode(self, slots: Tensor, positions: Tensor) -> Attend:
-        """As KVCache's."""
-        span = int(positions.max()) + 1
-        mask = (torch.arange(span) <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
-        read = torch.from_numpy(self.table).long()[slots, :, : -(-span // PAGE)]  # (B, layers, pages)
-        store = self._store(slots, positions)
+    def attend(self, slots: Tensor, positions: Tensor) -> Attend:
+        """Every row is a token at `positions` (N) of the sequence at `slots` (N), both on the CPU: its keys and values
+        are stored, and it attends to its own sequence up to itself."""
+        device, table = self.keys.device, torch.from_numpy(self.table).long()
+        blocks, at = table[slots, :, positions // PAGE].to(device), (positions % PAGE).to(device)
+        ends = [0, *((slots[1:] != slots[:-1]).nonzero()[:, 0] + 1).tolist(), len(slots)]
+        runs = [(a, b) for a, b in pairwise(ends) if b - a > APART]  # stretches of prompts, each read by itself
+        others = torch.tensor([n for a, b in pairwise(ends) if b - a <= APART for n in range(a, b)], dtype=torch.long)
+        readers: list[Reader] = [self._stretch(table, int(slots[a]), positions[a:b], slice(a, b)) for a, b in runs]
+        if len(others):
+            pages = self.pages_of(slots[others], positions[others])
+            readers.append((others.to(device), self._each(pages, positions[others].to(device))))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store(layer, k, v)
-            keys, values = (
-                t[read[:, layer]].transpose(1, 2).flatten(2, 3)[:, :, :span] for t in (self.keys, self.values)
-            )  # (B, Hkv, S, D)
-            grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D)
-            mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
-            return mixed
-
-        return attend
-
-    def _store(self, slots: Tensor, positions: Tensor) -> Callable[[int, Tensor, Tensor], None]:
-        """Puts the keys and values (N, Hkv, D) of a layer where the tokens at `positions` (N) of `slots` (N) lie."""
-        blocks, at = torch.from_numpy(self.table).long()[slots, :, positions // PAGE], positions % PAGE
-
-        def store(layer: int, k: Tensor, v: Tensor) -> None:
             self.keys[blocks[:, layer], :, at] = k
             self.values[blocks[:, layer], :, at] = v
+            out = torch.empty_like(q)
+            for where, read in readers:
+                out[where] = read(layer, q[where])
+            return out
 
-        return store
+        return attend
+
+    def pages_of(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """The blocks, (N, layers, pages), that hold what rows see, on the cache's device."""
+        read = -(-(int(positions.max()) + 1) // PAGE)
+        return torch.from_numpy(self.table[slots.numpy(), :, :read]).to(self.keys.device).long()
+
+    def attend_each(self, pages: Tensor, positions: Tensor) -> Attend:
+        """As `attend`, each row for itself, by tensors of the cache's device alone: the blocks `pages` (N, layers, P)
+        of its sequence, of which only those up to its place count. Nothing here depends on a value."""
+        number, at = positions // PAGE, positions % PAGE
+        blocks = pages.gather(2, number[:, None, None].expand(-1, pages.shape[1], 1))[:, :, 0]
+        read = self._each(pages, positions)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[blocks[:, layer], :, at] = k
+            self.values[blocks[:, layer], :, at] = v
+            return read(layer, q)
+
+        return attend
+
+    def _stretch(self, table: Tensor, slot: int, positions: Tensor, where: slice) -> Reader:
+        """How the rows `where`, all of one sequence, read the cache."""
+        span, device = int(positions.max()) + 1, self.keys.device
+        mask = (torch.arange(span) <= positions[:, None]).to(device)  # (n, S)
+        pages = table[slot, :, : -(-span // PAGE)].to(device)  # (layers, pages)
+
+        def read(layer: int, q: Tensor) -> Tensor:
+            keys, values = (
+                t[pages[layer]].transpose(0, 1).flatten(1, 2)[None, :, :span] for t in (self.keys, self.values)
+            )  # (1, Hkv, S, D)
+            mixed = F.scaled_dot_product_attention(
+                q.transpose(0, 1)[None], keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
+            )
+            return mixed[0].transpose(0, 1)
+
+        return where, read
+
+    def _each(self, pages: Tensor, positions: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """How rows of any sequences read the cache: the heads of a group stand as queries, so nothing is repeated."""
+        span = torch.arange(pages.shape[2] * PAGE, device=pages.device)
+        mask = (span <= positions[:, None])[:, None, None]  # (B, 1, 1, S)
+
+        def read(layer: int, q: Tensor) -> Tensor:
+            keys, values = (t[pages[:, layer]].transpose(1, 2).flatten(2, 3) for t in (self.keys, self.values))
+            grouped = q.view(len(q), keys.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D); keys and values (B, Hkv, S, D)
+            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
+
+        return read
+
+    def stream(self, layer: int, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some rows have their residual stream before `layer` kept, and where: (k) rows, (k) places in
+        `streams.flatten(0, 1)`. Rows as in `attend`."""
+        entries = torch.from_numpy(self.entries).long()[slots, layer, positions // PAGE]
+        rows = (entries >= 0).nonzero()[:, 0]
+        places = entries[rows] * PAGE + positions[rows] % PAGE
+        return rows.to(self.streams.device), places.to(self.streams.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """For all that can ever be held at once. On the CPU these are addresses, and memory comes with what is touched."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, dtype=TYPES[dtype])).view(dtype)
 
 
 def _digest(sequence: Sequence, tokens: list[int]) -> None:

@@ -1,7 +1,9 @@
-"""A request under way in the engine, and the rows that a step in C computes for several of them."""
+"""A request under way in the engine, and the rows that a step computes for several of them."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor
 from coterie.engine.pages import Sequence
 from coterie.engine.request import Generation
 from coterie.engine.shelf import Loaded
-from coterie.engine.step import Prepared
 from coterie.engine.text import TextStream
 from coterie.model.decoder import Decoder
 
@@ -34,7 +35,7 @@ class Running:
     leads: bool = True
     followers: "list[Running]" = field(default_factory=list)
     length: int = 0  # tokens in the cache
-    held: Sequence | None = None  # its pages, where the step in C runs, from its first turn on
+    held: Sequence | None = None  # its pages, from its first turn on
 
     @property
     def ahead(self) -> int:
@@ -53,7 +54,7 @@ class Running:
 
     @property
     def whole(self) -> bool:
-        """Whether PyTorch has to read its prompt, in one piece; the step in C need not come to the same bits."""
+        """Whether PyTorch has to read its prompt, in one piece, whose pages then are nobody else's."""
         return bool(self.woken) or self.request.sampling.echo
 
     @property
@@ -81,14 +82,15 @@ Turn = tuple[Running, int, list[int]]
 
 @dataclass(frozen=True)
 class Batch:
-    """What `Step.run` takes: a row for each token."""
+    """What a step's `run` takes, a row for each token; all but `embedded` on the CPU. turns (rows): whose each is."""
 
     embedded: Tensor
     positions: Tensor
     slots: Tensor
-    groups: list[tuple[Prepared, int, int, float]]
+    groups: list[tuple[Any, int, int, float]]
     wanted: Tensor
     starts: Tensor
+    turns: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,34 +98,35 @@ class _Stretch:
     """Tokens of one turn, from position `start` on, that begin at the same layer."""
 
     layer: int
+    turn: int
     row: Running
     start: int
     tokens: list[int]
 
 
-def batch(turns: list[Turn], running: Ordered[Running], decoder: Decoder) -> Batch:
+def batch(turns: list[Turn], running: Ordered[Running], decoder: Decoder, ready: Callable[[Loaded], Any]) -> Batch:
     """The tokens of `turns`, those that begin lower first and an expert's side by side. Wanted: each turn's scores
-    from its last unread token on, where it reads them all."""
+    from its last unread token on, where it reads them all. `ready`: an expert as the step wants it."""
     stretches: list[_Stretch] = []
-    for row, count, guess in turns:
+    for turn, (row, count, guess) in enumerate(turns):
         assert row.held, "begun with its turn"
         tokens = row.next_tokens(count) + guess
         for layer, start, end in row.held.spans(row.length, row.length + len(tokens)):
-            stretches.append(_Stretch(layer, row, start, tokens[start - row.length : end - row.length]))
+            stretches.append(_Stretch(layer, turn, row, start, tokens[start - row.length : end - row.length]))
     stretches.sort(key=lambda s: (s.layer, id(s.row.loaded)))
-    embedded = decoder.embed(torch.tensor([token for s in stretches for token in s.tokens]))
-    groups: list[tuple[Prepared, int, int, float]] = []
+    embedded = decoder.embed(torch.tensor([t for s in stretches for t in s.tokens], device=decoder.device))
+    groups: list[tuple[Any, int, int, float]] = []
     ends, place, layer = dict[Running, int](), 0, 0
     for s in stretches:
         count, soft = len(s.tokens), s.row.loaded.applied.soft if s.row.loaded else None
         if soft is not None and s.start < len(soft):
             embedded[place : place + min(count, len(soft) - s.start)] = soft[s.start : s.start + count]
         for loaded, share in [(s.row.loaded, 1.0)] if s.row.loaded else s.row.shared:
-            assert loaded.prepared, "prepared when it was loaded"
-            if s.row.loaded and groups and groups[-1][0] is loaded.prepared and s.layer == layer:
-                groups[-1] = (loaded.prepared, groups[-1][1], groups[-1][2] + count, share)
+            expert = ready(loaded)
+            if s.row.loaded and groups and groups[-1][0] is expert and s.layer == layer:
+                groups[-1] = (expert, groups[-1][1], groups[-1][2] + count, share)
             else:
-                groups.append((loaded.prepared, place, count, share))
+                groups.append((expert, place, count, share))
         place, layer = place + count, s.layer
         ends.setdefault(s.row, place)  # a turn's last tokens begin lowest, and so come first
     wanted = [
@@ -131,8 +134,12 @@ def batch(turns: list[Turn], running: Ordered[Running], decoder: Decoder) -> Bat
     ]
     repeats = torch.tensor([len(s.tokens) for s in stretches])
     where = {row: slot for slot, row in enumerate(running)}
+
+    def each(of: Callable[[_Stretch], int]) -> Tensor:
+        return torch.tensor([of(s) for s in stretches]).repeat_interleave(repeats)
+
+    positions = torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in stretches])
     return Batch(
-        embedded, torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in stretches]),
-        torch.tensor([where[s.row] for s in stretches]).repeat_interleave(repeats), groups,
-        torch.tensor(wanted, dtype=torch.long), torch.tensor([s.layer for s in stretches]).repeat_interleave(repeats),
+        embedded, positions, each(lambda s: where[s.row]), groups, torch.tensor(wanted, dtype=torch.long),
+        each(lambda s: s.layer), each(lambda s: s.turn),
     )  # fmt: skip

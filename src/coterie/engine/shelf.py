@@ -4,6 +4,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from coterie.engine.by_torch import TorchStep
 from coterie.engine.request import Adapter
 from coterie.engine.step import Prepared, Step
 from coterie.errors import CoterieError, UnknownExpert
@@ -11,7 +12,7 @@ from coterie.experts import arrow
 from coterie.experts.expert import CONFIG, Applied, Expert
 from coterie.experts.kinds import apply, read
 from coterie.experts.library import Library
-from coterie.experts.mixture import Laid, lay
+from coterie.experts.mixture import Laid
 from coterie.model.decoder import Decoder
 from coterie.model.threads import give_back_pool
 
@@ -24,9 +25,9 @@ class Loaded:
 
     expert: Expert
     applied: Applied
-    prepared: Prepared | None  # for the step in C, where that runs
+    prepared: Prepared | Laid  # as the engine's step wants it
     key: Key  # tells this version's weights from all others: its folder, and when its configuration was written
-    laid: Laid | None = None  # for PyTorch, from when it is first needed
+    laid: Laid | None = None  # as PyTorch wants it beside the step in C, from when it is first needed
     directions: arrow.Prototypes | None = None  # for Arrow, likewise
 
     @property
@@ -53,7 +54,7 @@ class Shelf:
     """Experts of a library in memory, up to `budget` bytes; those `pinned` by name never leave it."""
 
     def __init__(
-        self, library: Library | None, decoder: Decoder, step: Step | None, budget: int, pinned: frozenset[str]
+        self, library: Library | None, decoder: Decoder, step: Step | TorchStep, budget: int, pinned: frozenset[str]
     ) -> None:  # fmt: skip
         self._library, self._decoder, self._step = library, decoder, step
         self._budget, self._pinned = budget, pinned
@@ -87,8 +88,10 @@ class Shelf:
 
     def laid(self, loaded: Loaded) -> Laid:
         """An expert as PyTorch wants it."""
+        if isinstance(loaded.prepared, Laid):
+            return loaded.prepared
         if loaded.laid is None:
-            loaded.laid = lay(loaded.expert, self._decoder)
+            loaded.laid = TorchStep(self._decoder).prepare(loaded.expert)
             self._make_room(loaded)
         return loaded.laid
 
@@ -138,7 +141,7 @@ class Shelf:
         assert self._library, "open has asked"
         expert = read(self._library, *adapter, self._decoder)
         before = expert.config.kind in ("prompt", "prefix")
-        prepared = self._step.prepare(expert) if self._step else None
-        loaded = Loaded(expert, apply(expert, self._decoder) if before else Applied(), prepared, key)
+        applied = apply(expert, self._decoder) if before else Applied()
+        loaded = Loaded(expert, applied, self._step.prepare(expert), key)
         give_back_pool()
         return loaded

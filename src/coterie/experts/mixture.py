@@ -5,7 +5,7 @@ the cost grows with the experts that a batch wakes, not with those in memory or 
 prefixes change no product at all: they are rows of the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,38 +87,30 @@ class _Group:
 
 
 def mixed(
-    experts: list[Laid], decoder: Decoder, owners: Tensor, shares: Tensor | None = None, gates: Gates | None = None
+    groups: Sequence[tuple[Laid, int, int, float]], decoder: Decoder, gates: Gates | None = None
 ) -> Change | None:
-    """The change for rows `owners` (N), each an index into the experts, or -1 for the base model.
+    """The change for a batch of which `groups` have experts: each an expert, its first row, its rows and the share of
+    its update; all other rows are the base model's.
 
-    A row of -1 may have `shares` (N, experts) of several plain LoRA experts: the update of each is multiplied by its
-    share, which is the weighted sum of them, exactly, without building it. `gates` may put other shares in their
-    place, for each hidden column, read from a projection's input. Best where the rows of an expert lie together.
+    Rows may be of several groups, of plain LoRA experts: each update is multiplied by its share, which is the weighted
+    sum of them, exactly, without building it. `gates` may put other shares in their place, for each hidden column,
+    read from a projection's input; experts are numbered by their first groups. Best where the rows of one lie together.
     """
-    groups: list[_Group] = []
-    for number, laid in enumerate(experts):
-        mine = owners == number if shares is None else (owners == number) | (shares[:, number] > 0)
-        places = mine.nonzero()[:, 0]
-        if not len(places):
-            continue
-        first, end = int(places[0]), int(places[-1]) + 1
-        given = None
-        if shares is not None:
-            given = torch.where(owners[places] == number, 1.0, shares[places, number])[:, None]
-            given = given.to(decoder.device, decoder.dtype)
-        together = end - first == len(places)
-        groups.append(_Group(laid, number, slice(first, end) if together else places.to(decoder.device), given))
-    if not groups:
+    found: dict[Laid, list[tuple[int, int, float]]] = {}
+    for laid, first, count, share in groups:
+        found.setdefault(laid, []).append((first, count, share))
+    merged = [_group(laid, number, parts, decoder) for number, (laid, parts) in enumerate(found.items())]
+    if not merged:
         return None
 
     def change(layer: int, site: str, x: Tensor, out: Tensor) -> Tensor:
         if site in BLOCKS:
-            for group in groups:
+            for group in merged:
                 bottleneck = group.laid.bottlenecks.get((layer, site))
                 if bottleneck is not None:
                     out[group.rows] = _adapt(decoder, bottleneck, x[group.rows], out[group.rows])
             return out
-        here = [(group, low) for group in groups if (low := group.laid.low_rank.get((layer, site))) is not None]
+        here = [(group, low) for group in merged if (low := group.laid.low_rank.get((layer, site))) is not None]
         chosen = _gated(gates, layer, site, x, here) if gates is not None and here else [g.shares for g, _ in here]
         for (group, low), weights in zip(here, chosen, strict=True):
             inner = decoder.apply(x[group.rows], low.down)
@@ -133,6 +125,21 @@ def mixed(
         return out
 
     return change
+
+
+def _group(laid: Laid, number: int, parts: list[tuple[int, int, float]], decoder: Decoder) -> _Group:
+    """The rows of an expert, from its parts: first row, rows, share."""
+    share_of: dict[int, float] = {}
+    for first, count, share in parts:
+        for row in range(first, first + count):
+            share_of[row] = share_of.get(row, 0.0) + share
+    rows = sorted(share_of)
+    together = rows[-1] - rows[0] + 1 == len(rows)
+    shares = None
+    if any(share != 1 for share in share_of.values()):
+        shares = torch.tensor([[share_of[row]] for row in rows]).to(decoder.device, decoder.dtype)
+    places = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=decoder.device)
+    return _Group(laid, number, places, shares)
 
 
 def _adapt(decoder: Decoder, bottleneck: Bottleneck, x: Tensor, out: Tensor) -> Tensor:

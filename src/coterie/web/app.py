@@ -395,7 +395,7 @@ class _EngineMetrics:
         s, (running, waiting) = self.engine.stats, self.engine.load_numbers()
         yield GaugeMetricFamily("coterie_requests_running", "Requests being generated", running)
         yield GaugeMetricFamily("coterie_requests_waiting", "Requests in the queue", waiting)
-        in8 = self.engine.step.in8 if self.engine.step else 0
+        in8 = self.engine.step.in8
         yield GaugeMetricFamily("coterie_int8_bytes", "Memory that matrices in 8 bits take", in8)
         for name, about, value in (
             ("requests", "Requests accepted", s.requests), ("rejected", "Requests refused with 429", s.rejected),
