@@ -82,7 +82,8 @@ class Engine:
         self.base, self.library = base, library
         self.slots, self.context, self.queue = slots, min(context, config.context), queue
         self.stats = Stats()
-        self.step = Step.open(base.decoder, weights, slots) or TorchStep(base.decoder)
+        self._by_torch = TorchStep(base.decoder)
+        self.step = Step.open(base.decoder, weights, slots) or self._by_torch
         if weights == "int8" and not self.step.in8:
             log.warning("weights = int8 changes nothing here (docs/performance.md)")
         dtype, device = base.decoder.dtype, base.decoder.device
@@ -358,9 +359,7 @@ class Engine:
         turns: list[Turn] = [(row, row.unread, []) for row in rows]
         b = batch(turns, self._running, self.base.decoder, self._shelf.laid)
         gates = self._gates(rows, b) if any(row.woken for row in rows) else None
-        hidden = TorchStep(self.base.decoder).hidden(
-            b.embedded, b.positions, b.slots, self.pages, b.groups, b.starts, gates
-        )
+        hidden = self._by_torch.hidden(b.embedded, b.positions, b.slots, self.pages, b.groups, b.starts, gates)
         for turn, row in enumerate(rows):
             if row.request.sampling.echo and row.leads and not row.request.generated:
                 mine = hidden[(b.turns == turn).to(hidden.device)]

@@ -94,7 +94,6 @@ class Bank:
                 return self._adapted(layer, site, x, out, numbers[:, 0])
             if (layer, site, "a") not in self.stacks:
                 return out
-            plain = out
             for k in range(numbers.shape[1]):
                 inner = self._by(layer, site, "a", numbers[:, k], x) * shares[:, k : k + 1]
                 out = out + self._by(layer, site, "b", numbers[:, k], inner)
@@ -105,7 +104,7 @@ class Bank:
             grown = out if bias is None else out - bias
             grown = grown * gain[numbers[:, 0]]
             changed = (gain[numbers[:, 0]] != 1).any(1, keepdim=True)  # others keep their bits
-            return torch.where(changed, grown if bias is None else grown + bias, out) if plain is not out else out
+            return torch.where(changed, grown if bias is None else grown + bias, out)
 
         return change
 

@@ -242,7 +242,8 @@ class Pages:
     def _stretch(self, table: Tensor, slot: int, positions: Tensor, where: slice) -> Reader:
         """How the rows `where`, all of one sequence, read the cache."""
         span, device = int(positions.max()) + 1, self.keys.device
-        mask = (torch.arange(span) <= positions[:, None]).to(device)  # (n, S)
+        whole = span == len(positions)  # from the beginning: no mask to read
+        mask = None if whole else (torch.arange(span) <= positions[:, None]).to(device)  # (n, S)
         pages = table[slot, :, : -(-span // PAGE)].to(device)  # (layers, pages)
 
         def read(layer: int, q: Tensor) -> Tensor:
@@ -250,8 +251,9 @@ class Pages:
                 t[pages[layer]].transpose(0, 1).flatten(1, 2)[None, :, :span] for t in (self.keys, self.values)
             )  # (1, Hkv, S, D)
             mixed = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
-            )
+                q.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=whole,
+                enable_gqa=q.shape[1] != keys.shape[1],
+            )  # fmt: skip
             return mixed[0].transpose(0, 1)
 
         return where, read

@@ -12,7 +12,7 @@ from coterie.experts import arrow
 from coterie.experts.expert import CONFIG, Applied, Expert
 from coterie.experts.kinds import apply, read
 from coterie.experts.library import Library
-from coterie.experts.mixture import Laid
+from coterie.experts.mixture import Laid, lay
 from coterie.model.decoder import Decoder
 from coterie.model.threads import give_back_pool
 
@@ -91,7 +91,7 @@ class Shelf:
         if isinstance(loaded.prepared, Laid):
             return loaded.prepared
         if loaded.laid is None:
-            loaded.laid = TorchStep(self._decoder).prepare(loaded.expert)
+            loaded.laid = lay(loaded.expert, self._decoder)
             self._make_room(loaded)
         return loaded.laid
 
