@@ -22,10 +22,12 @@ import common
 import numpy as np
 import torch
 
+from coterie.engine.by_torch import TorchStep
 from coterie.engine.engine import Engine
+from coterie.engine.pages import Pages
 from coterie.engine.request import Sampling
 from coterie.model.anatomy import REACHED, estimate, examine, probe
-from coterie.model.decoder import Decoder, KVCache, attend_packed, packed_positions
+from coterie.model.decoder import Decoder, attend_packed, packed_positions
 from coterie.model.load import load
 from coterie.model.pull import pull
 
@@ -74,11 +76,13 @@ class Served:
 
 @torch.inference_mode()
 def by_torch(decoder: Decoder, batch: int, rounds: int) -> float:
-    """Tokens a second of decoding steps of the decoder in PyTorch."""
-    cache = KVCache(decoder.config, batch, CONTEXT, decoder.dtype, decoder.device)
-    ids, slots = torch.zeros(batch, dtype=torch.long), torch.arange(batch)
-    at = torch.full((batch,), CONTEXT - 1)
-    return batch / seconds(lambda: decoder.logits(decoder.forward(ids, at, cache.attend_decode(slots, at))), rounds)
+    """Tokens a second of steps by PyTorch."""
+    cache = Pages(decoder.config, batch, CONTEXT, decoder.dtype, 0, decoder.device)
+    for slot in range(batch):
+        cache.make_room(cache.begin(slot, cache.parts(None, decoder.config.layers), []), slot, CONTEXT)
+    step, slots = TorchStep(decoder), torch.arange(batch)
+    embedded, at = decoder.embed(torch.zeros(batch, dtype=torch.long)), torch.full((batch,), CONTEXT - 1)
+    return batch / seconds(lambda: step.run(embedded, at, slots, cache, [], slots), rounds)
 
 
 @torch.inference_mode()
@@ -99,13 +103,13 @@ def main() -> None:
     decoder, computed, here = base.decoder, str(base.decoder.dtype).removeprefix("torch."), probe()
     with closing(Engine(replace(base, eos=frozenset()), slots=16, context=2 * CONTEXT)) as engine:
         served = Served(engine)
-        dtype = "int8" if engine.step and engine.step.in8 else computed
+        dtype = "int8" if engine.step.in8 else computed
         cases = [(f"decode, batch {batch}", served.decode(batch, rounds), by_torch(decoder, batch, 5 * rounds),
                   estimate(found, here, dtype, CONTEXT, batch).decode_tokens_per_s or 0.0)
                  for batch in (1, 16)]  # fmt: skip
         cases.append(("prompt", served.prefill(rounds), prompt_by_torch(decoder, rounds),
                       estimate(found, here, dtype, CONTEXT, 1).prefill_tokens_per_s or 0.0))  # fmt: skip
-        way = f"the step in C, {dtype}" if engine.step else "PyTorch"
+        way = "PyTorch" if isinstance(engine.step, TorchStep) else f"the step in C, {dtype}"
     again = probe()
     report = common.Report("Estimated and measured speed: benchmarks/anatomy.py")
     over = {what: measured / guess for what, measured, _, guess in cases}

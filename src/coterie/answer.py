@@ -12,7 +12,6 @@ from coterie.choose import Choice, Chooser, question
 from coterie.data.read import Message, last_said
 from coterie.engine.engine import Engine
 from coterie.engine.request import Blend, Callback, Combine, Generation, Piece, Sampling, TokenChoice
-from coterie.engine.step import Step
 from coterie.errors import CoterieError, UnknownExpert
 from coterie.experts.classifier import KIND, Verdict
 from coterie.experts.instruction import frame, weights_of
@@ -69,7 +68,7 @@ class Answerer:
 
     def __init__(self, business: Business, engine: Engine) -> None:
         self.business, self.engine = business, engine
-        self.chooser = Chooser(business, engine.base, engine.step if isinstance(engine.step, Step) else None)
+        self.chooser = Chooser(business, engine.base, engine.step)
         memory = business.config.business.expert_memory << 20
         self._own = OwnEngines(business.own_engine, business.library, memory)
         self._labellers: dict[tuple[str, int], Labeller] = {}  # the latest used last

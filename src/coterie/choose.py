@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from coterie.business import Business
 from coterie.data.read import Message
+from coterie.engine.by_torch import TorchStep
 from coterie.engine.step import Step
 from coterie.errors import CoterieError, ModelError
 from coterie.experts.library import Library
@@ -55,7 +56,7 @@ class Choice:
 class Chooser:
     """The router of one business."""
 
-    def __init__(self, business: Business, base: BaseModel, step: Step | None = None) -> None:
+    def __init__(self, business: Business, base: BaseModel, step: Step | TorchStep | None = None) -> None:
         self.business, self.base, self._step = business, base, step
         self._lock = threading.Lock()
         self._router: Router | None = None

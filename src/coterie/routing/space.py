@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
+from coterie.engine.by_torch import TorchStep
 from coterie.engine.step import Step
 from coterie.files import write_atomic
 from coterie.model.decoder import attend_packed, packed_positions
@@ -54,12 +55,12 @@ def identity(base: BaseModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def embed(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
+def embed(base: BaseModel, texts: list[str], step: Step | TorchStep | None = None) -> Floats:
     """What the trunk makes of each text, (texts, width of the model)."""
     return _meanings(base, _tokens(base, texts), step)
 
 
-def locate(base: BaseModel, texts: list[str], step: Step | None = None) -> Floats:
+def locate(base: BaseModel, texts: list[str], step: Step | TorchStep | None = None) -> Floats:
     """Where the router sees each text, (texts, 2 * width of the model): its meaning, and its words."""
     rows = _tokens(base, texts)
     return np.concatenate([_meanings(base, rows, step), WORDS * _words(base, rows)], axis=1)
@@ -70,7 +71,7 @@ def _tokens(base: BaseModel, texts: list[str]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _meanings(base: BaseModel, rows: list[list[int]], step: Step | None) -> Floats:
+def _meanings(base: BaseModel, rows: list[list[int]], step: Step | TorchStep | None) -> Floats:
     """Mean of the trunk's output over each row of tokens, (rows, width); a single one by the step in C if there is."""
     decoder = base.decoder
     start = base.encode(base.bos_token or base.eos_token)  # soaks up the attention that a first token draws
@@ -80,7 +81,7 @@ def _meanings(base: BaseModel, rows: list[list[int]], step: Step | None) -> Floa
     for place in range(0, len(order), BATCH):
         chosen = order[place : place + BATCH]
         lengths = [len(rows[i]) for i in chosen]
-        if step and len(chosen) == 1:
+        if isinstance(step, Step) and len(chosen) == 1:
             hidden = step.trunk(rows[chosen[0]], depth(base))
         else:
             ids = torch.tensor([t for i in chosen for t in rows[i]], device=decoder.device)
