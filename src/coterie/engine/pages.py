@@ -242,7 +242,7 @@ class Pages:
     def _stretch(self, table: Tensor, slot: int, positions: Tensor, where: slice) -> Reader:
         """How the rows `where`, all of one sequence, read the cache."""
         span, device = int(positions.max()) + 1, self.keys.device
-        whole = span == len(positions)  # from the beginning: no mask to read
+        whole = torch.equal(positions, torch.arange(span))  # from the beginning and in order: no mask to read
         mask = None if whole else (torch.arange(span) <= positions[:, None]).to(device)  # (n, S)
         pages = table[slot, :, : -(-span // PAGE)].to(device)  # (layers, pages)
 
