@@ -61,11 +61,16 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "C":
         yield replace(load(folder, native.dtype(), packed=True), eos=frozenset())
         return
+    made, in_c = replace(load(folder, torch.float32), eos=frozenset()), native.Step.open
+
+    def opened(decoder: Decoder, *more: Any) -> native.Step | None:
+        return None if decoder is made.decoder else in_c(decoder, *more)
+
     with (
-        patch("coterie.engine.engine.Step.open", return_value=None),
+        patch("coterie.engine.engine.Step.open", side_effect=opened),
         patch("coterie.engine.by_torch.replays", return_value=request.param == "graphs"),
     ):
-        yield replace(load(folder, torch.float32), eos=frozenset())
+        yield made
 
 
 def publish(library: Library, base: BaseModel, name: str, config: Any, seed: int) -> None:
