@@ -146,7 +146,7 @@ TURNS = st.lists(
 
 
 @given(turns=TURNS, memory=st.sampled_from((1, 40_000, 150_000, 1 << 24)), chunk=st.sampled_from((20, 256)))
-@settings(max_examples=30)
+@settings(max_examples=16)
 def test_a_hit_changes_nothing_of_an_answer_whoever_answered_before(
     turns: list[tuple[int, str, int, bool]], memory: int, chunk: int, base: BaseModel, library: Library,
     answers: Answers,
