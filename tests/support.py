@@ -122,23 +122,13 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def attend_prefill(
-        self, slots: Tensor, positions: Tensor, lengths: list[int], prefix: Tensor | None = None
-    ) -> Attend:
-        """Packed attention over whole prompts that also fills the cache; `slots`, `positions` are (N).
-
-        `prefix` (layers, 2, P, Hkv, D) goes before every prompt, whose positions then begin at P.
-        """
-        inner = attend_packed(lengths, prefix=prefix)
-        own = slots.unique()
+    def attend_prefill(self, slots: Tensor, positions: Tensor, lengths: list[int]) -> Attend:
+        """Packed attention over whole prompts that also fills the cache; `slots`, `positions` are (N)."""
+        inner = attend_packed(lengths)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer][slots, :, positions] = k
             self.values[layer][slots, :, positions] = v
-            if prefix is not None:
-                before = prefix[layer].transpose(1, 2)  # (2, Hkv, P, D)
-                self.keys[layer][own, :, : before.shape[2]] = before[0]
-                self.values[layer][own, :, : before.shape[2]] = before[1]
             return inner(layer, q, k, v)
 
         return attend
@@ -147,13 +137,11 @@ class KVCache:
         """One new token for each sequence; the heads of a group stand as queries, so nothing is repeated."""
         span = int(positions.max()) + 1
         mask = (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]  # (B,1,1,S)
-        whole = slots.tolist() == list(range(len(slots)))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer][slots, :, positions] = k
             self.values[layer][slots, :, positions] = v
-            keys, values = self.keys[layer, :, :, :span], self.values[layer, :, :, :span]
-            keys, values = (t[: len(slots)] if whole else t[slots] for t in (keys, values))
+            keys, values = self.keys[layer, slots, :, :span], self.values[layer, slots, :, :span]
             grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, Hkv, G, D)
             mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view_as(q)
             return mixed

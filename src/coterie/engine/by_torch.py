@@ -4,16 +4,15 @@ What goes in and comes out, the cache and its pages are the same; only bits may 
 wherever products of other shapes sum in another order. On a GPU, steps of next tokens are replayed (graphs.py).
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from coterie.engine.graphs import Graphs
-from coterie.engine.pages import APART, Pages
+from coterie.engine.pages import Pages
 from coterie.experts.expert import Expert
-from coterie.experts.mixture import Gates, Laid, lay, mixed
+from coterie.experts.mixture import Gates, Groups, Laid, lay, mixed
 from coterie.model.decoder import Decoder
 
 
@@ -37,24 +36,22 @@ class TorchStep:
 
     def run(
         self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: Pages,
-        groups: Sequence[tuple[Laid, int, int, float]], wanted: Tensor, starts: Tensor | None = None,
+        groups: Groups, wanted: Tensor, starts: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As Step.run: scores (wanted, vocab) in float32 after the rows `wanted`. All but `embedded` is on the CPU."""
         starts = torch.zeros_like(positions) if starts is None else starts
-        apart = int(slots.bincount().max()) <= APART  # no stretch of a prompt among them
-        if self.graphs and apart and self.graphs.takes(len(embedded), starts, groups):
+        if self.graphs and self.graphs.takes(slots, starts, groups):
             scores = self.graphs.run(embedded, positions, slots, cache, groups)
             return scores[wanted.to(scores.device)]
         hidden = self.hidden(embedded, positions, slots, cache, groups, starts)
         return self.decoder.logits(hidden[wanted.to(hidden.device)])
 
     def hidden(
-        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: Pages,
-        groups: Sequence[tuple[Laid, int, int, float]], starts: Tensor | None = None, gates: Gates | None = None,
+        self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: Pages, groups: Groups, starts: Tensor,
+        gates: Gates | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states (rows, width), normed for `logits`. `gates` may put other shares in place of the groups'."""
         layers, device, stream = self.decoder.config.layers, self.decoder.device, embedded.clone()
-        starts = torch.zeros_like(positions) if starts is None else starts
         kept, begun = cache.streams.flatten(0, 1), 0
         for first, end in pairwise(sorted({0, layers, *cache.cuts, *starts.tolist()})):
             rows = int((starts <= first).sum())

@@ -353,8 +353,6 @@ class Engine:
     def _go_on_beside(self, rows: list[Running]) -> Scored:
         """By PyTorch: the whole prompts of `rows`, or the next tokens of those that Arrow routes."""
         for row in rows:
-            if row.held is None:
-                self._begin(row)
             self._room(row, row.length + row.unread)
         turns: list[Turn] = [(row, row.unread, []) for row in rows]
         b = batch(turns, self._running, self.base.decoder, self._shelf.laid)
@@ -368,9 +366,8 @@ class Engine:
 
     def _gates(self, rows: list[Running], b: Batch) -> Gates:
         """Arrow's shares for the tokens of `rows` that wake some of their experts."""
-        held = list({id(laid): laid for laid, *_ in b.groups}.values())
-        of = {id(self._shelf.laid(loaded)): loaded for row in rows for loaded in row.experts}
-        experts = [of[id(laid)] for laid in held]
+        of = {self._shelf.laid(loaded): loaded for row in rows for loaded in row.experts}
+        experts = [of[laid] for laid in dict.fromkeys(laid for laid, *_ in b.groups)]  # as `mixed` numbers them
         known = {loaded for row in rows if row.woken for loaded in row.experts}
         if self._arrow is None or self._arrow[0] != experts or not known <= self._arrow[1]:
             directions = [self._shelf.directions(loaded) if loaded in known else None for loaded in experts]

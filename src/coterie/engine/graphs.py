@@ -14,17 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.engine.pages import PAGE, Pages
+from coterie.engine.pages import APART, PAGE, Pages
 from coterie.experts import adapter
-from coterie.experts.mixture import Bottleneck, Laid
+from coterie.experts.mixture import Bottleneck, Groups, Laid
 from coterie.model.decoder import BLOCKS, Change, Decoder
 
 MOST_ROWS = 256
 SHARED = 4  # experts of one row, at most
 WARM_UP = 2  # runs before a capture: libraries choose their kernels and workspaces
-
-Site = tuple[int, str]
-Groups = Sequence[tuple[Laid, int, int, float]]  # expert, first row, rows, share of its update
 
 
 class Bank:
@@ -33,7 +30,6 @@ class Bank:
     def __init__(self, decoder: Decoder, room: int) -> None:
         self.decoder, self.room = decoder, room
         self.stacks: dict[tuple[int, str, str], Tensor] = {}  # layer, site, part: (room + 1, ...)
-        self.activations: set[str] = set()
         self.shape = 0  # grows when a stack comes or is made larger: what was captured before is worth nothing
         self._numbers: dict[Laid, int] = {}  # the latest used last
 
@@ -61,17 +57,13 @@ class Bank:
             self._put_bottleneck(layer, block, number, found)
 
     def _put_bottleneck(self, layer: int, block: str, number: int, found: Bottleneck) -> None:
-        name = found.config.activation
-        if name not in self.activations:
-            self.activations.add(name)
-            self.shape += 1
         self._set(layer, block, "down", number, found.down)
         self._set(layer, block, "down_bias", number, found.down_bias)
         self._set(layer, block, "up", number, found.up)
         self._set(layer, block, "up_bias", number, found.up_bias)
         one = found.up_bias.new_ones(1)
         self._set(layer, block, "reads_sum", number, one * found.config.reads_sum)
-        self._set(layer, block, f"is {name}", number, one)
+        self._set(layer, block, f"is {found.config.activation}", number, one)
 
     def _set(self, layer: int, site: str, part: str, number: int, given: Tensor) -> None:
         """Put `given` into the corner of its place in a stack, which is made, or made larger, where it does not fit."""
@@ -121,9 +113,9 @@ class Bank:
 
         inner = self._by(layer, block, "down", numbers, out + part("reads_sum") * x) + part("down_bias")
         made = torch.zeros_like(inner)
-        for name in sorted(self.activations):
+        for name, activate in adapter.ACTIVATIONS.items():
             if (layer, block, f"is {name}") in self.stacks:
-                made = made + part(f"is {name}") * adapter.ACTIVATIONS[name](inner)
+                made = made + part(f"is {name}") * activate(inner)
         return out + self._by(layer, block, "up", numbers, made) + part("up_bias")
 
 
@@ -164,14 +156,17 @@ class Graphs:
         self._bank: Bank | None = None
         self._captured: dict[tuple[int, ...], Captured] = {}
 
-    def takes(self, rows: int, starts: Tensor, groups: Groups) -> bool:
-        """Whether a batch is one that can be replayed: not too large, and every row begins at the first layer."""
+    def takes(self, slots: Tensor, starts: Tensor, groups: Groups) -> bool:
+        """Whether a batch is one that can be replayed: not too large, without a stretch of a prompt, and every row
+        begins at the first layer."""
+        rows = len(slots)
         most = [0] * rows
         for _, first, count, _ in groups:
             for n in range(first, first + count):
                 most[n] += 1
+        apart = int(slots.bincount().max()) <= APART
         fits = rows <= MOST_ROWS and max(most) <= SHARED and not bool(starts.any())
-        return fits and not self.decoder.config.sparse and not self.decoder.prepack
+        return apart and fits and not self.decoder.config.sparse and not self.decoder.prepack
 
     def run(self, embedded: Tensor, positions: Tensor, slots: Tensor, cache: Pages, groups: Groups) -> Tensor:
         """Scores (rows, vocab) in float32 after every row, each of which attends for itself."""
@@ -196,7 +191,7 @@ class Graphs:
         known = cache.pages_of(slots, positions)
         pages = known.new_full((size, known.shape[1], _power(known.shape[2])), cache.nowhere[0])
         pages[:rows, :, : known.shape[2]] = known
-        cuts = [cut for cut in cache.cuts if cut < self.decoder.config.layers]
+        cuts = list(cache.cuts)
         kept = torch.full((len(cuts), size), cache.nowhere[1] * PAGE)
         for place, cut in zip(kept, cuts, strict=True):
             who, where = cache.stream(cut, slots, positions)
@@ -206,7 +201,7 @@ class Graphs:
             F.pad(embedded, (0, 0, *fill)), F.pad(positions, fill).to(device), pages, numbers.to(device),
             shares.to(device, self.decoder.dtype), kept.to(device),
         )  # fmt: skip
-        key = (*given[2].shape, wide, *cuts)
+        key = (*pages.shape, wide, *cuts)
 
         def step(*given: Tensor) -> Tensor:
             return self._step(cache, bank, cuts, *given)

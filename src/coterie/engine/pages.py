@@ -200,19 +200,22 @@ class Pages:
     def attend(self, slots: Tensor, positions: Tensor) -> Attend:
         """Every row is a token at `positions` (N) of the sequence at `slots` (N), both on the CPU: its keys and values
         are stored, and it attends to its own sequence up to itself."""
-        device, table = self.keys.device, torch.from_numpy(self.table).long()
-        blocks, at = table[slots, :, positions // PAGE].to(device), (positions % PAGE).to(device)
+        device = self.keys.device
+        blocks = torch.from_numpy(self.table[slots.numpy(), :, (positions // PAGE).numpy()]).to(device).long()
+        at = (positions % PAGE).to(device)
         ends = [0, *((slots[1:] != slots[:-1]).nonzero()[:, 0] + 1).tolist(), len(slots)]
         runs = [(a, b) for a, b in pairwise(ends) if b - a > APART]  # stretches of prompts, each read by itself
         others = torch.tensor([n for a, b in pairwise(ends) if b - a <= APART for n in range(a, b)], dtype=torch.long)
-        readers: list[Reader] = [self._stretch(table, int(slots[a]), positions[a:b], slice(a, b)) for a, b in runs]
+        readers: list[Reader] = [
+            (slice(a, b), self._stretch(self.pages_of(slots[a : a + 1], positions[a:b])[0], positions[a:b]))
+            for a, b in runs
+        ]
         if len(others):
             pages = self.pages_of(slots[others], positions[others])
             readers.append((others.to(device), self._each(pages, positions[others].to(device))))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[blocks[:, layer], :, at] = k
-            self.values[blocks[:, layer], :, at] = v
+            self._write(blocks[:, layer], at, k, v)
             out = torch.empty_like(q)
             for where, read in readers:
                 out[where] = read(layer, q[where])
@@ -233,18 +236,21 @@ class Pages:
         read = self._each(pages, positions)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[blocks[:, layer], :, at] = k
-            self.values[blocks[:, layer], :, at] = v
+            self._write(blocks[:, layer], at, k, v)
             return read(layer, q)
 
         return attend
 
-    def _stretch(self, table: Tensor, slot: int, positions: Tensor, where: slice) -> Reader:
-        """How the rows `where`, all of one sequence, read the cache."""
-        span, device = int(positions.max()) + 1, self.keys.device
+    def _write(self, blocks: Tensor, at: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put keys and values (N, Hkv, D) at places `at` (N) of `blocks` (N)."""
+        self.keys[blocks, :, at] = k
+        self.values[blocks, :, at] = v
+
+    def _stretch(self, pages: Tensor, positions: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """How rows of one sequence, which lies in the blocks `pages` (layers, P), read the cache."""
+        span = int(positions.max()) + 1
         whole = torch.equal(positions, torch.arange(span))  # from the beginning and in order: no mask to read
-        mask = None if whole else (torch.arange(span) <= positions[:, None]).to(device)  # (n, S)
-        pages = table[slot, :, : -(-span // PAGE)].to(device)  # (layers, pages)
+        mask = None if whole else (torch.arange(span) <= positions[:, None]).to(pages.device)  # (n, S)
 
         def read(layer: int, q: Tensor) -> Tensor:
             keys, values = (
@@ -256,7 +262,7 @@ class Pages:
             )  # fmt: skip
             return mixed[0].transpose(0, 1)
 
-        return where, read
+        return read
 
     def _each(self, pages: Tensor, positions: Tensor) -> Callable[[int, Tensor], Tensor]:
         """How rows of any sequences read the cache: the heads of a group stand as queries, so nothing is repeated."""
@@ -273,7 +279,7 @@ class Pages:
     def stream(self, layer: int, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Which of some rows have their residual stream before `layer` kept, and where: (k) rows, (k) places in
         `streams.flatten(0, 1)`. Rows as in `attend`."""
-        entries = torch.from_numpy(self.entries).long()[slots, layer, positions // PAGE]
+        entries = torch.from_numpy(self.entries[slots.numpy(), layer, (positions // PAGE).numpy()]).long()
         rows = (entries >= 0).nonzero()[:, 0]
         places = entries[rows] * PAGE + positions[rows] % PAGE
         return rows.to(self.streams.device), places.to(self.streams.device)

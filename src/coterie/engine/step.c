@@ -322,6 +322,15 @@ static void two_columns(const Matrix *a, int64_t one, int64_t two, int64_t rows,
     if (two >= 0) columns_of(a, two, rows, other, x, in);
 }
 
+// The columns (rows, 16) of block b, of those from `first` to `end` that a thread goes through; made two by two in `both`
+// (2, rows, 16).
+static float *next_columns(const Matrix *a, int64_t b, int64_t first, int64_t end, int64_t rows, float *both, const num *x,
+                           int64_t in) {
+    float *out = both + (b - first) % 2 * rows * 16;
+    if (out == both) two_columns(a, b * 16, b + 1 < end ? b * 16 + 16 : -1, rows, both, x, in);
+    return out;
+}
+
 static void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
     Wide sum = set16(0);
     for (int64_t i = 0; i < n; i += 16) {
@@ -613,9 +622,8 @@ static void close_block(const Step *s, int64_t layer, int projection, const Matr
     float both[2 * s->rows * 16];
     share_of(width / 16, thread, threads, &first, &end);
     for (int64_t b = first; b < end; b++) {
-        float *out = both + (b - first) % 2 * s->rows * 16;
+        float *out = next_columns(a, b, first, end, s->rows, both, x, in);
         int64_t c = b * 16;
-        if (out == both) two_columns(a, c, b + 1 < end ? c + 16 : -1, s->rows, both, x, in);
         complete(s, layer, projection, c, bias ? bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) {
             Wide v = load16(out + n * 16);
@@ -698,8 +706,7 @@ static void mix(const Step *s, int64_t layer, int thread, int threads) {
     for (int64_t e = 0, from = 0; e < m->experts; from = s->ends[e++]) {
         int64_t rows = s->ends[e] - from;
         for (int64_t b = first; b < end && rows; b++) {
-            const float *made = out + (b - first) % 2 * rows * 16;
-            if (made == out) two_columns(l->downs + e, b * 16, b + 1 < end ? b * 16 + 16 : -1, rows, out, s->inner + from * inner, inner);
+            const float *made = next_columns(l->downs + e, b, first, end, rows, out, s->inner + from * inner, inner);
             for (int64_t n = 0; n < rows; n++) {
                 int64_t j = s->choice[from + n];
                 float *to = into + j / k * width + b * 16;
@@ -722,11 +729,10 @@ static void run_layer(const Step *s, int64_t layer, int thread, int threads) {
     lower(s, layer, Q, V, s->x, width, thread, threads);
     share_of(all / 16, thread, threads, &first, &end);
     for (int64_t b = first; b < end; b++) {
-        float *out = both + (b - first) % 2 * s->rows * 16;
+        float *out = next_columns(&l->qkv, b, first, end, s->rows, both, s->x, width);
         int64_t c = b * 16;
         int p = c < q ? Q : c < q + kv ? K : V;
         int64_t column = c - (p == Q ? 0 : p == K ? q : q + kv);
-        if (out == both) two_columns(&l->qkv, c, b + 1 < end ? c + 16 : -1, s->rows, both, s->x, width);
         complete(s, layer, p, column, l->qkv_bias ? l->qkv_bias + c : NULL, out);
         for (int64_t n = 0; n < s->rows; n++) store16(s->qkv + n * all + c, load16(out + n * 16));
     }
@@ -829,8 +835,7 @@ void coterie_product(const Matrix *a, int64_t rows, const num *x, int64_t in, fl
         int64_t first, end;
         share_of(out / 16, omp_get_thread_num(), omp_get_num_threads(), &first, &end);
         for (int64_t b = first; b < end; b++) {
-            const float *made = columns + (b - first) % 2 * rows * 16;
-            if (made == columns) two_columns(a, b * 16, b + 1 < end ? b * 16 + 16 : -1, rows, columns, x, in);
+            const float *made = next_columns(a, b, first, end, rows, columns, x, in);
             for (int64_t n = 0; n < rows; n++) memcpy(y + n * out + b * 16, made + n * 16, 16 * sizeof(float));
         }
     }
@@ -884,9 +889,8 @@ int coterie_step(const Model *m, const Cache *cache, int64_t rows, const num *em
             share_of((m->vocab + 15) / 16, thread, team, &first, &end);
             float both[2 * (scored + 1) * 16];
             for (int64_t b = first; b < end && scored; b++) {
-                const float *out = both + (b - first) % 2 * scored * 16;
+                const float *out = next_columns(&m->head, b, first, end, scored, both, s.x, width);
                 int64_t c = b * 16, columns = m->vocab - c < 16 ? m->vocab - c : 16;
-                if (out == both) two_columns(&m->head, c, b + 1 < end ? c + 16 : -1, scored, both, s.x, width);
                 for (int64_t n = 0; n < scored; n++) memcpy(logits + n * m->vocab + c, out + n * 16, columns * 4);
             }
         }

@@ -76,6 +76,9 @@ def lay(expert: Expert, decoder: Decoder) -> Laid:
     return laid
 
 
+Groups = Sequence[tuple[Laid, int, int, float]]  # expert, first row, rows, share of its update
+
+
 @dataclass(frozen=True)
 class _Group:
     """The rows of one expert: a slice where they lie together, else their places; `shares` (rows, 1) of its update."""
@@ -86,11 +89,8 @@ class _Group:
     shares: Tensor | None
 
 
-def mixed(
-    groups: Sequence[tuple[Laid, int, int, float]], decoder: Decoder, gates: Gates | None = None
-) -> Change | None:
-    """The change for a batch of which `groups` have experts: each an expert, its first row, its rows and the share of
-    its update; all other rows are the base model's.
+def mixed(groups: Groups, decoder: Decoder, gates: Gates | None = None) -> Change | None:
+    """The change for a batch of which `groups` have experts; all other rows are the base model's.
 
     Rows may be of several groups, of plain LoRA experts: each update is multiplied by its share, which is the weighted
     sum of them, exactly, without building it. `gates` may put other shares in their place, for each hidden column,
